@@ -1,0 +1,345 @@
+"""One vision transformer: DeiT without halting, A-ViT with it.
+
+Layers run as one `lax.scan` over stacked parameters, so that the program compiles in the time of a single layer. Shapes use `B`
+images, `N` tokens (class token first, then the distillation token if any, then patches row by row), `D` width, `H` heads, `K`
+head width, `L` layers, `C` classes, `R` read-out tokens (1, or 2 when distilled).
+
+Reference: Touvron et al., "Training data-efficient image transformers", arXiv 2012.12877 (DeiT); Yin et al., arXiv 2112.07658
+(A-ViT).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avit_jax import halting as halting_lib
+from avit_jax import halting_linen
+
+# Added to the attention logits of halted keys: large enough that their weight underflows to exactly 0, and finite, so that an
+# image all of whose tokens have halted gives no NaN.
+_HALTED_KEY_BIAS = -1e9
+
+_kernel_init = nn.initializers.truncated_normal(0.02)
+
+
+@flax.struct.dataclass(kw_only=True)
+class Aux:
+    """What the network computed beside the logits. A network without halting reports score 0 and depth L.
+
+    Attributes:
+      score: `(L, B, N)` raw halting scores, at least float32; those of halted tokens mean nothing.
+      active: `(L, B, N)` bool, whether the token computes in the layer.
+      depth: `(B, N)` int32, layers used.
+      ponder_cost: `(B, N)` depth + remainder, in layers.
+      class_output: `(B, D)` class token accumulated over layers, before the final norm.
+      distillation_output: the same of the distillation token, None without one.
+    """
+
+    score: jax.Array
+    active: jax.Array
+    depth: jax.Array
+    ponder_cost: jax.Array
+    class_output: jax.Array
+    distillation_output: jax.Array | None = None
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU; by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+def _random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Dropout factors `(B, *shape)`, 0 or 1 / (1 - rate), drawn for each image from its place in the global batch.
+
+    So the draw does not depend on how the batch is spread over devices.
+    """
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_index)
+    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, shape))(keys)
+    return keep / (1.0 - rate)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer, followed by one halting step where the network halts."""
+
+    width: int
+    num_heads: int
+    mlp_width: int
+    norm_eps: float
+    dropout: float
+    drop_path: float
+    dtype: Any
+    halting: halting_lib.HaltingConfig | None
+
+    def setup(self) -> None:
+        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
+        self.norm1 = norm()
+        self.qkv = dense(3 * self.width)
+        self.proj = dense(self.width)
+        self.norm2 = norm()
+        self.fc1 = dense(self.mlp_width)
+        self.fc2 = dense(self.width)
+
+    def transform(
+        self,
+        x: jax.Array,
+        active: jax.Array | None = None,
+        image_index: jax.Array | None = None,
+        drop_path: jax.typing.ArrayLike = 0.0,
+    ) -> jax.Array:
+        """Attention and MLP on tokens `(B, N, D)`.
+
+        Args:
+          x: tokens; halted ones must be 0.
+          active: `(B, N)` bool, None if all are: no token attends to one that is not.
+          image_index: `(B,)` places in the global batch, for dropout and drop path; None in evaluation.
+          drop_path: probability of leaving out a residual branch of an image, in training.
+        """
+        a = self._where_active(self.norm1(x), active)
+        x = x + self._drop(self._attend(a, active), image_index, drop_path)
+        a = self.norm2(x if active is None else x * active[..., None])
+        a = _gelu(self.fc1(self._where_active(a, active)))
+        return x + self._drop(self.fc2(self._dropout(a, image_index)), image_index, drop_path)
+
+    def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
+        return x if active is None else x * active[..., None]
+
+    def _attend(self, a: jax.Array, active: jax.Array | None) -> jax.Array:
+        # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
+        batch, num_tokens, _ = a.shape
+        qkv = self.qkv(a).reshape(batch, num_tokens, 3, self.num_heads, -1)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        logits = jnp.einsum("bhqk,bhsk->bhqs", q * q.shape[-1] ** -0.5, k)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if active is not None:
+            logits = logits + jnp.where(active, 0.0, _HALTED_KEY_BIAS)[:, None, None, :]
+        out = jnp.einsum("bhqs,bhsk->bqhk", jax.nn.softmax(logits).astype(v.dtype), v)
+        return self.proj(out.reshape(a.shape))
+
+    def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
+        if image_index is None or not self.dropout:
+            return x
+        return x * _random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
+
+    def _drop(self, x: jax.Array, image_index: jax.Array | None, drop_path: jax.typing.ArrayLike) -> jax.Array:
+        x = self._dropout(x, image_index)
+        if image_index is None or not self.drop_path:
+            return x
+        keep = _random_keep(self.make_rng("dropout"), image_index, drop_path, (1, 1))
+        return x * keep.astype(x.dtype)
+
+    def __call__(self, carry, layer, gate, image_index):
+        """One layer of the scan.
+
+        Args:
+          carry: tokens `(B, N, D)`; without halting that is all, else also the halting state and the read-out `(B, R, D)`.
+          layer: `(drop_path, is_last)` of this layer, scalars.
+          gate: `(gamma, beta)`, None without halting.
+          image_index: as in `transform`.
+
+        Returns:
+          The carry, and `(score, active)` of this layer, None without halting.
+        """
+        drop_path, is_last = layer
+        if self.halting is None:
+            return self.transform(carry, None, image_index, drop_path), None
+        x, state, readout = carry
+        # The value of a halted token is 0 from here on; its gradient passes as identity, as in the released code. With the
+        # prior over active tokens alone no gradient arrives here for a halted token.
+        x = x + jax.lax.stop_gradient(jnp.where(state.active[..., None], 0.0, -x).astype(x.dtype))
+        x = self.transform(x, state.active, image_index, drop_path)
+        score = halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=self.halting.channel)
+        active = state.active
+        state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
+        num_readout = readout.shape[1]
+        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
+        return (x, state, readout), (score, active)
+
+
+class AViT(nn.Module):
+    """Vision transformer with adaptive tokens.
+
+    Attributes:
+      image_size: pixels, one number for square images or (height, width).
+      patch_size: pixels, divides both.
+      channels: of the images.
+      width: D, of the tokens; divisible by `num_heads`.
+      depth: L, number of layers.
+      num_heads: H.
+      mlp_ratio: width of the MLP in units of D.
+      num_classes: C.
+      distilled: adds DeiT's distillation token and head.
+      halting: the gate; None for a plain DeiT.
+      drop_path: probability of leaving out a residual branch in the last layer, rising linearly from 0 in the first; training.
+      dropout: probability after the embedding, in the MLP and after both branches; training.
+      norm_eps: epsilon of the layer norms.
+      dtype: of the computation, for example bfloat16; None takes that of parameters and images. Parameters and halting sums
+        are float32 all the same.
+      remat: recompute each layer in the backward pass: less memory, one more forward pass.
+
+    Example:
+      model = deit_tiny()
+      params = model.init(jax.random.key(0), images)["params"]
+      logits, aux = model.apply({"params": params}, images)
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    channels: int = 3
+    width: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    distilled: bool = False
+    halting: halting_lib.HaltingConfig | None = halting_lib.HaltingConfig()
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    norm_eps: float = 1e-6
+    dtype: Any = None
+    remat: bool = False
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.pixels[0] // self.patch_size, self.pixels[1] // self.patch_size
+
+    @property
+    def num_readout(self) -> int:
+        """R, tokens that are read out: class token and, if there is one, distillation token."""
+        return 2 if self.distilled else 1
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.num_readout + self.grid[0] * self.grid[1]
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels of the hidden layer of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+    def check(self) -> None:
+        """Raises ValueError, saying what to change, where the sizes do not fit together."""
+        if self.pixels[0] % self.patch_size or self.pixels[1] % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} must divide the image size {self.pixels}.")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} must be divisible by num_heads {self.num_heads}.")
+        for name in ("drop_path", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
+        if self.halting is not None and not -self.width <= self.halting.channel < self.width:
+            raise ValueError(f"halting channel {self.halting.channel} is not among the {self.width} channels of a token.")
+
+    def setup(self) -> None:
+        self.check()
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
+        self.cls_token = self.param("cls_token", _kernel_init, (1, 1, self.width))
+        if self.distilled:
+            self.dist_token = self.param("dist_token", _kernel_init, (1, 1, self.width))
+            self.head_dist = dense(self.num_classes)
+        self.pos_embed = self.param("pos_embed", _kernel_init, (1, self.num_tokens, self.width))
+        self.patch_embed = dense(self.width)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        self.layers = nn.scan(
+            block,
+            length=self.depth,
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+        )(
+            width=self.width,
+            num_heads=self.num_heads,
+            mlp_width=self.mlp_width,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            drop_path=self.drop_path,
+            dtype=self.dtype,
+            halting=self.halting,
+        )
+        if self.halting is not None:
+            self.gate = halting_linen.Halting(self.halting)
+        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
+        self.head = dense(self.num_classes)
+
+    def embed(self, images: jax.Array, image_index: jax.Array | None = None) -> jax.Array:
+        """Images `(B, H, W, C)` to tokens `(B, N, D)`; `image_index` turns dropout on."""
+        batch, (rows, columns), patch = images.shape[0], self.grid, self.patch_size
+        if images.shape[1:] != (*self.pixels, self.channels):
+            raise ValueError(f"images must be (B, {self.pixels[0]}, {self.pixels[1]}, {self.channels}); got {images.shape}.")
+        x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
+        x = self.patch_embed(x.reshape(batch, rows * columns, -1))
+        readout = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
+        readout = [jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in readout]
+        x = jnp.concatenate([*readout, x], axis=1) + self.pos_embed.astype(x.dtype)
+        if image_index is None or not self.dropout:
+            return x
+        return x * _random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
+
+    def classify(self, readout: jax.Array, *, train: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Read-out tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""
+        readout = self.norm(readout)
+        logits = self.head(readout[:, 0])
+        if not self.distilled:
+            return logits
+        logits_dist = self.head_dist(readout[:, 1])
+        return (logits, logits_dist) if train else (logits + logits_dist) / 2
+
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
+    ) -> tuple[jax.Array | tuple[jax.Array, jax.Array], Aux]:
+        """Classifies images; halted tokens are masked, not removed.
+
+        Args:
+          images: `(B, H, W, C)` float32, normalised.
+          train: turns on dropout and drop path, which want `rngs={"dropout": key}`.
+          image_index: `(B,)` int32, place of each image in the global batch, when this is a device's share of it: dropout is
+            drawn by it, so that the draw does not depend on the number of devices. Default: 0 to B - 1.
+
+        Returns:
+          Logits `(B, C)` and `Aux`. A distilled model gives the mean of its two heads; with `train=True` it gives
+          `(class logits, distillation logits)` instead, as each has a loss of its own.
+
+        Raises:
+          ValueError: sizes do not fit together, or the images do not fit the model.
+        """
+        batch = images.shape[0]
+        noisy = train and (self.dropout > 0.0 or self.drop_path > 0.0)
+        image_index = (jnp.arange(batch) if image_index is None else image_index) if noisy else None
+        x = self.embed(images, image_index)
+        layers = (jnp.linspace(0.0, self.drop_path, self.depth), jnp.arange(self.depth) == self.depth - 1)
+        if self.halting is None:
+            x, _ = self.layers(x, layers, None, image_index)
+            readout = x[:, : self.num_readout]
+            state = halting_lib.init(x.shape[:2], x.dtype)
+            score = jnp.zeros((self.depth, *x.shape[:2]), state.remainder.dtype)
+            active = jnp.ones(score.shape, bool)
+            state = dataclasses.replace(state, depth=state.depth + self.depth)
+        else:
+            state = halting_lib.init(x.shape[:2], x.dtype)
+            readout = jnp.zeros((batch, self.num_readout, self.width), state.remainder.dtype)
+            (_, state, readout), (score, active) = self.layers((x, state, readout), layers, self.gate.gate(), image_index)
+        aux = Aux(
+            score=score,
+            active=active,
+            depth=state.depth,
+            ponder_cost=halting_lib.ponder_cost(state),
+            class_output=readout[:, 0],
+            distillation_output=readout[:, 1] if self.distilled else None,
+        )
+        return self.classify(readout, train=train), aux
+
+
+deit_tiny = functools.partial(AViT, width=192, num_heads=3)
+deit_small = functools.partial(AViT, width=384, num_heads=6)
+deit_base = functools.partial(AViT, width=768, num_heads=12)

@@ -1,0 +1,106 @@
+"""Names and layouts of weights: PyTorch state dicts to and from our parameter tree, without torch.
+
+The naming is that of timm, DeiT and the released A-ViT: `blocks.3.attn.qkv.weight` and so on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Our layer module -> PyTorch name inside `blocks.{i}`.
+_LAYER_MODULES = {
+    "norm1": "norm1", "qkv": "attn.qkv", "proj": "attn.proj", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+}  # fmt: skip
+_TOKENS = ("cls_token", "dist_token", "pos_embed")
+_HEADS = ("head", "head_dist")
+
+
+def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Parameter tree of `AViT` from a PyTorch state dict.
+
+    Args:
+      state_dict: PyTorch name -> array, as timm, DeiT and the released A-ViT name them; depth and distillation follow from it.
+
+    Returns:
+      Tree for `model.apply({"params": tree}, images)`, dtypes unchanged; layers stacked along the first axis.
+
+    Raises:
+      ValueError: tensors are missing or surplus; all are named.
+    """
+    depth = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
+    expected = _torch_names(depth, distilled="dist_token" in state_dict)
+    missing, surplus = sorted(set(expected) - set(state_dict)), sorted(set(state_dict) - set(expected))
+    if not depth or missing or surplus:
+        raise ValueError(
+            f"not the state dict of a vision transformer in timm's names: missing {missing or 'blocks.*'}, surplus {surplus}."
+        )
+    params: dict[str, Any] = {}
+    for name, array in state_dict.items():
+        path, layer = _path(name)
+        array = jnp.asarray(_to_ours(name, np.asarray(array)))
+        *parents, leaf = path
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if layer is None:
+            node[leaf] = array
+        else:
+            node.setdefault(leaf, {})[layer] = array
+    stack = lambda layers: jnp.stack([layers[i] for i in range(depth)])  # noqa: E731
+    params["layers"] = jax.tree.map(stack, params["layers"], is_leaf=lambda node: 0 in node)
+    return params
+
+
+def to_torch(params: Mapping[str, Any], *, patch_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """State dict in PyTorch's names and layouts, the inverse of `from_torch`.
+
+    Args:
+      params: parameter tree of `AViT`, or a tree of gradients; the gate's own parameters, if any, are left out.
+      patch_shape: (height, width, channels) of a patch, which the tree does not hold.
+    """
+    depth = params["layers"]["norm1"]["scale"].shape[0]
+    state_dict = {}
+    for name in _torch_names(depth, distilled="dist_token" in params):
+        path, layer = _path(name)
+        node = params
+        for key in path:
+            node = node[key]
+        array = np.asarray(node if layer is None else node[layer])
+        if name == "patch_embed.proj.weight":
+            array = array.reshape(*patch_shape, -1).transpose(3, 2, 0, 1)
+        elif array.ndim == 2:
+            array = array.T
+        state_dict[name] = array
+    return state_dict
+
+
+def _torch_names(depth: int, *, distilled: bool) -> list[str]:
+    """All names of a state dict."""
+    names = [token for token in _TOKENS if distilled or token != "dist_token"]
+    modules = ["patch_embed.proj", "norm", *(head for head in _HEADS if distilled or head != "head_dist")]
+    modules += [f"blocks.{i}.{module}" for i in range(depth) for module in _LAYER_MODULES.values()]
+    return names + [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+
+
+def _path(name: str) -> tuple[tuple[str, ...], int | None]:
+    """Path in our tree, and the layer's index where it is one of a stack."""
+    if name in _TOKENS:
+        return (name,), None
+    module, kind = name.rsplit(".", 1)
+    if kind == "weight":
+        kind = "scale" if "norm" in module else "kernel"
+    if not module.startswith("blocks."):
+        return (module.removesuffix(".proj"), kind), None
+    _, layer, module = module.split(".", 2)
+    ours = next(ours for ours, theirs in _LAYER_MODULES.items() if theirs == module)
+    return ("layers", ours, kind), int(layer)
+
+
+def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
+    """Kernels are (in, out) here; a patch is flattened as rows, columns, channels."""
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+    return array.T if array.ndim == 2 else array
