@@ -76,7 +76,7 @@ def prior_loss(
         raise ValueError(f'mode of the prior loss must be "paper" or "official"; got "{mode}".')
     score = aux.score.at[-1].set(1.0)
     h = _mean_over(halting.score_by_layer(score, aux.active), axis_name)
-    log_h = jnp.log(jnp.maximum(h, jnp.finfo(h.dtype).tiny)) - jnp.log(h.sum())
+    log_h = _log_normalised(h)
     log_prior = halting.depth_prior(len(h), center=target_depth, width=width)
     if reverse:
         log_h, log_prior = log_prior, log_h
@@ -85,6 +85,12 @@ def prior_loss(
 
 def _mean_over(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def _log_normalised(h: jax.Array) -> jax.Array:
+    """Logarithm of `h / h.sum()`, whose gradient stays finite where scores underflow."""
+    h = jnp.maximum(h, jnp.finfo(h.dtype).tiny)
+    return jnp.log(h) - jnp.log(h.sum())
 
 
 def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str | None) -> jax.Array:
@@ -98,10 +104,10 @@ def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str |
     if count == 1:
         return jnp.zeros((), score.dtype)
     h = _mean_over(jnp.where(is_first[:, None], 0.0, score).mean((1, 2)) * count / (count - 1), axis_name)
-    q = jnp.clip(h / jnp.maximum(h.sum(), jnp.finfo(h.dtype).tiny), 0.01, 0.99)
+    log_q = jnp.clip(_log_normalised(h), jnp.log(0.01), jnp.log(0.99))
     layer = jnp.arange(num_layers)
     log_pdf = -0.5 * (layer - target_depth) ** 2
     first = jnp.where(layer < target_depth, log_pdf, -jnp.inf)
     log_target = log_pdf - jax.nn.logsumexp(first) + jnp.log(0.98)
-    loss = jnp.sum(jnp.exp(log_target) * (log_target - jnp.log(q))) / num_layers
+    loss = jnp.sum(jnp.exp(log_target) * (log_target - log_q)) / num_layers
     return jnp.maximum(loss, 0.0)
