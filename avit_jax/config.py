@@ -1,0 +1,82 @@
+"""Every configuration key with its default; a recipe in configs/ starts from `default()` and sets what differs."""
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+    """Returns the configuration all recipes start from, locked: a misspelt key is an error."""
+    config = ConfigDict()
+    config.seed = 0
+    config.data = ConfigDict(
+        {
+            "name": "digits",  # "digits", or a prepared data set of tensorflow-datasets
+            "dir": "",  # of tensorflow-datasets; empty: its default, ~/tensorflow_datasets
+            "train_split": "train",
+            "eval_split": "test",
+            "mean": (0.485, 0.456, 0.406),  # of pixels from 0 to 1, one number a channel
+            "std": (0.229, 0.224, 0.225),
+            "crop_ratio": 0.875,  # evaluation: share of the resized picture that is seen
+            "num_threads": 2,  # that read and transform
+        }
+    )
+    # Random affine map, see avit_jax/data/augment.py; all 0: none.
+    config.affine = ConfigDict({"rotate": 0.0, "translate": 0.0, "scale": 0.0, "shear": 0.0})
+    # Attributes of avit_jax.AViT, see there.
+    config.model = ConfigDict(
+        {
+            "image_size": (224, 224),  # height, width
+            "patch_size": 16,
+            "channels": 3,
+            "width": 192,
+            "depth": 12,
+            "num_heads": 3,
+            "mlp_ratio": 4.0,
+            "num_classes": 1000,
+            "distilled": False,
+            "drop_path": 0.0,
+            "dropout": 0.0,
+            "dtype": "float32",  # of the computation; "bfloat16" on accelerators
+            "remat": False,
+        }
+    )
+    # avit_jax.HaltingConfig; enabled=False is the plain network.
+    config.halting = ConfigDict(
+        {"enabled": True, "gamma": 10.0, "beta": -30.0, "epsilon": 0.01, "channel": 0, "learnable": False}
+    )
+    config.loss = ConfigDict(
+        {
+            "label_smoothing": 0.0,
+            "ponder_weight": 5e-4,
+            "prior_weight": 1e-3,
+            "target_depth": 8.0,  # layer, counted from 1
+            "prior_width": 1.0,  # layers
+            "prior_mode": "paper",  # or "official", to compare with released numbers
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 5e-4,
+            "warmup": 0.05,  # share of the steps
+            "warmup_learning_rate": 1e-6,
+            "min_learning_rate": 1e-5,
+            "weight_decay": 0.05,
+            "clip_norm": 0.0,  # of the global gradient; 0: no clip
+            "ema_decay": 0.99996,  # the averaged parameters are what is evaluated; 0: no average
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "batch_size": 512,  # images a step, over all devices
+            "steps": 1000,
+            "log_every": 50,  # steps
+            "eval_every": 0,  # steps; evaluates and saves; 0: only at the end
+        }
+    )
+    config.eval = ConfigDict(
+        {
+            "batch_size": 512,
+            "checkpoint": "last",  # --mode=eval: "last" or "best"
+            "pictures": 8,  # images drawn in depth.png
+        }
+    )
+    return config.lock()

@@ -1,0 +1,1 @@
+"""The way of an image: source -> host transforms -> loader -> device augmentation."""

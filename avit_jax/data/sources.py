@@ -1,0 +1,97 @@
+"""Where images come from: random access to records `{"image", "label"}`, with label names."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from avit_jax import errors
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A split of a data set.
+
+    Attributes:
+      records: random access; each record holds `image`, a uint8 array `(H, W, C)` or an encoded picture, and `label`, an int.
+      label_names: one name a class.
+    """
+
+    records: Sequence[Record]
+    label_names: list[str]
+
+
+def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+    """Opens a split of a data set.
+
+    Args:
+      name: "digits", or a data set of tensorflow-datasets that has been prepared in array_record format.
+      split: "train" or "test" for the digits, else a TFDS split, with slices such as "train[:99%]".
+      data_dir: where TFDS data sets lie; empty for TFDS's own default.
+      image_size: (height, width) that the digits are enlarged to; other pictures are resized by the host transforms.
+
+    Raises:
+      errors.UserError: no such split, or the data set is not prepared.
+    """
+    if name == "digits":
+        return _digits(split, image_size)
+    return _tfds(name, split, data_dir)
+
+
+def check_fit(source: Source, num_classes: int) -> None:
+    """Raises errors.UserError unless the data set has the classes of the model."""
+    if len(source.label_names) != num_classes:
+        raise errors.UserError(
+            f"the data set has {len(source.label_names)} classes but the model {num_classes}: "
+            f"set --config.model.num_classes={len(source.label_names)}."
+        )
+
+
+def _digits(split: str, image_size: tuple[int, int]) -> Source:
+    """scikit-learn's 1,797 handwritten 8x8 digits, enlarged bilinearly; the last 360 are the test split."""
+    import sklearn.datasets
+    from PIL import Image
+
+    splits = {"train": slice(0, 1437), "test": slice(1437, 1797)}
+    if split not in splits:
+        raise errors.UserError(f'the digits have the splits "train" and "test"; config.data names "{split}".')
+    bunch = sklearn.datasets.load_digits()
+    height, width = image_size
+
+    def enlarge(pixels: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))[..., None]
+
+    chosen = zip(bunch.images[splits[split]], bunch.target[splits[split]], strict=True)
+    records = [{"image": enlarge(pixels), "label": int(label)} for pixels, label in chosen]
+    return Source(records, [str(name) for name in bunch.target_names])
+
+
+def _tfds(name: str, split: str, data_dir: str) -> Source:
+    """A prepared array_record data set, pictures left encoded."""
+    import tensorflow_datasets as tfds
+
+    where = f'in "{data_dir}"' if data_dir else "in ~/tensorflow_datasets"
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        prepared = builder.data_path.exists()
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
+        raise errors.UserError(f'tensorflow-datasets cannot open "{name}": {_first_line(error)}') from error
+    if not prepared:
+        raise errors.UserError(
+            f'the data set "{name}" is not prepared {where}: prepare it once with '
+            f"`tfds build {name} --file_format=array_record` (or set --config.data.dir to where it lies), "
+            "or try --config=configs/digits.py, which needs no download."
+        )
+    try:
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise errors.UserError(f'cannot read the split "{split}" of "{name}" {where}: {_first_line(error)}') from error
+    return Source(records, builder.info.features["label"].names)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,112 @@
+"""Evaluation: every image exactly once, whatever the batch and the number of devices; the summary and the picture of a run."""
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import jax_utils
+from ml_collections import ConfigDict
+
+from avit_jax import flops, metrics, visualize, vit
+from avit_jax.data import augment, loader, sources, transforms
+
+AXIS = "devices"
+_logger = logging.getLogger(__name__)
+Results = dict[str, np.ndarray]
+
+
+class Evaluator:
+    """Evaluates parameters of one model on one data set; compiles once.
+
+    Args:
+      config: of the run.
+      model: of the run.
+
+    Raises:
+      errors.UserError: the data set is not there, or does not fit the model.
+    """
+
+    def __init__(self, config: ConfigDict, model: vit.AViT) -> None:
+        self._config, self._model = config, model
+        self.source = sources.load(
+            config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=model.pixels
+        )
+        sources.check_fit(self.source, model.num_classes)
+        self._step = jax.pmap(make_eval_step(model, config.data.mean, config.data.std), axis_name=AXIS)
+
+    def __call__(self, params: Any) -> Results:
+        """Evaluates `params`, replicated over local devices; returns the means of `metrics.eval_sums`."""
+        config = self._config
+        transform = functools.partial(transforms.evaluate, image_size=self._model.pixels, crop_ratio=config.data.crop_ratio)
+        batches = loader.eval_batches(
+            self.source, transform, batch_size=config.eval.batch_size, num_threads=config.data.num_threads
+        )
+        sums = [self._step(params, batch) for batch in batches]  # nothing is read back before the last batch
+        return metrics.means([jax_utils.unreplicate(batch) for batch in jax.device_get(sums)])
+
+    def scalars(self, results: Results) -> dict[str, float]:
+        """The results that are single numbers, with `macs_ratio`, the share of the static network's MACs."""
+        values = {name: float(value) for name, value in results.items() if value.ndim == 0}
+        return values | {"macs_ratio": values["macs"] / flops.static_macs(self._model)}
+
+    def report(self, workdir: epath.Path, params: Any, results: Results, *, train_seconds: float) -> None:
+        """Writes `summary.json` and `depth.png`; `params` are replicated as in a call."""
+        values = self.scalars(results)
+        summary = {
+            "top1": values["top1"],
+            "macs_per_image": values["macs"],
+            "macs_ratio": values["macs_ratio"],
+            "mean_depth": values["depth_patch"],
+            "images": int(values["images"]),
+            "train_seconds": train_seconds,
+        }
+        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        count = min(self._config.eval.pictures, len(self.source.records))
+        images, labels, logits, depth = self._predict(jax_utils.unreplicate(params), count)
+        figure = visualize.depth_figure(
+            images,
+            depth,
+            num_layers=self._model.depth,
+            titles=[
+                _title(label, guess, self.source.label_names) for label, guess in zip(labels, logits.argmax(-1), strict=True)
+            ],
+            patch_depth=results["patch_depth"],
+            score=results["score"],
+            caption=f"top-1 {values['top1']:.1%} at {values['macs_ratio']:.2f} of the static network's MACs, "
+            f"mean depth of patch tokens {values['depth_patch']:.2f} of {self._model.depth} layers",
+        )
+        figure.savefig(workdir / "depth.png", dpi=150)
+        _logger.info("wrote %s and %s", workdir / "summary.json", workdir / "depth.png")
+
+    def _predict(self, params: Any, count: int) -> tuple[np.ndarray, list[int], np.ndarray, np.ndarray]:
+        """Pixels, labels, logits and depth maps `(count, rows, columns)` of the first images."""
+        transform = functools.partial(
+            transforms.evaluate, image_size=self._model.pixels, crop_ratio=self._config.data.crop_ratio
+        )
+        records = [transform(self.source.records[i]) for i in range(count)]
+        images = np.stack([record["image"] for record in records])
+        normal = augment.normalize(images, self._config.data.mean, self._config.data.std)
+        logits, aux = jax.device_get(jax.jit(self._model.apply)({"params": params}, normal))
+        depth = aux.depth[:, self._model.num_readout :].reshape(count, *self._model.grid)
+        return images, [int(record["label"]) for record in records], logits, depth
+
+
+def make_eval_step(
+    model: vit.AViT, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Any, loader.Batch], metrics.Sums]:
+    """The evaluation step as a function of one device's share of the batch, to run under `pmap` over `AXIS`."""
+
+    def eval_step(params: Any, batch: loader.Batch) -> metrics.Sums:
+        logits, aux = model.apply({"params": params}, augment.normalize(batch["image"], mean, std))
+        return jax.lax.psum(metrics.eval_sums(model, logits, aux, batch["label"], batch["weight"]), AXIS)
+
+    return eval_step
+
+
+def _title(label: int, guess: int, names: list[str]) -> str:
+    return names[label] if label == guess else f"{names[label]}, taken for {names[guess]}"

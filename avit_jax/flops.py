@@ -1,0 +1,56 @@
+"""Multiply-accumulates (MACs) an image really costs, from the depths of its own tokens.
+
+The literature's "GFLOPs" of vision transformers are MACs (DeiT-T 1.3 G, DeiT-S 4.6 G), half the floating-point operations.
+Counted are the matrix products: patch embedding, qkv, attention, projections, MLP and head. Norms, softmax and GELU, about 1%,
+are not.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from avit_jax import vit
+
+
+def computing(active: jax.Array, num_readout: int) -> jax.Array:
+    """Which tokens have to compute once halted tokens are removed.
+
+    Args:
+      active: `(L, B, N)` bool, as in `vit.Aux`.
+      num_readout: R, read-out tokens at the front.
+
+    Returns:
+      `(L, B, N)` bool: active, in an image that has a read-out token left. Once its read-out tokens have halted, the logits of
+      an image are final, and its other tokens may stop too.
+    """
+    return active & active[:, :, :num_readout].any(axis=-1, keepdims=True)
+
+
+def layer_macs(num_tokens: jax.typing.ArrayLike, *, width: int, mlp_width: int) -> jax.typing.ArrayLike:
+    """MACs of one layer on one image with `num_tokens` tokens, any shape."""
+    linear = 4 * width**2 + 2 * width * mlp_width  # qkv and projection, then the MLP
+    return num_tokens * (linear + 2 * width * num_tokens)  # queries times keys, and weights times values
+
+
+def fixed_macs(model: vit.AViT) -> int:
+    """MACs of an image outside the layers: patch embedding and head."""
+    patches = model.num_tokens - model.num_readout
+    return patches * model.patch_size**2 * model.channels * model.width + model.num_readout * model.width * model.num_classes
+
+
+def static_macs(model: vit.AViT) -> int:
+    """MACs of an image when no token halts."""
+    return fixed_macs(model) + model.depth * layer_macs(model.num_tokens, width=model.width, mlp_width=model.mlp_width)
+
+
+def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
+    """MACs of each image when halted tokens, and all tokens of finished images, are removed.
+
+    Args:
+      model: for its sizes.
+      active: `(L, B, N)` bool, as in `vit.Aux`.
+
+    Returns:
+      `(B,)` float32 MACs.
+    """
+    num_tokens = computing(active, model.num_readout).sum(axis=-1).astype(jnp.float32)
+    return fixed_macs(model) + layer_macs(num_tokens, width=model.width, mlp_width=model.mlp_width).sum(axis=0)

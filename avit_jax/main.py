@@ -1,0 +1,55 @@
+"""Command line: `python -m avit_jax.main --config=configs/digits.py --workdir=runs/digits`."""
+
+import logging
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from avit_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, a Python file such as configs/digits.py", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: runs/<name of the recipe>")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint of the workdir")
+
+
+def _stop(message: object) -> None:
+    sys.exit(f"error: {' '.join(str(message).split())}")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; every mistake ends in one sentence."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            _stop(f"unexpected argument {rest[0]!r}: all options start with --.")
+        if _CONFIG.value is None:
+            _stop("name a recipe, for example --config=configs/digits.py.")
+    except (AttributeError, KeyError) as error:  # of ml_collections: no such key; its message names the nearest
+        _stop(f"unknown configuration key {str(error.args[0]).replace(chr(92) + chr(39), chr(39)).strip(chr(34))}")
+    except (flags.Error, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+        _stop(error)
+    return argv[:1]
+
+
+def _main(_: list[str]) -> None:
+    from avit_jax import train
+
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.getLogger("avit_jax").addHandler(console)
+    logging.getLogger("avit_jax").setLevel(logging.INFO)
+    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
+    workdir = _WORKDIR.value or f"runs/{name}"
+    try:
+        if _MODE.value == "train":
+            train.train(_CONFIG.value, workdir)
+        else:
+            train.restore_and_evaluate(_CONFIG.value, workdir)
+    except errors.UserError as error:
+        _stop(error)
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=_parse)
