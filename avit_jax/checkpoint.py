@@ -59,7 +59,7 @@ class Checkpoints:
         step = self.step(which)
         if step is None:
             raise errors.UserError(
-                f"there is no checkpoint in {self._directory}: train first (--mode=train), or set --workdir to another run's folder."
+                f"there is no checkpoint in {self._directory}: train first, or set --workdir to the folder of a run."
             )
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from avit_jax import errors
@@ -36,6 +37,7 @@ def _parse(argv: list[str]) -> list[str]:
 def _main(_: list[str]) -> None:
     from avit_jax import train
 
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a screenful at every save
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.getLogger("avit_jax").addHandler(console)

@@ -24,7 +24,8 @@ from avit_jax import halting_linen
 # image all of whose tokens have halted gives no NaN.
 _HALTED_KEY_BIAS = -1e9
 
-_kernel_init = nn.initializers.truncated_normal(0.02)
+_token_init = nn.initializers.truncated_normal(0.02)
+_kernel_init = nn.initializers.xavier_uniform()  # learns from random weights far sooner than 0.02 everywhere
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -249,11 +250,11 @@ class AViT(nn.Module):
     def setup(self) -> None:
         self.check()
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
-        self.cls_token = self.param("cls_token", _kernel_init, (1, 1, self.width))
+        self.cls_token = self.param("cls_token", _token_init, (1, 1, self.width))
         if self.distilled:
-            self.dist_token = self.param("dist_token", _kernel_init, (1, 1, self.width))
+            self.dist_token = self.param("dist_token", _token_init, (1, 1, self.width))
             self.head_dist = dense(self.num_classes)
-        self.pos_embed = self.param("pos_embed", _kernel_init, (1, self.num_tokens, self.width))
+        self.pos_embed = self.param("pos_embed", _token_init, (1, self.num_tokens, self.width))
         self.patch_embed = dense(self.width)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         self.layers = nn.scan(
