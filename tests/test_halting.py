@@ -40,6 +40,10 @@ def _run_scanned(score: jax.Array) -> dict[str, jax.Array]:
     return vars(state) | dict(weight=weight, active=active, ponder_cost=halting.ponder_cost(state))
 
 
+# Compiles fast, for programs that run once.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def _oracle(score: np.ndarray, epsilon: float) -> dict[str, np.ndarray]:
     """Section 3 of the paper for scores `(L, N)`, token by token in plain numbers."""
     num_layers, num_tokens = score.shape
@@ -115,8 +119,8 @@ def test_gradients_flow_through_the_remainder_to_earlier_scores_alone() -> None:
     before = np.arange(8)[:, None] < halts_at
     assert len(set(halts_at)) > 3
     at_halt = np.take_along_axis(outputs, halts_at[None], axis=0)
-    np.testing.assert_allclose(jax.grad(mixture)(score), before * (outputs - at_halt), atol=1e-6)
-    ponder_gradient = jax.grad(lambda s: _run(s)["ponder_cost"].sum())(score)
+    np.testing.assert_allclose(jax.jit(jax.grad(mixture))(score), before * (outputs - at_halt), atol=1e-6)
+    ponder_gradient = jax.jit(jax.grad(lambda s: _run(s)["ponder_cost"].sum()))(score)
     np.testing.assert_allclose(ponder_gradient, -1.0 * before, atol=1e-6)
 
 
@@ -133,10 +137,15 @@ def test_bfloat16_tokens_keep_float32_sums() -> None:
     np.testing.assert_allclose(state.remainder, 1 - 40 * expected, rtol=1e-5)
 
 
+def _batch_second(run: Callable) -> Callable:
+    """Moves the mapped axis from the front to where `_run` has it."""
+    return lambda score: {key: jnp.moveaxis(x, 0, 1 - score.ndim) for key, x in run(score).items()}
+
+
 _TRANSFORMS = {
     "jit": _run_compiled,
-    "vmap": lambda score: {key: jnp.moveaxis(x, 0, -score.ndim + 1) for key, x in jax.vmap(_run, 1)(score).items()},
-    "pmap": lambda score: {key: jnp.moveaxis(x, 0, -score.ndim + 1) for key, x in jax.pmap(_run, in_axes=1)(score).items()},
+    "vmap": _batch_second(jax.jit(jax.vmap(_run, in_axes=1))),
+    "pmap": _batch_second(jax.pmap(_run, in_axes=1)),
     "scan": _run_scanned,
 }
 
@@ -260,8 +269,8 @@ def test_flax_modules_equal_the_pure_functions(wrapper: str, learnable: bool) ->
     results = []
     for build in (_pure, _WRAPPERS[wrapper]):
         params, step = build(config, tokens[0])
-        differentiate = jax.jit(jax.value_and_grad(functools.partial(_three_layers, step=step), (0, 1), has_aux=True))
-        results.append((params, differentiate(params, tokens)))
+        differentiate = jax.value_and_grad(functools.partial(_three_layers, step=step), (0, 1), has_aux=True)
+        results.append((params, _jit(differentiate)(params, tokens)))
     expected, got = map(jax.tree.leaves, results)  # a module's gamma and beta may sit in a container of their own
     chex.assert_trees_all_close(got, expected, rtol=1e-6)
     params_gradient, tokens_gradient = results[0][1][1]

@@ -14,15 +14,20 @@ from avit_jax import halting, losses, vit
 _LAYERS, _IMAGES, _TOKENS = 6, 16, 5
 
 
+@jax.jit
 def _aux(score: jax.typing.ArrayLike) -> vit.Aux:
     """What a network with the raw scores `(L, B, N)` reports."""
-    score = jnp.asarray(score)
     state, actives = halting.init(score.shape[1:], score.dtype), []
     for i, score_i in enumerate(score):
         actives.append(state.active)
         state, _ = halting.accumulate(state, score_i, epsilon=0.01, is_last=i == len(score) - 1)
     aux = dict(score=score, active=jnp.stack(actives), depth=state.depth, ponder_cost=halting.ponder_cost(state))
     return vit.Aux(**aux, class_output=jnp.zeros((score.shape[1], 1)))
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "reverse"))
+def _prior(score: jax.typing.ArrayLike, target_depth: float = 3, **kwargs: Any) -> jax.Array:
+    return losses.prior_loss(_aux(score), target_depth=target_depth, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +77,13 @@ def test_paper_prior(score: np.ndarray, center: float, width: float, reverse: bo
     prior = np.exp(-((np.arange(1, _LAYERS + 1) - center) ** 2) / (2 * width**2))
     prior /= prior.sum()
     p, q = (prior, h) if reverse else (h, prior)
-    got = losses.prior_loss(_aux(score), target_depth=center, width=width, reverse=reverse)
+    got = _prior(score, center, width=width, reverse=reverse)
     np.testing.assert_allclose(got, np.sum(p * np.log(p / q)), rtol=1e-4)
 
 
 def test_order_of_images_matters_to_the_official_prior_alone(score: np.ndarray) -> None:
     rolled = np.roll(score, 5, axis=1)
-    paper, official = (
-        [losses.prior_loss(_aux(s), target_depth=3, mode=mode) for s in (score, rolled)] for mode in ("paper", "official")
-    )
+    paper, official = ([_prior(s, mode=mode) for s in (score, rolled)] for mode in ("paper", "official"))
     np.testing.assert_allclose(*paper, rtol=1e-5)
     assert abs(official[0] - official[1]) > 1e-4
 
@@ -90,8 +93,7 @@ def test_order_of_images_matters_to_the_official_prior_alone(score: np.ndarray) 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1e-15, 1.0])
 def test_prior_and_its_gradient_are_finite(mode: str, images: int, value: float) -> None:
     def loss(logit):
-        score = jnp.full((_LAYERS, images, _TOKENS), value) * jnp.exp(logit)
-        return losses.prior_loss(_aux(score), target_depth=3, mode=mode)
+        return _prior(value * jnp.exp(logit), mode=mode)
 
     with jax.debug_nans(True):
         chex.assert_tree_all_finite(jax.value_and_grad(loss)(jnp.zeros((_LAYERS, images, _TOKENS))))
@@ -99,7 +101,7 @@ def test_prior_and_its_gradient_are_finite(mode: str, images: int, value: float)
 
 def test_gradient_of_the_paper_prior_lowers_scores_that_come_too_early() -> None:
     score = jnp.full((_LAYERS, 2, _TOKENS), 0.3)  # halts at layer 4: H is even over the first four
-    gradient = jax.grad(lambda s: losses.prior_loss(_aux(s), target_depth=3.0))(score)
+    gradient = jax.grad(_prior)(score)
     assert (gradient[0] > 0).all()
     assert (gradient[2] < 0).all()
 

@@ -252,6 +252,15 @@ def test_drop_path_scales_what_it_keeps() -> None:
     np.testing.assert_allclose(noisy, factor[:, None, None] * branch, atol=1e-4)
 
 
+def test_every_layer_draws_a_dropout_of_its_own() -> None:
+    # Each of two layers adds 1 to every channel, times 0 or 1 / (1 - 0.5).
+    model = _model(halting=None, depth=2, dropout=0.5)
+    params = jax.tree.map(np.zeros_like, _params(model))
+    params["layers"]["fc2"]["bias"] += 1.0
+    _, aux = _run(model=model, params=params, train=True, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(aux.class_output)) == {0.0, 2.0, 4.0}
+
+
 def test_remat_gives_the_same_gradient_from_another_program() -> None:
     plain, remat = _model(), _model(remat=True)
     chex.assert_trees_all_close(_gradient(remat), _gradient(plain), rtol=1e-4, atol=1e-6)
