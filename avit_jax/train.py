@@ -124,7 +124,7 @@ def make_train_step(
         if state.ema_params is not None:
             ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay)
         state = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
-        return state, values | {"grad_norm": optax.global_norm(grads)}
+        return state, values | {"grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
@@ -180,7 +180,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         batches = _train_batches(config, model, start)
         state = jax_utils.replicate(state)
         step_fn = jax.pmap(make_train_step(model, tx, config), axis_name=AXIS, donate_argnums=0)
-        log = _Log(config, workdir, learning_rate, start=start, seconds=seconds)
+        log = _Log(config, workdir, learning_rate, seconds)
         results = None
         for step in range(start + 1, config.train.steps + 1):
             state, values = step_fn(state, next(batches))
@@ -201,13 +201,12 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
 class _Log:
     """Progress on the console and in the metrics files; looks at values of the device at `log_every` only."""
 
-    def __init__(
-        self, config: ConfigDict, workdir: epath.Path, learning_rate: optax.Schedule, *, start: int, seconds: float
-    ) -> None:
+    def __init__(self, config: ConfigDict, workdir: epath.Path, learning_rate: optax.Schedule, seconds: float) -> None:
         self._config, self._learning_rate = config, learning_rate
         self._writer = metrics.Writer(workdir)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._start, self._seconds_before, self._started = start, seconds, time.monotonic()
+        self._seconds_before, self._started = seconds, time.monotonic()
+        self._flushed = self._started
 
     @property
     def seconds(self) -> float:
@@ -237,8 +236,9 @@ class _Log:
                     )
         mean = {name: float(np.mean([row[name][0] for row in values])) for name in values[0]}
         step, total = steps[-1], self._config.train.steps
-        elapsed = time.monotonic() - self._started
-        rate = (step - self._start) / elapsed
+        now = time.monotonic()
+        rate = len(steps) / (now - self._flushed)
+        self._flushed = now
         mean["learning_rate"] = float(self._learning_rate(step - 1))
         mean["images_per_second"] = rate * self._config.train.batch_size
         self._writer.write(step, "train", mean)
@@ -249,7 +249,8 @@ class _Log:
         )
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Writes the result of an evaluation."""
+        """Writes the result of an evaluation, whose time does not count as training in images/s."""
+        self._flushed = time.monotonic()
         self._writer.write(step, "eval", values)
         _logger.info(
             "step %d  evaluation of %d images: top-1 %.2f%%  MACs ratio %.3f  depth of patch tokens %.2f, of class token %.2f",

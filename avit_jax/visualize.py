@@ -50,6 +50,6 @@ def depth_figure(
     histogram.bar(layers, patch_depth, color="tab:blue")
     histogram.set(xlabel="layer at which a patch token halts", ylabel="share of patch tokens", xticks=layers)
     scores.plot(layers, score, marker="o", color="tab:orange")
-    scores.set(xlabel="layer", ylabel="mean halting score (halted tokens count 0)", xticks=layers)
+    scores.set(xlabel="layer", ylabel="mean halting score", xticks=layers)
     scores.set_ylim(bottom=0.0)
     return figure

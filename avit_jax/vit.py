@@ -120,11 +120,11 @@ class Block(nn.Module):
         batch, num_tokens, _ = a.shape
         qkv = _per_token(self.qkv, a).reshape(batch, num_tokens, 3, self.num_heads, -1)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-        logits = jnp.einsum("bhqk,bhsk->bhqs", q * q.shape[-1] ** -0.5, k)
+        logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(-2, -1))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if active is not None:
             logits = logits + jnp.where(active, 0.0, _HALTED_KEY_BIAS)[:, None, None, :]
-        out = jnp.einsum("bhqs,bhsk->bqhk", jax.nn.softmax(logits).astype(v.dtype), v)
+        out = jnp.matmul(jax.nn.softmax(logits).astype(v.dtype), v).swapaxes(1, 2)
         return _per_token(self.proj, out.reshape(a.shape))
 
     def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
@@ -237,6 +237,11 @@ class AViT(nn.Module):
 
     def check(self) -> None:
         """Raises ValueError, saying what to change, where the sizes do not fit together."""
+        if len(self.pixels) != 2:
+            raise ValueError(f"image_size must be one number or (height, width); got {self.image_size}.")
+        for name in ("patch_size", "channels", "width", "depth", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.pixels[0] % self.patch_size or self.pixels[1] % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} must divide the image size {self.pixels}.")
         if self.width % self.num_heads:

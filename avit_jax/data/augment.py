@@ -48,7 +48,7 @@ def random_affine(images: jax.Array, key: jax.Array, index: jax.Array, ranges: A
     """
     height, width = images.shape[1:3]
     center = jnp.asarray([(height - 1) / 2, (width - 1) / 2])
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1) - center
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1) - center[None, None, :]
 
     def one(image: jax.Array, i: jax.Array) -> jax.Array:
         draw = jax.random.uniform(jax.random.fold_in(key, i), (5,), minval=-1.0, maxval=1.0)

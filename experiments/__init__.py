@@ -1,0 +1,1 @@
+"""One folder a claim: a script that measures it, and its result."""

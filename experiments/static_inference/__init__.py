@@ -1,0 +1,1 @@
+"""The static network against plain PyTorch."""

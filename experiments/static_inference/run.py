@@ -1,0 +1,85 @@
+"""Images per second of static DeiT-T inference, whole batch and in chunks, and of plain PyTorch where torch is installed.
+
+python -m experiments.static_inference.run --out=experiments/static_inference/result.json
+
+float32, compiled and warmed up beforehand, each call waited for, calls interleaved. Random pixels will do: nothing halts.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import avit_jax
+from experiments import timing
+
+_BATCH = flags.DEFINE_integer("batch", 16, "images a call")
+_CHUNKS = flags.DEFINE_multi_integer("chunk", [16, 8, 4], "images that run through all layers at a time; divide the batch")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "interleaved repeats")
+_OUT = flags.DEFINE_string("out", None, "JSON file to write")
+
+
+def jax_functions(model: avit_jax.AViT, params: dict, images: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+    """One function a chunk size; each returns logits."""
+
+    def build(chunk: int) -> Callable[[], np.ndarray]:
+        chunks = jax.device_put(images.reshape(-1, chunk, *images.shape[1:]))
+        run = jax.jit(lambda params, chunks: jax.lax.map(lambda x: model.apply({"params": params}, x)[0], chunks))
+        return lambda: np.asarray(run(params, chunks)).reshape(len(images), -1)
+
+    return {f"jax, chunks of {chunk}": build(chunk) for chunk in _CHUNKS.value}
+
+
+def torch_functions(params: dict, images: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+    """Plain PyTorch with the same weights; none where torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        print("torch is not installed: no comparison with PyTorch")
+        return {}
+    from experiments.static_inference import torch_vit
+
+    network = torch_vit.VisionTransformer(width=192, num_heads=3).eval()
+    state_dict = avit_jax.weights.to_torch(params, patch_shape=(16, 16, 3))
+    network.load_state_dict({name: torch.tensor(array) for name, array in state_dict.items()})
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2).copy())
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return network(pixels).numpy()
+
+    return {"torch": run}
+
+
+def main(_: list[str]) -> None:
+    """Checks that all compute the same, measures, prints and writes."""
+    images = np.random.default_rng(0).standard_normal((_BATCH.value, 224, 224, 3)).astype(np.float32)
+    model = avit_jax.deit_tiny(halting=None)
+    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
+    functions = jax_functions(model, params, images) | torch_functions(params, images)
+    first, *others = [function() for function in functions.values()]
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-4)
+    seconds = timing.interleave(functions, _ROUNDS.value)
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    best = min((name for name in medians if name != "torch"), key=medians.get)
+    result = {
+        **timing.environment(),
+        "batch": _BATCH.value,
+        "rounds": _ROUNDS.value,
+        "images_per_second": {name: _BATCH.value / median for name, median in medians.items()},
+        "best": best,
+    }
+    if "torch" in seconds:
+        result["speed_up_over_torch"] = timing.median_ratio(seconds["torch"], seconds[best])
+    text = json.dumps(result, indent=2)
+    print(text)
+    if _OUT.value:
+        pathlib.Path(_OUT.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

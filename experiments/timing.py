@@ -1,0 +1,40 @@
+"""Interleaved timing: machines drift, ratios within a round do not."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Calls all functions once to warm up, then in turn, `rounds` times; each has to return when its work is done.
+
+    Returns:
+      Wall seconds of each call, by function.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median over rounds of the ratio within the round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    device = jax.devices()[0]
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+    }

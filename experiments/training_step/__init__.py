@@ -1,0 +1,1 @@
+"""What halting adds to the training step."""

@@ -1,0 +1,66 @@
+"""Time of the pmap training step with halting against the same step without it: DeiT-T shapes, batch 16.
+
+python -m experiments.training_step.run --out=experiments/training_step/result.json
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import jax_utils
+
+from avit_jax import config as config_lib
+from avit_jax import train
+from experiments import timing
+
+_BATCH = flags.DEFINE_integer("batch", 16, "images a step")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "interleaved repeats")
+_OUT = flags.DEFINE_string("out", None, "JSON file to write")
+
+
+def build_step(*, halting: bool, batch_size: int) -> Callable[[], None]:
+    """A function that does one training step on random images, on one device, and waits for it."""
+    config = config_lib.default()
+    config.halting.enabled = halting
+    model = train.build_model(config)
+    tx, _ = train.build_optimizer(config)
+    devices = jax.local_devices()[:1]
+    state = jax_utils.replicate(train.create_state(model, tx, seed=0, ema=True), devices)
+    step = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0, devices=devices)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (1, batch_size, *model.pixels, model.channels), np.uint8),
+        "label": rng.integers(0, model.num_classes, (1, batch_size)).astype(np.int32),
+        "index": np.arange(batch_size, dtype=np.int32)[None],
+    }
+
+    def run() -> None:
+        nonlocal state
+        state, values = step(state, batch)
+        jax.block_until_ready((state, values))
+
+    return run
+
+
+def main(_: list[str]) -> None:
+    """Measures, prints and writes."""
+    functions = {name: build_step(halting=name == "halting", batch_size=_BATCH.value) for name in ("static", "halting")}
+    seconds = timing.interleave(functions, _ROUNDS.value)
+    result = {
+        **timing.environment(),
+        "batch": _BATCH.value,
+        "rounds": _ROUNDS.value,
+        "median_seconds": {name: float(np.median(times)) for name, times in seconds.items()},
+        "ratio": timing.median_ratio(seconds["halting"], seconds["static"]),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if _OUT.value:
+        pathlib.Path(_OUT.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
