@@ -20,17 +20,17 @@ def _stop(message: object) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; every mistake ends in one sentence."""
+    """Parses flags; every mistake, of the recipe too, ends in one sentence."""
     try:
         rest = flags.FLAGS(argv)[1:]
         if rest:
             _stop(f"unexpected argument {rest[0]!r}: all options start with --.")
         if _CONFIG.value is None:
             _stop("name a recipe, for example --config=configs/digits.py.")
-    except (AttributeError, KeyError) as error:  # of ml_collections: no such key; its message names the nearest
-        _stop(f"unknown configuration key {str(error.args[0]).replace(chr(92) + chr(39), chr(39)).strip(chr(34))}")
-    except (flags.Error, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        _stop(error)
+        # ml_collections tells that there is no such file only when one looks into the recipe.
+        _CONFIG.value.train.steps  # noqa: B018
+    except Exception as error:
+        _stop(errors.sentence(error))
     return argv[:1]
 
 
@@ -40,8 +40,10 @@ def _main(_: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a screenful at every save
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.getLogger("avit_jax").addHandler(console)
-    logging.getLogger("avit_jax").setLevel(logging.INFO)
+    logger = logging.getLogger("avit_jax")
+    logger.addHandler(console)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
     workdir = _WORKDIR.value or f"runs/{name}"
     try:

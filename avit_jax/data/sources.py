@@ -78,7 +78,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         prepared = builder.data_path.exists()
-    except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as error:
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
         raise errors.UserError(f'tensorflow-datasets cannot open "{name}": {_first_line(error)}') from error
     if not prepared:
         raise errors.UserError(

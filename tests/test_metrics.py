@@ -1,0 +1,138 @@
+"""Sums and means against NumPy, and the files that rows are written to."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from avit_jax import flops, halting, metrics, vit
+
+_IMAGES, _CLASSES = 12, 8
+
+
+@pytest.fixture(scope="module")
+def model() -> vit.AViT:
+    return vit.AViT(image_size=8, patch_size=4, width=8, num_heads=2, depth=4, num_classes=_CLASSES)
+
+
+@pytest.fixture(scope="module")
+def logits() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(_IMAGES, _CLASSES)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def labels() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, _CLASSES, _IMAGES)
+
+
+@pytest.fixture(scope="module")
+def aux(model: vit.AViT) -> vit.Aux:
+    score = jnp.asarray(np.random.default_rng(2).uniform(0, 0.8, (model.depth, _IMAGES, model.num_tokens)), jnp.float32)
+    state, active = halting.init((_IMAGES, model.num_tokens)), []
+    for layer in range(model.depth):
+        active.append(state.active)
+        state, _ = halting.accumulate(state, score[layer], epsilon=0.01, is_last=layer == model.depth - 1)
+    return vit.Aux(
+        score=score, active=jnp.stack(active), depth=state.depth, ponder_cost=halting.ponder_cost(state),
+        class_output=jnp.zeros((_IMAGES, model.width)),
+    )  # fmt: skip
+
+
+_eval_sums = jax.jit(metrics.eval_sums, static_argnums=0)
+
+
+def _some(aux: vit.Aux, images: slice) -> vit.Aux:
+    """`aux` of some of the images."""
+    per_layer = {"score": aux.score[:, images], "active": aux.active[:, images]}
+    return vit.Aux(**per_layer, **{n: getattr(aux, n)[images] for n in ("depth", "ponder_cost", "class_output")})
+
+
+def _expected(model: vit.AViT, logits: np.ndarray, aux: vit.Aux, labels: np.ndarray) -> dict[str, np.ndarray]:
+    order = np.argsort(-logits, axis=1)
+    depth = np.asarray(aux.depth)
+    score = np.where(aux.active, aux.score, 0)
+    return {
+        "images": len(labels),
+        "loss": np.mean([np.log(np.exp(row).sum()) - row[label] for row, label in zip(logits, labels, strict=True)]),
+        "top1": np.mean(order[:, 0] == labels),
+        "top5": np.mean([label in row[:5] for row, label in zip(order, labels, strict=True)]),
+        "depth_patch": depth[:, 1:].mean(),
+        "depth_class": depth[:, 0].mean(),
+        "macs": np.mean(flops.image_macs(model, aux.active)),
+        "patch_depth": [np.mean(depth[:, 1:] == layer + 1) for layer in range(model.depth)],
+        "score": score.mean(axis=(1, 2)),
+    }
+
+
+def _check(values: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert values.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(values[name], expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_means_over_uneven_batches(model: vit.AViT, logits: np.ndarray, aux: vit.Aux, labels: np.ndarray) -> None:
+    sums = [
+        _eval_sums(model, logits[i], _some(aux, i), labels[i], np.ones(i.stop - i.start))
+        for i in (slice(0, 7), slice(7, _IMAGES))
+    ]
+    _check(metrics.means(jax.device_get(sums)), _expected(model, logits, aux, labels))
+
+
+def test_padding_counts_for_nothing(model: vit.AViT, logits: np.ndarray, aux: vit.Aux, labels: np.ndarray) -> None:
+    real = slice(0, 9)
+    weight = np.arange(_IMAGES) < real.stop
+    sums = _eval_sums(model, logits, aux, labels, weight.astype(np.float32))
+    _check(metrics.means([jax.device_get(sums)]), _expected(model, logits[real], _some(aux, real), labels[real]))
+
+
+@pytest.mark.parametrize("rank", range(_CLASSES))
+def test_top_5(model: vit.AViT, aux: vit.Aux, rank: int) -> None:
+    logits = -np.arange(_CLASSES, dtype=np.float32)[None]  # class 0 is likeliest, then 1
+    sums = _eval_sums(model, logits, _some(aux, slice(0, 1)), np.array([rank]), np.ones(1))
+    assert (sums["top1"], sums["top5"]) == (rank == 0, rank < 5)
+
+
+def test_ties_count_for_the_label(model: vit.AViT, aux: vit.Aux, labels: np.ndarray) -> None:
+    sums = _eval_sums(model, np.zeros((_IMAGES, _CLASSES)), aux, labels, np.ones(_IMAGES))
+    assert sums["top1"] == sums["top5"] == _IMAGES
+    np.testing.assert_allclose(sums["loss"], _IMAGES * np.log(_CLASSES), rtol=1e-6)
+
+
+def test_means_add_up_in_float64() -> None:
+    batches = [{"images": np.float32(1), "macs": np.float32(2**24)}] + [{"images": np.float32(1), "macs": np.float32(1)}] * 15
+    assert metrics.means(batches)["macs"] == (2**24 + 15) / 16
+
+
+def _events(folder: pathlib.Path) -> list[tuple[str, int, float]]:
+    """Tag, step and value of the scalars in an event file: length, its checksum, the record, its checksum, and so on."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    content, scalars = path.read_bytes(), []
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        content = content[16 + length :]
+    return scalars
+
+
+def test_writer(tmp_path: pathlib.Path) -> None:
+    writer = metrics.Writer(tmp_path)
+    writer.write(3, "train", {"loss": 0.5, "top1": 0.25})
+    writer.write(3, "eval", {"loss": 1.5})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]  # there before close()
+    assert rows == [{"step": 3, "split": "train", "loss": 0.5, "top1": 0.25}, {"step": 3, "split": "eval", "loss": 1.5}]
+    writer.close()
+    assert _events(tmp_path / "tensorboard") == [("train/loss", 3, 0.5), ("train/top1", 3, 0.25), ("eval/loss", 3, 1.5)]
+
+
+def test_writer_appends_to_an_earlier_run(tmp_path: pathlib.Path) -> None:
+    for step in (1, 2):
+        writer = metrics.Writer(tmp_path)
+        writer.write(step, "train", {"loss": 0.0})
+        writer.close()
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
