@@ -26,7 +26,8 @@ class Checkpoints:
         self._directory = epath.Path(workdir).absolute() / "checkpoints"
         keep = _managers.AnyPreservationPolicy([_managers.LatestN(1), _managers.BestN(get_metric_fn=_top1, n=1)])
         options = ocp.CheckpointManagerOptions(best_fn=_top1, preservation_policy=keep)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -61,14 +62,27 @@ class Checkpoints:
             raise errors.UserError(
                 f"there is no checkpoint in {self._directory}: train first, or set --workdir to the folder of a run."
             )
+        self._manager.wait_until_finished()
+        self._check_fit(step, state)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, TypeError) as error:
-            raise errors.UserError(
-                f"the checkpoint of step {step} in {self._directory} does not fit this configuration: use the --config and "
-                "overrides it was trained with, or another --workdir."
-            ) from error
+        restored = self._manager.restore(step, args=args)
         return restored["state"], restored["extra"]
+
+    def _check_fit(self, step: int, state: Any) -> None:
+        """Compares shapes before anything is read: Orbax would leave an array out, or fail halfway with a page of text."""
+        there, here = _shapes(self._manager.item_metadata(step)["state"]), _shapes(state)
+        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if differing:
+            name = differing[0]
+            raise errors.UserError(
+                f"the checkpoint of step {step} in {self._directory} does not fit this configuration "
+                f"({'/'.join(name)} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here): "
+                "use the --config and overrides it was trained with, or another --workdir."
+            )
+
+
+def _shapes(state: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shape of each array by its path; what is None is left out."""
+    return {path: leaf.shape for path, leaf in ocp.tree.to_flat_dict(state).items() if leaf is not None}

@@ -1,0 +1,169 @@
+"""The command line: every mistake of a user ends in one line that starts with "error:"."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from avit_jax import main, train
+
+# How ml_collections loads a recipe.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+
+_REPOSITORY = pathlib.Path(__file__).parent.parent
+_DIGITS = "--config=configs/digits.py"
+
+
+@pytest.fixture(autouse=True)
+def as_the_program_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs a test in the repository's folder; afterwards flags and logger are as before."""
+    monkeypatch.chdir(_REPOSITORY)
+    monkeypatch.syspath_prepend(_REPOSITORY)  # as `python -m` does
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the recipe of the test before
+    logger = logging.getLogger("avit_jax")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name) if name != "handlers" else [*logger.handlers])
+    names = set(flags.FLAGS)
+    yield
+    for name in set(flags.FLAGS) - names:  # an override is a flag of its own
+        delattr(flags.FLAGS, name)
+    for name in ("config", "workdir", "mode"):
+        flags.FLAGS[name].value = flags.FLAGS[name].default
+    flags.FLAGS.unparse_flags()
+
+
+def _parse(*arguments: str) -> ConfigDict:
+    """Parses a command line as the program does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main", *arguments])  # where ml_collections looks for overrides
+        main._parse(sys.argv)
+    return main._CONFIG.value
+
+
+@contextlib.contextmanager
+def _one_line(expected: str) -> Iterator[None]:
+    """Expects the program to end in one line that contains `expected`."""
+    with pytest.raises(SystemExit) as exit_:
+        yield
+    message = exit_.value.code
+    assert message.startswith("error: ")
+    assert expected in message
+    assert "\n" not in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--config=configs/digits.py"),
+        (["--config.train.steps=3"], "config.train.steps"),
+        ([_DIGITS, "--config.train.stepps=3"], '"steps" instead of "stepps"'),
+        ([_DIGITS, "--config.trian.steps=3"], '"train" instead of "trian"'),
+        ([_DIGITS, "--config.completely.different=3"], "unknown configuration key 'completely'"),
+        ([_DIGITS, "--config.train.steps=many"], "--config.train.steps=many"),
+        ([_DIGITS, "--config.train.steps=3.5"], "--config.train.steps=3.5"),
+        ([_DIGITS, "--config.model.remat=maybe"], "--config.model.remat=maybe"),
+        ([_DIGITS, "--config.train=3"], "--config.train=3"),
+        ([_DIGITS, "--config.train.steps"], "--config.train.steps"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=configs/nowhere.py", "--config.train.steps=3"], "configs/nowhere.py"),
+        (["--config=configs"], "directory"),
+        (["--config="], "empty"),
+        ([_DIGITS + ":argument"], "get_config() takes 0 positional arguments"),
+        ([_DIGITS, "stray"], "'stray'"),
+        ([_DIGITS, "--no_such_flag=1"], "no_such_flag"),
+        ([_DIGITS, "--mode=test"], "<train|eval>"),
+        ([_DIGITS, "--workdir"], "workdir"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], expected: str) -> None:
+    with _one_line(expected):
+        _parse(*arguments)
+
+
+_HEAD = "from avit_jax import config as config_lib\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("def get_config(:\n  pass\n", "recipe.py, line 1"),
+        ("import no_such_module\n", "no_such_module"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n  return no_such_name\n", "no_such_name"),
+        ("def get_config():\n  return open('no_such_file')\n", "no_such_file"),
+        ("def get_config():\n  return 1\n", "'train'"),
+        (_HEAD + "def get_config():\n  return config_lib.default().model\n", "unknown configuration key 'train'"),
+        (_HEAD + "def get_config():\n  c = config_lib.default()\n  c.train.stepps = 3\n  return c\n", '"steps" instead of'),
+        (_HEAD + "def get_config():\n  c = config_lib.default()\n  c.train.steps = 'x'\n  return c\n", "'steps'"),
+        ("from avit_jax import errors\ndef get_config():\n  raise errors.UserError('do this')\n", "do this"),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path: pathlib.Path, recipe: str, expected: str) -> None:
+    path = tmp_path / "recipe.py"
+    path.write_text(recipe)
+    with _one_line(expected):
+        _parse(f"--config={path}")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (_REPOSITORY / "configs").glob("*.py")))
+def test_recipes_parse_and_build(name: str) -> None:
+    config = _parse(f"--config=configs/{name}", "--config.seed=5")
+    assert config.is_locked
+    assert config.seed == 5
+    train.build_model(config)
+    train.build_optimizer(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([_DIGITS, "--config.train.batch_size=30"], "multiple of the number of devices, 8"),
+        ([_DIGITS, "--config.eval.batch_size=0"], "multiple of the number of devices, 8"),
+        ([_DIGITS, "--config.model.patch_size=5"], "patch_size 5 must divide"),
+        ([_DIGITS, "--config.model.patch_size=0"], "patch_size must be at least 1"),
+        ([_DIGITS, "--config.model.image_size=32"], "(height, width)"),
+        ([_DIGITS, "--config.model.depth=0"], "depth must be at least 1"),
+        ([_DIGITS, "--config.model.num_heads=5"], "divisible by num_heads"),
+        ([_DIGITS, "--config.model.dtype=float33"], "float33"),
+        ([_DIGITS, "--config.model.num_classes=7"], "--config.model.num_classes=10"),
+        ([_DIGITS, "--config.halting.epsilon=1.5"], "epsilon must lie between 0 and 1"),
+        ([_DIGITS, "--config.data.eval_split=validation"], '"train" and "test"'),
+        (["--config=configs/deit_tiny.py"], "configs/digits.py"),
+        ([_DIGITS, "--mode=eval"], "no checkpoint"),
+    ],
+)
+def test_mistakes_that_show_later(tmp_path: pathlib.Path, arguments: list[str], expected: str) -> None:
+    _parse(*arguments, f"--workdir={tmp_path / 'run'}", f"--config.data.dir={tmp_path}")
+    with _one_line(expected):
+        main._main([])
+
+
+def _run(*arguments: str, folder: pathlib.Path = _REPOSITORY) -> subprocess.CompletedProcess:
+    """A run of the program itself."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(_REPOSITORY)}
+    command = [sys.executable, "-m", "avit_jax.main", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([_DIGITS, "--config.train.stepps=3"], '"steps" instead of "stepps"'),
+        ([_DIGITS, "--mode=eval", "--workdir={tmp_path}"], "no checkpoint"),
+    ],
+)
+def test_the_program_says_one_line_and_fails(tmp_path: pathlib.Path, arguments: list[str], expected: str) -> None:
+    ended = _run(*(argument.format(tmp_path=tmp_path) for argument in arguments))
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
