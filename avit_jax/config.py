@@ -2,6 +2,23 @@
 
 from ml_collections import ConfigDict
 
+from avit_jax import errors
+
+# Key -> least and largest value; what model and gate check themselves is not here.
+_RANGES = {
+    "data.num_threads": (1, None),
+    "data.crop_ratio": (0.01, 1),
+    "loss.label_smoothing": (0, 1),
+    "loss.prior_width": (1e-3, None),
+    "optimizer.warmup": (0, 0.999),
+    "optimizer.ema_decay": (0, 1),
+    "train.steps": (1, None),
+    "train.log_every": (1, None),
+    "train.eval_every": (0, None),
+    "eval.pictures": (1, None),
+}
+_CHOICES = {"loss.prior_mode": ("paper", "official"), "eval.checkpoint": ("last", "best")}
+
 
 def default() -> ConfigDict:
     """Returns the configuration all recipes start from, locked: a misspelt key is an error."""
@@ -80,3 +97,22 @@ def default() -> ConfigDict:
         }
     )
     return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises errors.UserError, naming the key, where a value is none that training knows what to do with."""
+    flat = {
+        f"{section}.{key}": value
+        for section in ("data", "loss", "optimizer", "train", "eval")
+        for key, value in config[section].items()
+    }
+    for key, (least, largest) in _RANGES.items():
+        if flat[key] < least or (largest is not None and flat[key] > largest):
+            limits = f"at least {least}" if largest is None else f"between {least} and {largest}"
+            raise errors.UserError(f"config.{key} must be {limits}; got {flat[key]}.")
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            raise errors.UserError(f'config.{key} must be "{choices[0]}" or "{choices[1]}"; got "{flat[key]}".')
+    for key in ("data.mean", "data.std"):
+        if len(flat[key]) not in (1, config.model.channels):
+            raise errors.UserError(f"config.{key} must hold one number for each of the {config.model.channels} channels.")

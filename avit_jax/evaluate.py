@@ -20,6 +20,17 @@ _logger = logging.getLogger(__name__)
 Results = dict[str, np.ndarray]
 
 
+def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
+    """A copy of the tree on each local device, or on the given ones, along a new first axis.
+
+    Placed exactly as `pmap` over `AXIS` places its outputs; `flax.jax_utils.replicate` does not, and a step that is fed its own
+    output would compile twice.
+    """
+    devices = devices or jax.local_devices()
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, (AXIS,)), jax.sharding.PartitionSpec(AXIS))
+    return jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *x.shape)), jax.device_get(tree)), sharding)
+
+
 class Evaluator:
     """Evaluates parameters of one model on one data set; compiles once.
 
@@ -36,7 +47,7 @@ class Evaluator:
         self.source = sources.load(
             config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=model.pixels
         )
-        sources.check_fit(self.source, model.num_classes)
+        sources.check_fit(self.source, num_classes=model.num_classes, channels=model.channels)
         self._step = jax.pmap(make_eval_step(model, config.data.mean, config.data.std), axis_name=AXIS)
 
     def __call__(self, params: Any) -> Results:

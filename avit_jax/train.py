@@ -17,6 +17,7 @@ from flax import jax_utils
 from ml_collections import ConfigDict
 
 from avit_jax import checkpoint, errors, evaluate, halting, losses, metrics, optimizer, vit
+from avit_jax import config as config_lib
 from avit_jax.data import augment, loader, sources, transforms
 
 AXIS = evaluate.AXIS
@@ -132,7 +133,7 @@ def make_train_step(
 def _train_batches(config: ConfigDict, model: vit.AViT, start_step: int) -> Any:
     """Batches on the devices, from the given step on."""
     source = sources.load(config.data.name, split=config.data.train_split, data_dir=config.data.dir, image_size=model.pixels)
-    sources.check_fit(source, model.num_classes)
+    sources.check_fit(source, num_classes=model.num_classes, channels=model.channels)
     return loader.train_batches(
         source,
         functools.partial(transforms.train, image_size=model.pixels),
@@ -164,6 +165,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
       errors.UserError: a mistake in the configuration, the data set is missing, or the loss is no longer finite.
     """
     workdir = epath.Path(workdir)
+    config_lib.check(config)
     check_batch_sizes(config)
     model = build_model(config)
     tx, learning_rate = build_optimizer(config)
@@ -178,7 +180,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
             _logger.info("going on from the checkpoint of step %d", int(state.step))
         start = int(state.step)
         batches = _train_batches(config, model, start)
-        state = jax_utils.replicate(state)
+        state = evaluate.replicate(state)
         step_fn = jax.pmap(make_train_step(model, tx, config), axis_name=AXIS, donate_argnums=0)
         log = _Log(config, workdir, learning_rate, seconds)
         results = None
@@ -269,6 +271,7 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
       errors.UserError: no such checkpoint, it does not fit the configuration, or the data set is missing.
     """
     workdir = epath.Path(workdir)
+    config_lib.check(config)
     check_batch_sizes(config)
     model = build_model(config)
     tx, _ = build_optimizer(config)
@@ -276,7 +279,7 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
     abstract = jax.eval_shape(lambda: create_state(model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0))
     with checkpoint.Checkpoints(workdir) as checkpoints:
         state, extra = checkpoints.restore(abstract, config.eval.checkpoint)
-    params = jax_utils.replicate(state.eval_params)
+    params = evaluate.replicate(state.eval_params)
     results = evaluator(params)
     for name, value in evaluator.scalars(results).items():
         _logger.info("%s: %.6g", name, value)

@@ -43,11 +43,14 @@ def test_digits_have_no_other_split() -> None:
         sources.load("digits", split="validation", data_dir="", image_size=(8, 8))
 
 
-def test_number_of_classes_has_to_fit() -> None:
-    source = sources.Source([], ["cat", "dog"])
-    sources.check_fit(source, 2)
+@pytest.mark.parametrize(("image", "channels"), [(np.zeros((4, 4, 1), np.uint8), 1), (b"encoded", 3)])
+def test_classes_and_channels_have_to_fit(image: object, channels: int) -> None:
+    source = sources.Source([{"image": image, "label": 0}], ["cat", "dog"])
+    sources.check_fit(source, num_classes=2, channels=channels)
     with pytest.raises(errors.UserError, match="num_classes=2"):
-        sources.check_fit(source, 10)
+        sources.check_fit(source, num_classes=10, channels=channels)
+    with pytest.raises(errors.UserError, match=f"model.channels={channels}"):
+        sources.check_fit(source, num_classes=2, channels=4)
 
 
 @pytest.mark.parametrize("name", ["imagenet2012", "cifar10"])
@@ -118,7 +121,7 @@ def test_real_data_set(data_dir: str, name: str, classes: int, splits: tuple[str
     train, test, part = (
         sources.load(name, split=split, data_dir=data_dir, image_size=(224, 224)) for split in (*splits, "train[3:7]")
     )
-    sources.check_fit(train, classes)
+    sources.check_fit(train, num_classes=classes, channels=3)
     assert [record["image"] for record in part.records] == [train.records[i]["image"] for i in range(3, 7)]
     for source in (train, test):
         record = source.records[len(source.records) - 1]

@@ -41,12 +41,18 @@ def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -
     return _tfds(name, split, data_dir)
 
 
-def check_fit(source: Source, num_classes: int) -> None:
-    """Raises errors.UserError unless the data set has the classes of the model."""
+def check_fit(source: Source, *, num_classes: int, channels: int) -> None:
+    """Raises errors.UserError unless the data set has the classes and the channels of the model."""
     if len(source.label_names) != num_classes:
         raise errors.UserError(
             f"the data set has {len(source.label_names)} classes but the model {num_classes}: "
             f"set --config.model.num_classes={len(source.label_names)}."
+        )
+    image = source.records[0]["image"]
+    found = image.shape[-1] if isinstance(image, np.ndarray) else 3  # encoded pictures become RGB
+    if found != channels:
+        raise errors.UserError(
+            f"the images have {found} channels but the model {channels}: set --config.model.channels={found}."
         )
 
 
