@@ -130,6 +130,7 @@ def test_bfloat16_tokens_keep_float32_sums() -> None:
     expected = 1 / (1 + np.exp(5.3 - 0.7 * float(tokens[0, 0])))
     np.testing.assert_allclose(score, expected, rtol=1e-6)
     state = halting.init(tokens.shape[:-1], tokens.dtype)
+    assert state.cumulative.dtype == state.remainder.dtype == jnp.float32
     for _ in range(40):
         state, weight = halting.accumulate(state, score, epsilon=0.01)
     assert score.dtype == weight.dtype == state.cumulative.dtype == state.remainder.dtype == jnp.float32

@@ -90,7 +90,7 @@ def test_order_of_images_matters_to_the_official_prior_alone(score: np.ndarray) 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1e-15, 1.0])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0])
 def test_prior_and_its_gradient_are_finite(mode: str, images: int, value: float) -> None:
     def loss(logit):
         return _prior(value * jnp.exp(logit), mode=mode)
@@ -112,8 +112,9 @@ def _scores_of(theta: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
-def test_over_devices_equals_the_whole_batch(mode: str) -> None:
-    noise = np.random.default_rng(3).normal(size=(_LAYERS, _IMAGES, _TOKENS)).astype(np.float32)
+@pytest.mark.parametrize("images", [8, 16])  # one or two a device
+def test_over_devices_equals_the_whole_batch(images: int, mode: str) -> None:
+    noise = np.random.default_rng(3).normal(size=(_LAYERS, images, _TOKENS)).astype(np.float32)
     theta = np.linspace(-0.5, 0.5, _LAYERS, dtype=np.float32)
 
     def loss(theta: jax.Array, noise: jax.Array, axis_name: str | None = None) -> jax.Array:
