@@ -192,11 +192,12 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
                 log.flush()  # nothing is saved before all its losses are known to be finite
                 results = evaluator(state.eval_params)
                 log.evaluated(step, evaluator.scalars(results))
-                extra = {"train_seconds": log.seconds, "config": json.loads(config.to_json_best_effort())}
+                seconds = log.seconds
+                extra = {"train_seconds": seconds, "config": json.loads(config.to_json_best_effort())}
                 checkpoints.save(step, jax_utils.unreplicate(state), top1=float(results["top1"]), extra=extra)
     if results is None:
         results = evaluator(state.eval_params)
-    evaluator.report(workdir, state.eval_params, results, train_seconds=log.seconds)
+    evaluator.report(workdir, state.eval_params, results, train_seconds=seconds)
     log.close()
 
 

@@ -65,8 +65,26 @@ def _random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayL
     So the draw does not depend on how the batch is spread over devices.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_index)
-    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, shape))(keys)
-    return keep / (1.0 - rate)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate))(keys)
+
+
+class _QueryKeyValue(nn.Module):
+    """Dense layer `(..., D)` to queries, keys and values `(..., 3 D)`, with the parameters of `nn.Dense`.
+
+    Softmax does not see the key bias, so that its gradient is exactly 0. It is cut here: Adam would blow up the rounding noise
+    in its place, which differs from one number of devices to the next.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", _kernel_init, (x.shape[-1], 3 * x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        query, key, value = jnp.split(bias, 3)
+        bias = jnp.concatenate([query, jax.lax.stop_gradient(key), value])
+        return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Block(nn.Module):
@@ -77,7 +95,6 @@ class Block(nn.Module):
     mlp_width: int
     norm_eps: float
     dropout: float
-    drop_path: float
     dtype: Any
     halting: halting_lib.HaltingConfig | None
 
@@ -85,7 +102,7 @@ class Block(nn.Module):
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
         self.norm1 = norm()
-        self.qkv = dense(3 * self.width)
+        self.qkv = _QueryKeyValue(dtype=self.dtype)
         self.proj = dense(self.width)
         self.norm2 = norm()
         self.fc1 = dense(self.mlp_width)
@@ -95,22 +112,22 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         active: jax.Array | None = None,
+        keep: jax.Array | None = None,
         image_index: jax.Array | None = None,
-        drop_path: jax.typing.ArrayLike = 0.0,
     ) -> jax.Array:
         """Attention and MLP on tokens `(B, N, D)`.
 
         Args:
           x: tokens; halted ones must be 0.
           active: `(B, N)` bool, None if all are: no token attends to one that is not.
-          image_index: `(B,)` places in the global batch, for dropout and drop path; None in evaluation.
-          drop_path: probability of leaving out a residual branch of an image, in training.
+          keep: `(B, 2)` factors of the two residual branches, drop path; None for 1.
+          image_index: `(B,)` places in the global batch, for dropout; None in evaluation.
         """
         a = self._where_active(self.norm1(x), active)
-        x = x + self._drop(self._attend(a, active), image_index, drop_path)
-        a = self.norm2(x if active is None else x * active[..., None])
+        x = x + self._drop(self._attend(a, active), keep, 0, image_index)
+        a = self.norm2(self._where_active(x, active))
         a = _gelu(_per_token(self.fc1, self._where_active(a, active)))
-        return x + self._drop(_per_token(self.fc2, self._dropout(a, image_index)), image_index, drop_path)
+        return x + self._drop(_per_token(self.fc2, self._dropout(a, image_index)), keep, 1, image_index)
 
     def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
         return x if active is None else x * active[..., None]
@@ -132,33 +149,30 @@ class Block(nn.Module):
             return x
         return x * _random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
 
-    def _drop(self, x: jax.Array, image_index: jax.Array | None, drop_path: jax.typing.ArrayLike) -> jax.Array:
+    def _drop(self, x: jax.Array, keep: jax.Array | None, branch: int, image_index: jax.Array | None) -> jax.Array:
         x = self._dropout(x, image_index)
-        if image_index is None or not self.drop_path:
-            return x
-        keep = _random_keep(self.make_rng("dropout"), image_index, drop_path, (1, 1))
-        return x * keep.astype(x.dtype)
+        return x if keep is None else x * keep[:, branch, None, None].astype(x.dtype)
 
     def __call__(self, carry, layer, gate, image_index):
         """One layer of the scan.
 
         Args:
           carry: tokens `(B, N, D)`; without halting that is all, else also the halting state and the read-out `(B, R, D)`.
-          layer: `(drop_path, is_last)` of this layer, scalars.
+          layer: `(is_last, keep)`, a scalar and as in `transform`.
           gate: `(gamma, beta)`, None without halting.
           image_index: as in `transform`.
 
         Returns:
           The carry, and `(score, active)` of this layer, None without halting.
         """
-        drop_path, is_last = layer
+        is_last, keep = layer
         if self.halting is None:
-            return self.transform(carry, None, image_index, drop_path), None
+            return self.transform(carry, None, keep, image_index), None
         x, state, readout = carry
         # The value of a halted token is 0 from here on; its gradient passes as identity, as in the released code. With the
         # prior over active tokens alone no gradient arrives here for a halted token.
         x = x + jax.lax.stop_gradient(jnp.where(state.active[..., None], 0.0, -x).astype(x.dtype))
-        x = self.transform(x, state.active, image_index, drop_path)
+        x = self.transform(x, state.active, keep, image_index)
         score = halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=self.halting.channel)
         active = state.active
         state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
@@ -274,7 +288,6 @@ class AViT(nn.Module):
             mlp_width=self.mlp_width,
             norm_eps=self.norm_eps,
             dropout=self.dropout,
-            drop_path=self.drop_path,
             dtype=self.dtype,
             halting=self.halting,
         )
@@ -306,6 +319,13 @@ class AViT(nn.Module):
         logits_dist = self.head_dist(readout[:, 1])
         return (logits, logits_dist) if train else (logits + logits_dist) / 2
 
+    def _draw_paths(self, image_index: jax.Array | None) -> jax.Array | None:
+        """Drop-path factors `(L, B, 2)` of the two branches of each layer."""
+        if image_index is None or not self.drop_path:
+            return None
+        rate = jnp.linspace(0.0, self.drop_path, self.depth)[:, None]
+        return _random_keep(self.make_rng("dropout"), image_index, rate, (self.depth, 2)).swapaxes(0, 1)
+
     def __call__(
         self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
     ) -> tuple[jax.Array | tuple[jax.Array, jax.Array], Aux]:
@@ -328,7 +348,7 @@ class AViT(nn.Module):
         noisy = train and (self.dropout > 0.0 or self.drop_path > 0.0)
         image_index = (jnp.arange(batch) if image_index is None else image_index) if noisy else None
         x = self.embed(images, image_index)
-        layers = (jnp.linspace(0.0, self.drop_path, self.depth), jnp.arange(self.depth) == self.depth - 1)
+        layers = (jnp.arange(self.depth) == self.depth - 1, self._draw_paths(image_index))
         if self.halting is None:
             x, _ = self.layers(x, layers, None, image_index)
             readout = x[:, : self.num_readout]

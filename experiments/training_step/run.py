@@ -10,10 +10,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from absl import app, flags
-from flax import jax_utils
 
 from avit_jax import config as config_lib
-from avit_jax import train
+from avit_jax import evaluate, train
 from experiments import timing
 
 _BATCH = flags.DEFINE_integer("batch", 16, "images a step")
@@ -28,7 +27,7 @@ def build_step(*, halting: bool, batch_size: int) -> Callable[[], None]:
     model = train.build_model(config)
     tx, _ = train.build_optimizer(config)
     devices = jax.local_devices()[:1]
-    state = jax_utils.replicate(train.create_state(model, tx, seed=0, ema=True), devices)
+    state = evaluate.replicate(train.create_state(model, tx, seed=0, ema=True), devices)
     step = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0, devices=devices)
     rng = np.random.default_rng(0)
     batch = {

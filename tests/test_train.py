@@ -1,0 +1,199 @@
+"""The training step and the loop: devices, resumption, evaluation, what a run leaves behind."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import jax_utils
+from ml_collections import ConfigDict
+
+from avit_jax import checkpoint, errors, evaluate, flops, train
+from avit_jax import config as config_lib
+
+
+def small_config(**overrides: object) -> ConfigDict:
+    """Digits at 16x16 with 17 tokens, two layers: seconds to train."""
+    config = config_lib.default()
+    config.data.update({"mean": (0.3,), "std": (0.36,)})
+    config.affine.update({"rotate": 10.0, "translate": 0.1})
+    config.model.update({"image_size": (16, 16), "patch_size": 4, "channels": 1, "num_classes": 10})
+    config.model.update({"width": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "drop_path": 0.2})
+    config.halting.update({"gamma": 5.0, "beta": -1.0})
+    config.loss.update({"prior_weight": 0.1, "target_depth": 2.0})
+    config.optimizer.update({"learning_rate": 1e-3, "ema_decay": 0.5, "warmup": 0.2})
+    config.train.update({"batch_size": 16, "steps": 6, "log_every": 2})
+    config.eval.update({"batch_size": 64, "pictures": 2})
+    with config.unlocked():
+        config.update_from_flattened_dict(overrides)
+    return config
+
+
+def batch_of(step: int, size: int, num_devices: int) -> dict[str, np.ndarray]:
+    """Random images; the same for any number of devices."""
+    rng = np.random.default_rng(step)
+    batch = {
+        "image": rng.integers(0, 256, (size, 16, 16, 1), np.uint8),
+        "label": rng.integers(0, 10, size).astype(np.int32),
+        "index": np.arange(size, dtype=np.int32),
+    }
+    return {name: x.reshape(num_devices, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+def run_steps(config: ConfigDict, num_devices: int, steps: int = 5) -> tuple[train.TrainState, list[dict]]:
+    """State and metrics after some steps on the first `num_devices` devices."""
+    devices = jax.devices()[:num_devices]
+    model = train.build_model(config)
+    tx, _ = train.build_optimizer(config)
+    state = jax.jit(lambda: train.create_state(model, tx, seed=config.seed, ema=True))()
+    state = evaluate.replicate(state, devices)
+    step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, devices=devices, donate_argnums=0)
+    rows = []
+    for step in range(steps):
+        state, values = step_fn(state, batch_of(step, config.train.batch_size, num_devices))
+        rows.append(jax_utils.unreplicate(jax.device_get(values)))
+    return jax_utils.unreplicate(jax.device_get(state)), rows
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_one_and_eight_devices_agree(mode: str) -> None:
+    # With augmentation, drop path and dropout on; the prior is of the global batch.
+    config = small_config(**{"loss.prior_mode": mode})
+    one, rows_one = run_steps(config, 1)
+    eight, rows_eight = run_steps(config, 8)
+    chex.assert_trees_all_close(one.params, eight.params, atol=1e-6, rtol=0)
+    chex.assert_trees_all_close(one.ema_params, eight.ema_params, atol=1e-6, rtol=0)
+    chex.assert_trees_all_close(rows_one, rows_eight, atol=2e-5, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), run_steps(config, 1, steps=0)[0].params, one.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3  # or nothing would have been compared
+
+
+def test_same_seed_same_result_other_seed_other() -> None:
+    config = small_config()
+    first, again = run_steps(config, 8)[0], run_steps(config, 8)[0]
+    chex.assert_trees_all_equal(first, again)
+    other = run_steps(small_config(seed=1), 8, steps=0)[0]
+    assert not np.array_equal(first.params["pos_embed"], other.params["pos_embed"])
+
+
+def test_ema_is_the_moving_average() -> None:
+    config = small_config(**{"optimizer.ema_decay": 0.25})
+    before, after = run_steps(config, 1, steps=2)[0], run_steps(config, 1, steps=3)[0]
+    expected = jax.tree.map(lambda ema, new: 0.25 * ema + 0.75 * new, before.ema_params, after.params)
+    chex.assert_trees_all_close(after.ema_params, expected, atol=1e-6)
+    assert after.eval_params is after.ema_params
+
+
+def test_halting_off_leaves_only_the_task_loss() -> None:
+    rows = run_steps(small_config(**{"halting.enabled": False}), 1, steps=1)[1]
+    assert "ponder_loss" not in rows[0] and rows[0]["loss"] == rows[0]["task_loss"]
+
+
+def test_distilled_model_trains_both_heads() -> None:
+    config = small_config(**{"model.distilled": True})
+    before, after = run_steps(config, 1, steps=0)[0].params, run_steps(config, 1)[0].params
+    for head in ("head", "head_dist"):
+        assert np.abs(after[head]["kernel"] - before[head]["kernel"]).max() > 1e-4
+
+
+def test_no_compilation_after_the_first_step() -> None:
+    config = small_config()
+    model, (tx, _) = train.build_model(config), train.build_optimizer(config)
+    step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0)
+    state = evaluate.replicate(jax.jit(lambda: train.create_state(model, tx, seed=0, ema=True))())
+    batches = train._train_batches(config, model, 0)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    for step in range(4):
+        state, _ = step_fn(state, next(batches))
+        if step == 0:
+            assert compiled  # the listener hears
+            compiled.clear()
+    jax.block_until_ready(state)
+    assert not compiled
+
+
+def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
+    config = small_config(**{"train.steps": 40, "train.eval_every": 20, "train.batch_size": 64})
+    train.train(config, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["images"] == 360
+    assert 0.0 <= summary["top1"] <= 1.0 and 0.0 < summary["macs_ratio"] <= 1.0 and 1.0 <= summary["mean_depth"] <= 3.0
+    assert summary["macs_per_image"] == pytest.approx(summary["macs_ratio"] * flops.static_macs(train.build_model(config)))
+    assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tensorboard").iterdir())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+    assert [row["step"] for row in rows if row["split"] == "eval"] == [20, 40]
+
+    (tmp_path / "summary.json").unlink()
+    train.restore_and_evaluate(config, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path) -> None:
+    train.train(small_config(), tmp_path / "whole")
+    # The schedule has to know the whole length; so stop half way by an evaluation and take the rest away.
+    train.train(small_config(**{"train.eval_every": 3}), tmp_path / "parts")
+    newest = tmp_path / "parts" / "checkpoints" / "6"
+    kept = sorted(path.name for path in newest.parent.iterdir() if path.name.isdigit())
+    if kept == ["6"]:
+        pytest.skip("the best checkpoint is the last one: no earlier one was kept")
+    for path in sorted(newest.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    newest.rmdir()
+    train.train(small_config(), tmp_path / "parts")
+    states = [restored_state(small_config(), tmp_path / name) for name in ("whole", "parts")]
+    chex.assert_trees_all_equal(*states)
+
+
+def restored_state(config: ConfigDict, workdir) -> train.TrainState:
+    """The last checkpoint of a run."""
+    tx, _ = train.build_optimizer(config)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(train.create_state(train.build_model(config), tx, seed=0, ema=True))[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path) -> None:
+    config = small_config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0.0, "train.steps": 20})
+    with pytest.raises(errors.UserError, match=r"(loss|grad_norm) became (nan|inf) at step \d+, learning rate .*--config"):
+        train.train(config, tmp_path)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.step() is None
+
+
+@pytest.mark.parametrize("batch_size", [8, 56, 360, 512])
+def test_evaluation_counts_every_image_once(batch_size: int) -> None:
+    config = small_config(**{"eval.batch_size": batch_size})
+    model = train.build_model(config)
+    evaluator = evaluate.Evaluator(config, model)
+    params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
+    scalars = evaluator.scalars(evaluator(evaluate.replicate(params)))
+    images = np.stack([record["image"] for record in evaluator.source.records])
+    labels = np.array([record["label"] for record in evaluator.source.records])
+    logits, aux = model.apply({"params": params}, (images / 255.0 - 0.3) / 0.36)
+    assert scalars["images"] == 360
+    assert scalars["top1"] == pytest.approx((np.argmax(logits, -1) == labels).mean(), abs=0.003)
+    assert scalars["depth_patch"] == pytest.approx(aux.depth[:, 1:].mean(), abs=1e-3)
+    assert scalars["macs"] == pytest.approx(flops.image_macs(model, aux.active).mean(), rel=1e-4)
+
+
+def test_configuration_mistakes_are_user_errors() -> None:
+    for overrides, words in (
+        ({"model.patch_size": 5}, "patch_size"),
+        ({"model.num_heads": 3}, "num_heads"),
+        ({"halting.epsilon": 1.5}, "epsilon"),
+        ({"model.dtype": "float13"}, "float13"),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            train.build_model(small_config(**overrides))
+    with pytest.raises(errors.UserError, match="multiple of the number of devices, 8"):
+        train.check_batch_sizes(small_config(**{"train.batch_size": 12}))
+    with pytest.raises(errors.UserError, match="num_classes=10"):
+        config = small_config(**{"model.num_classes": 7})
+        evaluate.Evaluator(config, train.build_model(config))
