@@ -40,7 +40,7 @@ def depth_figure(
         axis.set_axis_off()
     for i, (image, depths, title) in enumerate(zip(images, depth, titles, strict=True)):
         left, right = axes[i // per_row, 2 * (i % per_row) :][:2]
-        left.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        left.imshow(image, cmap="gray", vmin=0, vmax=255)
         left.set_title(title, fontsize=9)
         drawn = right.imshow(depths, cmap=_COLORS, vmin=1, vmax=num_layers)
         right.set_title(f"depth {depths.mean():.1f}", fontsize=9)

@@ -42,6 +42,7 @@ def test_pictures_and_depths(count: int, image_shape: tuple[int, int, int], grid
     figure, images, depth = _figure(count, image_shape, grid)
     axes = _pictures(figure)
     assert len(axes) == 2 * count
+    assert len(figure.subfigs[0].axes) == 2 * count + 1  # no empty places; the colour bar
     for i in range(count):
         picture, map_ = axes[2 * i], axes[2 * i + 1]
         np.testing.assert_array_equal(picture.get_images()[0].get_array(), images[i].squeeze())
