@@ -1,5 +1,6 @@
 """The network: halting inside it, shapes, dropout, precision and sizes. Its numbers are in `test_golden.py`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,7 @@ def _gradient(model: vit.AViT) -> tuple[Any, vit.Aux]:
 
 
 def _block(model: vit.AViT) -> vit.Block:
-    fields = ("width", "num_heads", "mlp_width", "norm_eps", "dropout", "drop_path", "dtype", "halting")
+    fields = {field.name for field in dataclasses.fields(vit.Block)} - {"parent", "name"}
     return vit.Block(**{field: getattr(model, field) for field in fields})
 
 
@@ -77,7 +78,7 @@ def _unrolled(model: vit.AViT, tap_LxBxNxD: jax.Array) -> tuple[jax.Array, vit.A
     state, readout = halting.init(x.shape[:2]), jnp.zeros((len(x), 1, model.width))
     scores, actives = [], []
     for i in range(model.depth):
-        carry, layer = (x + tap_LxBxNxD[i], state, readout), (0.0, i == model.depth - 1)
+        carry, layer = (x + tap_LxBxNxD[i], state, readout), (i == model.depth - 1, None)
         gate = (model.halting.gamma, model.halting.beta)
         (x, state, readout), (score, active) = _block(model).apply(_layer_params(model, i), carry, layer, gate, None)
         scores, actives = [*scores, score], [*actives, active]
@@ -238,18 +239,17 @@ def test_drop_path_keeps_the_first_layer_and_drops_the_last_at_its_rate() -> Non
 
 
 def test_drop_path_scales_what_it_keeps() -> None:
-    block = _block(_model(halting=None, drop_path=0.75))
-    params = _layer_params(_model(halting=None), 0)
-    params["params"]["fc2"] = jax.tree.map(np.zeros_like, params["params"]["fc2"])  # leaves the branch of attention
-    x = np.repeat(np.random.default_rng(3).normal(size=(1, 3, 8)).astype(np.float32), 64, axis=0)
-    transform = _jit(functools.partial(block.apply, method="transform"))
-    index = jnp.arange(64)
-    branch = transform(params, x) - x
-    noisy = transform(params, x, image_index=index, drop_path=0.75, rngs={"dropout": jax.random.key(0)}) - x
-    factor = np.array([np.vdot(noise, full) / np.vdot(full, full) for noise, full in zip(noisy, branch, strict=True)])
-    assert 6 <= (factor > 2).sum() <= 28  # of 64, at probability 1/4
-    np.testing.assert_allclose(factor, np.where(factor > 2, 4.0, 0.0), atol=1e-3)
-    np.testing.assert_allclose(noisy, factor[:, None, None] * branch, atol=1e-4)
+    # Attention adds 10 and the MLP 1 to every channel; in the second layer times 0 or 1 / (1 - 0.75), each for itself.
+    model = _model(halting=None, depth=2, drop_path=0.75)
+    params = jax.tree.map(np.zeros_like, _params(model))
+    params["layers"]["proj"]["bias"] += 10.0
+    params["layers"]["fc2"]["bias"] += 1.0
+    images = np.repeat(_IMAGES, 16, axis=0)
+    _, aux = _run(images, model, params, train=True, rngs={"dropout": jax.random.key(0)})
+    sums, counts = np.unique(aux.class_output, return_counts=True)
+    np.testing.assert_allclose(sums, [11.0, 15.0, 51.0, 55.0], rtol=1e-6)
+    expected = 8 * 64 * np.array([9, 3, 3, 1]) / 16
+    assert (np.abs(counts / expected - 1) < 0.75).all()
 
 
 def test_every_layer_draws_a_dropout_of_its_own() -> None:
@@ -346,6 +346,8 @@ def test_presets_have_the_published_number_of_parameters(preset: Callable, disti
     [
         (dict(patch_size=5), r"patch_size 5 must divide the image size \(8, 12\)"),
         (dict(image_size=(8, 10)), r"patch_size 4 must divide the image size \(8, 10\)"),
+        (dict(image_size=(8, 12, 1)), r"image_size must be one number or \(height, width\); got \(8, 12, 1\)"),
+        (dict(depth=0), "depth must be at least 1; got 0"),
         (dict(num_heads=3), "width 8 must be divisible by num_heads 3"),
         (dict(drop_path=1.0), r"drop_path must lie in \[0, 1\); got 1.0"),
         (dict(dropout=-0.1), r"dropout must lie in \[0, 1\); got -0.1"),
