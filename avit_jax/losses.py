@@ -74,7 +74,7 @@ def prior_loss(
         return _official_prior_loss(aux.score, target_depth, axis_name)
     if mode != "paper":
         raise ValueError(f'mode of the prior loss must be "paper" or "official"; got "{mode}".')
-    score = aux.score.at[-1].set(1.0)
+    score = jnp.asarray(aux.score).at[-1].set(1.0)
     h = _mean_over(halting.score_by_layer(score, aux.active), axis_name)
     log_h = _log_normalised(h)
     log_prior = halting.depth_prior(len(h), center=target_depth, width=width)
@@ -103,7 +103,7 @@ def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str |
         count *= jax.lax.axis_size(axis_name)
     if count == 1:
         return jnp.zeros((), score.dtype)
-    h = _mean_over(jnp.where(is_first[:, None], 0.0, score).mean((1, 2)) * count / (count - 1), axis_name)
+    h = _mean_over(jnp.where(is_first[:, None], 0.0, score).mean((1, 2)), axis_name)
     log_q = jnp.clip(_log_normalised(h), jnp.log(0.01), jnp.log(0.99))
     layer = jnp.arange(num_layers)
     log_pdf = -0.5 * (layer - target_depth) ** 2

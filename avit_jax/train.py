@@ -1,5 +1,6 @@
 """The training state, one training step, and the `pmap` loop. All that knows about devices is here and in `evaluate`."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -182,23 +183,22 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
         batches = _train_batches(config, model, start)
         state = evaluate.replicate(state)
         step_fn = jax.pmap(make_train_step(model, tx, config), axis_name=AXIS, donate_argnums=0)
-        log = _Log(config, workdir, learning_rate, seconds)
         results = None
-        for step in range(start + 1, config.train.steps + 1):
-            state, values = step_fn(state, next(batches))
-            log.add(step, values)
-            last = step == config.train.steps
-            if last or (config.train.eval_every and step % config.train.eval_every == 0):
-                log.flush()  # nothing is saved before all its losses are known to be finite
-                results = evaluator(state.eval_params)
-                log.evaluated(step, evaluator.scalars(results))
-                seconds = log.seconds
-                extra = {"train_seconds": seconds, "config": json.loads(config.to_json_best_effort())}
-                checkpoints.save(step, jax_utils.unreplicate(state), top1=float(results["top1"]), extra=extra)
+        with contextlib.closing(_Log(config, workdir, learning_rate, seconds)) as log:
+            for step in range(start + 1, config.train.steps + 1):
+                state, values = step_fn(state, next(batches))
+                log.add(step, values)
+                last = step == config.train.steps
+                if last or (config.train.eval_every and step % config.train.eval_every == 0):
+                    log.flush()  # nothing is saved before all its losses are known to be finite
+                    results = evaluator(state.eval_params)
+                    log.evaluated(step, evaluator.scalars(results))
+                    seconds = log.seconds
+                    extra = {"train_seconds": seconds, "config": json.loads(config.to_json_best_effort())}
+                    checkpoints.save(step, jax_utils.unreplicate(state), top1=float(results["top1"]), extra=extra)
     if results is None:
         results = evaluator(state.eval_params)
     evaluator.report(workdir, state.eval_params, results, train_seconds=seconds)
-    log.close()
 
 
 class _Log:

@@ -6,11 +6,17 @@ import tempfile
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is nearly all that the tests do: optimise less, and compile equal programs once a session.
-jax.config.update("jax_disable_most_optimizations", True)
+# Compiling is nearly all that the tests do: equal programs are compiled once a session.
 _cache = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _cache.name)
+
+
+@pytest.fixture(autouse=True)
+def _compile_quickly(request: pytest.FixtureRequest) -> None:
+    """Programs are optimised less, but for the comparison with the released implementation."""
+    jax.config.update("jax_disable_most_optimizations", "golden" not in request.module.__name__)
