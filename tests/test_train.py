@@ -178,9 +178,9 @@ def test_evaluation_counts_every_image_once(batch_size: int) -> None:
     labels = np.array([record["label"] for record in evaluator.source.records])
     logits, aux = model.apply({"params": params}, (images / 255.0 - 0.3) / 0.36)
     assert scalars["images"] == 360
-    assert scalars["top1"] == pytest.approx((np.argmax(logits, -1) == labels).mean(), abs=0.003)
-    assert scalars["depth_patch"] == pytest.approx(aux.depth[:, 1:].mean(), abs=1e-3)
-    assert scalars["macs"] == pytest.approx(flops.image_macs(model, aux.active).mean(), rel=1e-4)
+    assert scalars["top1"] == pytest.approx(float((np.argmax(logits, -1) == labels).mean()), abs=0.003)
+    assert scalars["depth_patch"] == pytest.approx(float(aux.depth[:, 1:].mean()), abs=1e-3)
+    assert scalars["macs"] == pytest.approx(float(flops.image_macs(model, aux.active).mean()), rel=1e-4)
 
 
 def test_configuration_mistakes_are_user_errors() -> None:
