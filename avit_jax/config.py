@@ -92,6 +92,7 @@ def default() -> ConfigDict:
     config.eval = ConfigDict(
         {
             "batch_size": 512,
+            "adaptive": True,  # halted tokens are removed; False: masked, for comparison
             "checkpoint": "last",  # --mode=eval: "last" or "best"
             "pictures": 8,  # images drawn in depth.png
         }

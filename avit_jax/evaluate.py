@@ -12,7 +12,7 @@ from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import flops, metrics, visualize, vit
+from avit_jax import adaptive, flops, metrics, visualize, vit
 from avit_jax.data import augment, loader, sources, transforms
 
 AXIS = "devices"
@@ -48,7 +48,10 @@ class Evaluator:
             config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=model.pixels
         )
         sources.check_fit(self.source, num_classes=model.num_classes, channels=model.channels)
-        self._step = jax.pmap(make_eval_step(model, config.data.mean, config.data.std), axis_name=AXIS)
+        removes = config.eval.adaptive and model.halting is not None
+        self._apply = functools.partial(adaptive.apply, model) if removes else model.apply
+        step = make_eval_step(model, self._apply, mean=config.data.mean, std=config.data.std)
+        self._step = jax.pmap(step, axis_name=AXIS)
 
     def __call__(self, params: Any) -> Results:
         """Evaluates `params`, replicated over local devices; returns the means of `metrics.eval_sums`."""
@@ -102,18 +105,26 @@ class Evaluator:
         records = [transform(self.source.records[i]) for i in range(count)]
         images = np.stack([record["image"] for record in records])
         normal = augment.normalize(images, self._config.data.mean, self._config.data.std)
-        logits, aux = jax.device_get(jax.jit(self._model.apply)({"params": params}, normal))
-        depth = aux.depth[:, self._model.num_readout :].reshape(count, *self._model.grid)
+        logits, aux = jax.device_get(jax.jit(self._apply)({"params": params}, normal))
+        depth = flops.computing(aux.active, self._model.num_readout).sum(axis=0)[:, self._model.num_readout :]
+        depth = depth.reshape(count, *self._model.grid)
         return images, [int(record["label"]) for record in records], logits, depth
 
 
 def make_eval_step(
-    model: vit.AViT, mean: tuple[float, ...], std: tuple[float, ...]
+    model: vit.AViT, apply: Callable[..., Any], *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Callable[[Any, loader.Batch], metrics.Sums]:
-    """The evaluation step as a function of one device's share of the batch, to run under `pmap` over `AXIS`."""
+    """The evaluation step as a function of one device's share of the batch, to run under `pmap` over `AXIS`.
+
+    Args:
+      model: for its sizes.
+      apply: variables and normalised images to logits and aux: `model.apply`, or `adaptive.apply` of the model.
+      mean: of the pixels, by channel.
+      std: likewise.
+    """
 
     def eval_step(params: Any, batch: loader.Batch) -> metrics.Sums:
-        logits, aux = model.apply({"params": params}, augment.normalize(batch["image"], mean, std))
+        logits, aux = apply({"params": params}, augment.normalize(batch["image"], mean, std))
         return jax.lax.psum(metrics.eval_sums(model, logits, aux, batch["label"], batch["weight"]), AXIS)
 
     return eval_step

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 
-from avit_jax import flops, halting, losses, vit
+from avit_jax import adaptive, flops, halting, losses, vit
 
 Sums = dict[str, jax.Array]
 
 
-def eval_sums(model: vit.AViT, logits: jax.Array, aux: vit.Aux, labels: jax.Array, weight: jax.Array) -> Sums:
+def eval_sums(model: vit.AViT, logits: jax.Array, aux: vit.Aux | adaptive.Aux, labels: jax.Array, weight: jax.Array) -> Sums:
     """Sums over a batch; divided by `images`, after adding batches up, they are means over the images.
+
+    Depths and scores are those of tokens that have to compute: of a finished image, one whose read-out tokens have halted, the
+    other tokens count as halted too. So they are the same whether tokens are masked or removed.
 
     Args:
       model: for its sizes.
@@ -28,17 +31,19 @@ def eval_sums(model: vit.AViT, logits: jax.Array, aux: vit.Aux, labels: jax.Arra
       `patch_depth`, the share of patch tokens that halt at each layer, and `score`, the mean score of each layer.
     """
     rank = (logits > jnp.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)
-    patches = aux.depth[:, model.num_readout :]
+    ran = flops.computing(aux.active, model.num_readout)
+    depth = ran.sum(axis=0)
+    patches = depth[:, model.num_readout :]
     each = {
         "images": jnp.ones_like(weight),
         "loss": jax.vmap(lambda x, y: losses.cross_entropy(x[None], y[None]))(logits, labels),
         "top1": rank < 1,
         "top5": rank < 5,
         "depth_patch": patches.mean(axis=1),
-        "depth_class": aux.depth[:, 0],
+        "depth_class": depth[:, 0],
         "macs": flops.image_macs(model, aux.active),
         "patch_depth": jax.nn.one_hot(patches - 1, model.depth).mean(axis=1),
-        "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, aux.active),
+        "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
     }
     return {name: jnp.tensordot(weight, x.astype(jnp.float32), axes=1) for name, x in each.items()}
 

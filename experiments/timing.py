@@ -8,21 +8,27 @@ from collections.abc import Callable, Mapping
 import jax
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Calls all functions once to warm up, then in turn, `rounds` times; each has to return when its work is done.
+def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.0) -> dict[str, list[float]]:
+    """Calls all functions once to warm up, then in turn; each has to return when its work is done.
+
+    Args:
+      functions: by name.
+      rounds: calls of each function, at least.
+      seconds: goes on for so long, at least.
 
     Returns:
       Wall seconds of each call, by function.
     """
     for function in functions.values():
         function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    began = time.perf_counter()
+    while min(map(len, taken.values())) < rounds or time.perf_counter() - began < seconds:
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            taken[name].append(time.perf_counter() - start)
+    return taken
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:

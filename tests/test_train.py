@@ -1,6 +1,7 @@
 """The training step and the loop: devices, resumption, evaluation, what a run leaves behind."""
 
 import json
+from unittest import mock
 
 import chex
 import jax
@@ -168,9 +169,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path) -> 
         assert checkpoints.step() is None
 
 
-@pytest.mark.parametrize("batch_size", [56, 512])
-def test_evaluation_counts_every_image_once(batch_size: int) -> None:
-    config = small_config(**{"eval.batch_size": batch_size})
+@pytest.mark.parametrize(("batch_size", "adaptive"), [(56, True), (512, True), (56, False)])
+def test_evaluation_counts_every_image_once(batch_size: int, adaptive: bool, monkeypatch) -> None:
+    removed = mock.Mock(side_effect=evaluate.adaptive.apply)
+    monkeypatch.setattr(evaluate.adaptive, "apply", removed)
+    config = small_config(**{"eval.batch_size": batch_size, "eval.adaptive": adaptive})
     model = train.build_model(config)
     evaluator = evaluate.Evaluator(config, model)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
@@ -178,9 +181,12 @@ def test_evaluation_counts_every_image_once(batch_size: int) -> None:
     images = np.stack([record["image"] for record in evaluator.source.records])
     labels = np.array([record["label"] for record in evaluator.source.records])
     logits, aux = model.apply({"params": params}, (images / 255.0 - 0.3) / 0.36)
+    assert removed.called == adaptive
+    depth = flops.computing(aux.active, 1).sum(axis=0)
     assert scalars["images"] == 360
     assert scalars["top1"] == pytest.approx(float((np.argmax(logits, -1) == labels).mean()), abs=0.003)
-    assert scalars["depth_patch"] == pytest.approx(float(aux.depth[:, 1:].mean()), abs=1e-3)
+    assert scalars["depth_patch"] == pytest.approx(float(depth[:, 1:].mean()), abs=1e-3)
+    assert scalars["depth_class"] == pytest.approx(float(depth[:, 0].mean()), abs=1e-3)
     assert scalars["macs"] == pytest.approx(float(flops.image_macs(model, aux.active).mean()), rel=1e-4)
 
 

@@ -36,22 +36,11 @@ def jax_functions(model: avit_jax.AViT, params: dict, images: np.ndarray) -> dic
 def torch_functions(params: dict, images: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
     """Plain PyTorch with the same weights; none where torch is not installed."""
     try:
-        import torch
+        from experiments.static_inference import torch_vit
     except ImportError:
         print("torch is not installed: no comparison with PyTorch")
         return {}
-    from experiments.static_inference import torch_vit
-
-    network = torch_vit.VisionTransformer(width=192, num_heads=3).eval()
-    state_dict = avit_jax.weights.to_torch(params, patch_shape=(16, 16, 3))
-    network.load_state_dict({name: torch.tensor(array) for name, array in state_dict.items()})
-    pixels = torch.tensor(images.transpose(0, 3, 1, 2).copy())
-
-    def run() -> np.ndarray:
-        with torch.inference_mode():
-            return network(pixels).numpy()
-
-    return {"torch": run}
+    return {"torch": torch_vit.function(params, images, width=192, num_heads=3)}
 
 
 def main(_: list[str]) -> None:

@@ -1,8 +1,14 @@
 """A plain PyTorch DeiT with timm's parameter names, as the yardstick; written for this comparison."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+
+from avit_jax import weights
 
 
 class Attention(nn.Module):
@@ -75,3 +81,17 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)[:, 0])
+
+
+def function(params: Any, images: np.ndarray, *, width: int, num_heads: int) -> Callable[[], np.ndarray]:
+    """Logits of the images `(B, 224, 224, 3)`, by a DeiT with the given parameters of ours."""
+    network = VisionTransformer(width, num_heads).eval()
+    state_dict = weights.to_torch(params, patch_shape=(16, 16, 3))
+    network.load_state_dict({name: torch.tensor(array) for name, array in state_dict.items()})
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2).copy())
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return network(pixels).numpy()
+
+    return run

@@ -1,0 +1,1 @@
+"""How fast removal of halted tokens is."""

@@ -1,0 +1,219 @@
+"""Images per second with halted tokens removed, against the static network, masking, and plain PyTorch.
+
+AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=experiments/inference_speed/deit_tiny
+
+Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it is
+unset; float32; random weights. The gate shift is calibrated on the pictures so that the network costs the named share of the
+static network's multiply-accumulates (MACs). Programs are compiled and warmed up beforehand, compile time is told apart; input
+is on the device before a call, and every call is waited for. Calls are interleaved: each round runs every row once, over at
+least 16 pictures, and ratios are taken within a round. The static network runs in chunks of 1 to 16 pictures; speed-ups are
+against the fastest of them. Memory is XLA's own account of arguments, results and temporaries.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import avit_jax
+from avit_jax import adaptive
+from avit_jax.data import augment, sources, transforms
+from experiments import timing
+
+_MODEL = flags.DEFINE_enum("model", "deit_tiny", ["deit_tiny", "deit_small"], "shape of the network")
+_BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64, 256], "images a call")
+_BUDGET = flags.DEFINE_multi_float("budget", [0.8, 0.62, 0.4], "share of the static network's MACs")
+_SECONDS = flags.DEFINE_float("seconds", 120, "measures each batch size for so long, and for three rounds at least")
+_OUT = flags.DEFINE_string("out", None, "writes <out>.json and <out>.png")
+
+_CHUNKS = (1, 4, 8, 16)
+_CALIBRATE = 64  # pictures the gate shift is calibrated on
+_PER_ROUND = 16  # pictures a round, at least
+
+
+def load_images(count: int) -> tuple[np.ndarray, str]:
+    """Normalised pictures `(count, 224, 224, 3)`, and where they are from."""
+    data_dir = os.environ.get("AVIT_DATA_DIR")
+    if data_dir:
+        name, split, where = "imagenet2012", "validation+train", "ImageNet sample"
+    else:
+        name, split, where = "digits", "train", "digits"
+    source = sources.load(name, split=split, data_dir=data_dir or "", image_size=(224, 224))
+    read = functools.partial(transforms.evaluate, image_size=(224, 224), crop_ratio=0.875)
+    images = np.stack([read(source.records[i])["image"] for i in range(count)])
+    images = np.broadcast_to(images, (*images.shape[:-1], 3))
+    return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where
+
+
+class Row:
+    """One compiled program on batches of images; a call runs over all of them, each waited for."""
+
+    def __init__(self, function: Callable[..., Any], variables: Any, batches: list[jax.Array]) -> None:
+        started = time.monotonic()
+        self._run = jax.jit(function).lower(variables, batches[0]).compile()
+        self.compile_seconds = time.monotonic() - started
+        memory = self._run.memory_analysis()
+        self.memory = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        self._variables, self._batches = variables, batches
+        self.latencies: list[float] = []
+
+    def __call__(self) -> None:
+        for batch in self._batches:
+            started = time.perf_counter()
+            jax.block_until_ready(self._run(self._variables, batch))
+            self.latencies.append(time.perf_counter() - started)
+
+    def macs(self) -> tuple[float, float]:
+        """Mean MACs of an image, without and with padding; of an adaptive row."""
+        aux = [self._run(self._variables, batch)[1] for batch in self._batches]
+        return tuple(float(np.mean([getattr(a, name) for a in aux])) for name in ("macs", "macs_padded"))
+
+
+def chunked(apply: Callable[..., Any], chunk: int) -> Callable[[Any, jax.Array], jax.Array]:
+    """Logits, `chunk` images at a time through all layers."""
+
+    def run(variables: Any, images: jax.Array) -> jax.Array:
+        chunks = images.reshape(-1, chunk, *images.shape[1:])
+        return jax.lax.map(lambda x: apply(variables, x)[0], chunks).reshape(len(images), -1)
+
+    return run
+
+
+def gated(params: Any, shift: float) -> Any:
+    """Variables of a network with a learnable gate, at the given shift."""
+    return {"params": {**params, "gate": {"gamma": np.float32(1.0), "beta": np.float32(shift)}}}
+
+
+def calibrate(model: avit_jax.AViT, params: Any, images: np.ndarray, budgets: list[float]) -> dict[float, float]:
+    """Gate shift for each share of the static network's MACs, by bisection."""
+    cost = jax.jit(lambda variables: adaptive.apply(model, variables, images)[1].macs.mean())
+    static = avit_jax.flops.static_macs(model)
+    shifts = {}
+    for budget in budgets:
+        low, high = -10.0, 10.0
+        ratio = np.inf
+        while abs(ratio - budget) > 0.004 and high - low > 1e-3:
+            shift = (low + high) / 2
+            ratio = float(cost(gated(params, shift))) / static
+            low, high = (shift, high) if ratio > budget else (low, shift)
+        shifts[budget] = shift
+    return shifts
+
+
+def torch_row(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> dict[str, Callable[[], Any]]:
+    """Plain PyTorch with the same weights; none where torch is not installed."""
+    try:
+        from experiments.static_inference import torch_vit
+    except ImportError:
+        print("torch is not installed: no comparison with PyTorch")
+        return {}
+    each = [torch_vit.function(params, np.asarray(batch), width=model.width, num_heads=model.num_heads) for batch in batches]
+    return {"torch": lambda: [function() for function in each]}
+
+
+def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -> dict[str, Any]:
+    """All rows at one batch size."""
+    shifts = calibrate(model, params, images[: min(len(images), max(batch, _PER_ROUND), _CALIBRATE)], _BUDGET.value)
+    count = max(batch, _PER_ROUND)
+    batches = [jax.device_put(images[i : i + batch]) for i in range(0, count, batch)]
+    plain = model.clone(halting=None)
+    static = {
+        f"static, chunks of {chunk}": Row(chunked(plain.apply, chunk), {"params": params}, batches)
+        for chunk in _CHUNKS
+        if batch % chunk == 0
+    }
+    chunk = min(8, batch)
+    masked = {
+        f"masked {_BUDGET.value[-1]}": Row(chunked(model.apply, chunk), gated(params, shifts[_BUDGET.value[-1]]), batches)
+    }
+    removed = {
+        f"adaptive {budget}": Row(functools.partial(adaptive.apply, model), gated(params, shift), batches)
+        for budget, shift in shifts.items()
+    }
+    removed["adaptive 1.0"] = Row(functools.partial(adaptive.apply, model), gated(params, -1e3), batches)
+    rows = static | masked | removed
+    functions = rows | torch_row(params, batches, model)
+    seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
+    best = min(static, key=lambda name: np.median(seconds[name]))
+    static_macs = avit_jax.flops.static_macs(model)
+    result = {}
+    for name, taken in seconds.items():
+        speed_up = timing.median_ratio(seconds[best], taken)
+        result[name] = {"images_per_second": count / float(np.median(taken)), "speed_up": speed_up}
+        if name in rows:
+            latencies = rows[name].latencies[len(batches) :]  # the first round warms up
+            p50, p95 = (1e3 * float(np.percentile(latencies, q)) for q in (50, 95))
+            result[name] |= {"p50_ms": p50, "p95_ms": p95}
+            result[name] |= {"compile_seconds": rows[name].compile_seconds, "memory_mb": rows[name].memory / 1e6}
+        if name in removed:
+            macs, padded = removed[name].macs()
+            ideal = static_macs / macs
+            result[name] |= {"macs_ratio": macs / static_macs, "ideal_speed_up": ideal, "efficiency": speed_up / ideal}
+            result[name] |= {"unpadded_share": macs / padded}
+    rounds = len(seconds[best])
+    if "torch" in seconds:
+        for name in removed:
+            result[name]["speed_up_over_torch"] = timing.median_ratio(seconds["torch"], seconds[name])
+    return {"batch": batch, "rounds": rounds, "images_a_round": count, "best_static": best, "rows": result}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints one batch size as a table."""
+    print(f"batch {result['batch']}, {result['rounds']} rounds, against {result['best_static']}")
+    for name, row in result["rows"].items():
+        text = f"  {name:22} {row['images_per_second']:7.1f} images/s  speed-up {row['speed_up']:5.3f}"
+        if "efficiency" in row:
+            text += f"  ideal {row['ideal_speed_up']:5.3f}  efficiency {row['efficiency']:5.3f}"
+            text += f"  unpadded {row['unpadded_share']:5.3f}"
+        if "memory_mb" in row:
+            text += f"  {row['memory_mb']:6.0f} MB  compile {row['compile_seconds']:4.1f} s  p95 {row['p95_ms']:.0f} ms"
+        print(text, flush=True)
+
+
+def draw(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Speed-up over the static network beside its ideal, by batch size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(result["batches"]))
+    names = [name for name in result["batches"][0]["rows"] if name.startswith("adaptive")]
+    for i, name in enumerate(names):
+        rows = [batch["rows"][name] for batch in result["batches"]]
+        x = places + 0.18 * (i - (len(names) - 1) / 2)
+        label = f"{name.split()[1]} of the MACs" if name != "adaptive 1.0" else "nothing halts"
+        bars = axis.bar(x, [row["speed_up"] for row in rows], 0.16, label=label)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+        axis.scatter(
+            x, [row["ideal_speed_up"] for row in rows], marker="_", color="black", s=120, label="ideal" if not i else None
+        )
+    axis.axhline(1.0, color="grey", linewidth=0.8)
+    axis.set_xticks(places, [f"batch {batch['batch']}" for batch in result["batches"]])
+    axis.set(ylabel="speed-up over the best static", title=f"{result['model']}, {result['images']}, {result['device']}")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(_: list[str]) -> None:
+    """Measures every batch size, prints and writes."""
+    images, where = load_images(max(*_BATCH.value, _CALIBRATE))
+    model = getattr(avit_jax, _MODEL.value)(halting=avit_jax.HaltingConfig(learnable=True))
+    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
+    result = {**timing.environment(), "model": _MODEL.value, "images": where, "dtype": "float32", "batches": []}
+    for batch in _BATCH.value:
+        result["batches"].append(measure(model, params, images, batch))
+        show(result["batches"][-1])
+        if _OUT.value:
+            pathlib.Path(f"{_OUT.value}.json").write_text(json.dumps(result, indent=2) + "\n")
+            draw(result, pathlib.Path(f"{_OUT.value}.png"))
+
+
+if __name__ == "__main__":
+    app.run(main)
