@@ -1,12 +1,7 @@
 """Inference with halted tokens removed: the logits of `vit.AViT`, for the work that is left.
 
-XLA compiles for fixed shapes, so that tokens cannot simply leave. In each layer the images are sorted by how many tokens they
-still have, and taken in groups of a few; a group runs at the smallest of some compiled numbers of tokens that holds its first
-image, and a finished image is never visited. All of it is one program: loops whose length the device decides, and no value that
-the host reads back. Parameters and the code of a layer are those of `vit`.
-
-Tokens of an image lie at the front of its rows ("slots"), closed up anew in each layer; halting is computed where it always is,
-on tokens in their own order ("home").
+`removal` says how tokens leave in spite of fixed shapes. Here it is put to use from the pictures to the logits, in waves of
+images that bound the memory. Parameters and the code of a layer are those of `vit`.
 
 Why this gives the same logits: a halted token is a key of weight 0, and feeds nothing else; and once the read-out tokens of an
 image have halted, its logits are final, so that its other tokens may stop as well. `Aux.depth` is therefore how far tokens
@@ -14,6 +9,7 @@ really ran: for those others less than the method's own depth, which `vit.AViT` 
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -26,7 +22,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from avit_jax import flops, halting, vit
+from avit_jax import flops, halting, removal, vit
+from avit_jax.removal import Plan
 
 _logger = logging.getLogger(__name__)
 _CACHE = pathlib.Path("~/.cache/avit_jax/plans.json")
@@ -54,31 +51,6 @@ class Aux:
     macs_padded: jax.Array
     class_output: jax.Array
     distillation_output: jax.Array | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How images are batched; affects speed, memory and the last digits only.
-
-    Attributes:
-      group: images that go through a layer together.
-      step: tokens; a group is padded to a multiple of it, of twice as many below a third of all tokens. Compile time grows with
-        the number of multiples.
-      wave: images that are sorted, and whose tokens are held in memory, at a time.
-    """
-
-    group: int
-    step: int
-    wave: int
-
-    def __post_init__(self) -> None:
-        if min(self.group, self.step, self.wave) < 1:
-            raise ValueError(f"group, step and wave must be at least 1; got {self}.")
-
-    def token_counts(self, num_tokens: int) -> tuple[int, ...]:
-        """The compiled numbers of tokens, ascending; the last is all of them."""
-        fine = range(self.step, num_tokens, self.step)
-        return (*(n for n in fine if 3 * n >= num_tokens or n % (2 * self.step) == 0), num_tokens)
 
 
 def default_plan(batch: int | None, backend: str | None = None) -> Plan:
@@ -162,23 +134,22 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
     state = halting.init(x.shape[:2], x.dtype)
     state = dataclasses.replace(state, active=state.active & exists[:, None])
     readout = jnp.zeros((len(x), num_readout, model.width), state.remainder.dtype)
-    slot = jnp.broadcast_to(jnp.arange(model.num_tokens), x.shape[:2])
+    run = functools.partial(vit.run_block, vit.Block(**model.block_sizes))
 
     def layer(carry: tuple, layer: tuple) -> tuple[tuple, tuple]:
-        x, slot, state, readout = carry
+        x, state, readout = carry
         params, is_last = layer
         active = state.active
-        x, slot = _transform(model, params, x, slot, active, plan)
+        x = removal.transform(run, plan, params, x, active)
         score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
-        score = jnp.take_along_axis(score, slot, axis=1)
         state, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-        readout = readout + weight[:, :num_readout, None] * jnp.take_along_axis(x, slot[:, :num_readout, None], axis=1)
+        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
         unfinished = state.active[:, :num_readout].any(axis=1, keepdims=True)
         state = dataclasses.replace(state, active=state.active & unfinished)
-        return (x, slot, state, readout), (score, active)
+        return (x, state, readout), (score, active)
 
     layers = (variables["params"]["layers"], jnp.arange(model.depth) == model.depth - 1)
-    (_, _, state, readout), (score, active) = jax.lax.scan(layer, (x, slot, state, readout), layers)
+    (_, state, readout), (score, active) = jax.lax.scan(layer, (x, state, readout), layers)
     padded = jax.vmap(lambda count: padded_macs(model, count, plan))(active.sum(axis=-1))
     aux = Aux(
         score=score.swapaxes(0, 1),
@@ -190,22 +161,6 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
         distillation_output=readout[:, 1] if model.distilled else None,
     )
     return model.apply(variables, readout, method="classify"), aux
-
-
-def _groups(count: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    """Images in groups, those with most tokens first.
-
-    Args:
-      count: `(B,)` tokens each image still has.
-      group: images a group.
-
-    Returns:
-      Image, B for an empty place, and its tokens, both `(ceil(B / group), group)`.
-    """
-    order = jnp.argsort(-count)
-    empty = -len(count) % group
-    image = jnp.pad(order, (0, empty), constant_values=len(count))
-    return image.reshape(-1, group), jnp.pad(count[order], (0, empty)).reshape(-1, group)
 
 
 def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan) -> jax.Array:
@@ -220,59 +175,12 @@ def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan) -> jax.Array:
       `(B,)` float32; the images of a group share its cost evenly, that of empty places included.
     """
     batch = len(count)
-    image, count = _groups(count, plan.group)
+    image, count = removal.groups(count, plan.group)
     compiled = jnp.array((0, *plan.token_counts(model.num_tokens)))
     ran = compiled[jnp.searchsorted(compiled, count[:, :1])].astype(jnp.float32)
     macs = plan.group * flops.layer_macs(ran, width=model.width, mlp_width=model.mlp_width)
     macs = jnp.where(count > 0, macs / jnp.maximum((count > 0).sum(axis=1, keepdims=True), 1), 0.0)
     return jnp.zeros(batch).at[image.reshape(-1)].set(macs.reshape(-1), mode="drop")
-
-
-def _transform(
-    model: vit.AViT, params: Any, x: jax.Array, slot: jax.Array, active: jax.Array, plan: Plan
-) -> tuple[jax.Array, jax.Array]:
-    """One transformer layer on the active tokens.
-
-    Args:
-      model: for its sizes.
-      params: of this layer.
-      x: `(B, N, D)` tokens in their slots.
-      slot: `(B, N)` int32, slot of each active token.
-      active: `(B, N)` bool.
-      plan: `group` at most B.
-
-    Returns:
-      `x` and `slot` after the layer.
-    """
-    batch, num_tokens, _ = x.shape
-    block = vit.Block(**model.block_sizes)
-    ends = jnp.cumsum(active, axis=1)
-    token = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(num_tokens) + 1))(ends)  # in each slot from now on
-    source = jnp.take_along_axis(slot, jnp.minimum(token, num_tokens - 1), axis=1)
-    image, count = _groups(ends[:, -1], plan.group)
-    largest = jnp.pad(count[:, 0], (0, 1))  # a 0 ends the loops
-
-    def run(num: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, group = carry
-        there = jnp.arange(num)[None] < count[group][:, None]
-        images = jnp.minimum(image[group], batch - 1)
-        tokens = jnp.where(there[..., None], x[images[:, None], source[images, :num]], 0)
-        tokens = block.apply({"params": params}, tokens, there, method="transform")
-        for i in range(plan.group):
-            start = (images[i], 0, 0)
-            before = jax.lax.dynamic_slice(x, start, (1, num, x.shape[-1]))
-            x = jax.lax.dynamic_update_slice(x, jnp.where(image[group, i] < batch, tokens[i : i + 1], before), start)
-        return x, group + 1
-
-    # From the fullest groups to the emptiest; a loop runs those that need its number of tokens, none if there is none. Loops
-    # and not lax.switch, whose branches XLA runs on a single core of a CPU.
-    token_counts = plan.token_counts(num_tokens)[::-1]
-    carry = (x, jnp.zeros((), jnp.int32))
-    for num, fewer in zip(token_counts, (*token_counts[1:], 0), strict=True):
-        carry = jax.lax.while_loop(
-            lambda carry, fewer=fewer: largest[carry[1]] > fewer, lambda carry, num=num: run(num, carry), carry
-        )
-    return carry[0], ends - 1
 
 
 def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.PathLike | str = _CACHE) -> Plan:

@@ -85,6 +85,7 @@ def default() -> ConfigDict:
         {
             "batch_size": 512,  # images a step, over all devices
             "steps": 1000,
+            "adaptive": False,  # halted tokens are removed in training too: the same gradients for less work; not "official"
             "log_every": 50,  # steps
             "eval_every": 0,  # steps; evaluates and saves; 0: only at the end
         }
@@ -114,6 +115,10 @@ def check(config: ConfigDict) -> None:
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
             raise errors.UserError(f'config.{key} must be "{choices[0]}" or "{choices[1]}"; got "{flat[key]}".')
+    if config.train.adaptive and config.loss.prior_mode == "official":
+        raise errors.UserError(
+            'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'
+        )
     for key in ("data.mean", "data.std"):
         if len(flat[key]) not in (1, config.model.channels):
             raise errors.UserError(f"config.{key} must hold one number for each of the {config.model.channels} channels.")

@@ -43,6 +43,7 @@ class Evaluator:
     """
 
     def __init__(self, config: ConfigDict, model: vit.AViT) -> None:
+        model = model.clone(removal=None)  # which is for training
         self._config, self._model = config, model
         self.source = sources.load(
             config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=model.pixels

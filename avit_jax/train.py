@@ -17,7 +17,7 @@ from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import checkpoint, errors, evaluate, halting, losses, metrics, optimizer, vit
+from avit_jax import checkpoint, errors, evaluate, halting, losses, metrics, optimizer, removal, vit
 from avit_jax import config as config_lib
 from avit_jax.data import augment, loader, sources, transforms
 
@@ -52,7 +52,9 @@ def build_model(config: ConfigDict) -> vit.AViT:
     gate = dict(config.halting)
     try:
         halts = halting.HaltingConfig(**gate) if gate.pop("enabled") else None
-        model = vit.AViT(**config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}, halting=halts)
+        sizes = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
+        removes = removal.Plan(group=8, step=32) if config.train.adaptive and halts else None
+        model = vit.AViT(**sizes, halting=halts, removal=removes)
         model.check()
     except (ValueError, TypeError) as error:
         raise errors.UserError(f"config.model or config.halting: {error}") from error

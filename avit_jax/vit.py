@@ -4,8 +4,7 @@ Layers run as one `lax.scan` over stacked parameters, so that the program compil
 images, `N` tokens (class token first, then the distillation token if any, then patches row by row), `D` width, `H` heads, `K`
 head width, `L` layers, `C` classes, `R` read-out tokens (1, or 2 when distilled).
 
-Reference: Touvron et al., "Training data-efficient image transformers", arXiv 2012.12877 (DeiT); Yin et al., arXiv 2112.07658
-(A-ViT).
+Reference: Touvron et al., arXiv 2012.12877 (DeiT); Yin et al., arXiv 2112.07658 (A-ViT).
 """
 
 import dataclasses
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 
 from avit_jax import halting as halting_lib
 from avit_jax import halting_linen
+from avit_jax import removal as removal_lib
 
 # Added to the attention logits of halted keys: large enough that their weight underflows to exactly 0, and finite, so that an
 # image all of whose tokens have halted gives no NaN.
@@ -97,6 +97,7 @@ class Block(nn.Module):
     dropout: float
     dtype: Any
     halting: halting_lib.HaltingConfig | None
+    removal: removal_lib.Plan | None
 
     def setup(self) -> None:
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
@@ -171,16 +172,25 @@ class Block(nn.Module):
         if self.halting is None:
             return self.transform(carry, None, keep, image_index), None
         x, state, readout = carry
-        # The value of a halted token is 0 from here on; its gradient passes as identity, as in the released code. With the
-        # prior over active tokens alone no gradient arrives here for a halted token.
-        x = x + jax.lax.stop_gradient(jnp.where(state.active[..., None], 0.0, -x).astype(x.dtype))
-        x = self.transform(x, state.active, keep, image_index)
+        if self.removal is None or self.is_initializing():
+            # The value of a halted token is 0 from here on; its gradient passes as identity, as in the released code. With the
+            # prior over active tokens alone no gradient arrives here for a halted token.
+            x = x + jax.lax.stop_gradient(jnp.where(state.active[..., None], 0.0, -x).astype(x.dtype))
+            x = self.transform(x, state.active, keep, image_index)
+        else:
+            layer = functools.partial(run_block, self.clone(parent=None))
+            x = removal_lib.transform(layer, self.removal, self.variables["params"], x, state.active, keep)
         score = halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=self.halting.channel)
         active = state.active
         state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
         num_readout = readout.shape[1]
         readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
         return (x, state, readout), (score, active)
+
+
+def run_block(block: Block, params: Any, tokens: jax.Array, active: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """`Block.transform` as a function of its parameters, for `removal.transform`."""
+    return block.apply({"params": params}, tokens, active, keep, method="transform")
 
 
 class AViT(nn.Module):
@@ -203,6 +213,8 @@ class AViT(nn.Module):
       dtype: of the computation, for example bfloat16; None takes that of parameters and images. Parameters and halting sums
         are float32 all the same.
       remat: recompute each layer in the backward pass: less memory, one more forward pass.
+      removal: how halted tokens are removed in training, with the same gradients; None: they are masked. Recomputes as `remat`.
+        Not for the "official" prior, which looks at halted tokens too. For inference `adaptive.apply` removes more.
 
     Example:
       model = deit_tiny()
@@ -225,6 +237,7 @@ class AViT(nn.Module):
     norm_eps: float = 1e-6
     dtype: Any = None
     remat: bool = False
+    removal: removal_lib.Plan | None = None
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -262,6 +275,7 @@ class AViT(nn.Module):
             "dropout": self.dropout,
             "dtype": self.dtype,
             "halting": self.halting,
+            "removal": self.removal,
         }
 
     def check(self) -> None:
@@ -278,6 +292,8 @@ class AViT(nn.Module):
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
+        if self.removal is not None and (self.halting is None or self.dropout or self.remat):
+            raise ValueError("removal needs halting, dropout 0, and remat off (the backward pass recomputes anyway).")
         if self.halting is not None and not -self.width <= self.halting.channel < self.width:
             raise ValueError(f"halting channel {self.halting.channel} is not among the {self.width} channels of a token.")
 

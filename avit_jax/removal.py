@@ -1,0 +1,177 @@
+"""A transformer layer on the tokens that are still active, under the fixed shapes that XLA compiles for.
+
+The images are sorted by how many tokens they still have, and taken in groups of a few. A group gathers its active tokens, runs
+at the smallest of some compiled numbers of tokens that holds its first image, and puts the results back into their places; an
+image without active tokens is never visited. All of it is one program: loops whose length the device decides, and no value that
+the host reads back. Nothing is known here of the layer but that it takes `(params, tokens, active, extras)`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How images are batched; affects speed, memory and the last digits only.
+
+    Attributes:
+      group: images that go through a layer together.
+      step: tokens; a group is padded to a multiple of it, of twice as many below a third of all tokens. Compile time grows with
+        the number of multiples.
+      wave: images that are sorted, and whose tokens are held in memory, at a time; of inference.
+    """
+
+    group: int
+    step: int
+    wave: int = 128
+
+    def __post_init__(self) -> None:
+        if min(self.group, self.step, self.wave) < 1:
+            raise ValueError(f"group, step and wave must be at least 1; got {self}.")
+
+    def token_counts(self, num_tokens: int) -> tuple[int, ...]:
+        """The compiled numbers of tokens, ascending; the last is all of them."""
+        fine = range(self.step, num_tokens, self.step)
+        return (*(n for n in fine if 3 * n >= num_tokens or n % (2 * self.step) == 0), num_tokens)
+
+
+def groups(count: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """Images in groups, those with most tokens first.
+
+    Args:
+      count: `(B,)` tokens each image still has.
+      group: images a group.
+
+    Returns:
+      Image, B for an empty place, and its tokens, both `(ceil(B / group), group)`.
+    """
+    order = jnp.argsort(-count)
+    empty = -len(count) % group
+    image = jnp.pad(order, (0, empty), constant_values=len(count))
+    return image.reshape(-1, group), jnp.pad(count[order], (0, empty)).reshape(-1, group)
+
+
+@flax.struct.dataclass(kw_only=True)
+class _Group:
+    """A group of images at `num` tokens each.
+
+    Attributes:
+      image: `(g,)`; an empty place names any.
+      exists: `(g,)` bool, whether the place is taken.
+      token: `(g, num)` the active tokens of each image, then padding.
+      there: `(g, num)` bool, whether it is not padding.
+      active: `(g, N)` bool, of the images.
+      place: `(g, N)` where each active token is among the `num`.
+    """
+
+    image: jax.Array
+    exists: jax.Array
+    token: jax.Array
+    there: jax.Array
+    active: jax.Array
+    place: jax.Array
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """Tokens `(g, num, D)` of `(B, N, D)`; padding is 0."""
+        return jnp.where(self.there[..., None], x[self.image[:, None], self.token], 0)
+
+    def put(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        """`x` with the tokens in their places."""
+        tokens = jnp.take_along_axis(tokens, self.place[..., None], axis=1)
+        replace = self.active & self.exists[:, None]
+        for i in range(len(self.image)):
+            start = (self.image[i], 0, 0)
+            before = jax.lax.dynamic_slice(x, start, (1, *x.shape[1:]))
+            x = jax.lax.dynamic_update_slice(x, jnp.where(replace[i : i + 1, :, None], tokens[i : i + 1], before), start)
+        return x
+
+
+def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, plan: Plan) -> Any:
+    """Runs `carry = step(carry, group)` for every group that has an active token."""
+    batch, num_tokens = active.shape
+    ends = jnp.cumsum(active, axis=1)
+    token = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(num_tokens) + 1))(ends)
+    token = jnp.minimum(token, num_tokens - 1)
+    image, count = groups(ends[:, -1], min(plan.group, batch))
+    largest = jnp.pad(count[:, 0], (0, 1))  # a 0 ends the loops
+
+    def run(num: int, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        carry, i = state
+        images = jnp.minimum(image[i], batch - 1)
+        group = _Group(
+            image=images,
+            exists=image[i] < batch,
+            token=token[images, :num],
+            there=jnp.arange(num)[None] < count[i][:, None],
+            active=active[images],
+            place=jnp.clip(ends[images] - 1, 0, num - 1),
+        )
+        return step(carry, group), i + 1
+
+    # From the fullest groups to the emptiest; a loop runs those that need its number of tokens, none if there is none. Loops
+    # and not lax.switch, whose branches XLA runs on a single core of a CPU.
+    token_counts = plan.token_counts(num_tokens)[::-1]
+    state = (carry, jnp.zeros((), jnp.int32))
+    for num, fewer in zip(token_counts, (*token_counts[1:], 0), strict=True):
+        state = jax.lax.while_loop(
+            lambda state, fewer=fewer: largest[state[1]] > fewer, lambda state, num=num: run(num, state), state
+        )
+    return state[0]
+
+
+Layer = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def transform(layer: Layer, plan: Plan, params: Any, x: jax.Array, active: jax.Array, extras: Any = None) -> jax.Array:
+    """A layer on the active tokens; halted ones stay as they are.
+
+    The backward pass goes through the same groups and computes the layer anew: only `x` is kept for it.
+
+    Args:
+      layer: `(params, tokens (g, n, D), active (g, n), extras)` to tokens `(g, n, D)`.
+      plan: group and step.
+      params: of the layer.
+      x: `(B, N, D)` tokens.
+      active: `(B, N)` bool.
+      extras: a tree of arrays `(B, ...)` that belong to the images, without a gradient; None for none.
+
+    Returns:
+      `(B, N, D)` tokens.
+    """
+
+    def step(x: jax.Array, group: _Group) -> jax.Array:
+        return group.put(x, layer(params, group.gather(x), group.there, _of(extras, group)))
+
+    return _visit(step, x, active, plan)
+
+
+def _of(extras: Any, group: _Group) -> Any:
+    return jax.tree.map(lambda extra: extra[group.image], extras)
+
+
+def _forward(layer: Layer, plan: Plan, params: Any, x: jax.Array, active: jax.Array, extras: Any) -> tuple:
+    return transform(layer, plan, params, x, active, extras), (params, x, active, extras)
+
+
+def _backward(layer: Layer, plan: Plan, saved: tuple, grad: jax.Array) -> tuple:
+    params, x, active, extras = saved
+
+    def step(carry: tuple, group: _Group) -> tuple:
+        grad, param_grads = carry
+        more, tokens = jax.vjp(
+            lambda params, tokens: layer(params, tokens, group.there, _of(extras, group)), params, group.gather(x)
+        )[1](group.gather(grad))
+        return group.put(grad, tokens), jax.tree.map(jnp.add, param_grads, more)
+
+    grad, param_grads = _visit(step, (grad, jax.tree.map(jnp.zeros_like, params)), active, plan)
+    return param_grads, grad, None, None
+
+
+transform.defvjp(_forward, _backward)
