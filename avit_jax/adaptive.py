@@ -65,8 +65,8 @@ def default_plan(batch: int | None, backend: str | None = None) -> Plan:
     if (backend or jax.default_backend()) != "cpu":
         return Plan(group=16, step=32, wave=256)
     if batch is None or batch >= 32:
-        return Plan(group=4, step=8, wave=128)
-    return Plan(group=2 if batch > 2 else 1, step=8, wave=128)
+        return Plan(group=4, step=8)
+    return Plan(group=2 if batch > 2 else 1, step=8)
 
 
 def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | None = None) -> tuple[jax.Array, Aux]:
@@ -92,8 +92,8 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
     batch = images.shape[0]
     known = isinstance(batch, int)
     plan = plan or default_plan(batch if known else None)
-    waves = -(-batch // plan.wave)
-    size = -(-batch // waves) if known else plan.wave
+    size = plan.wave_size(batch) if known else plan.wave
+    waves = -(-batch // size)
     total = waves * size
     images = jnp.pad(images, ((0, total - batch), *((0, 0),) * 3))
 

@@ -22,23 +22,28 @@ class Plan:
 
     Attributes:
       group: images that go through a layer together.
-      step: tokens; a group is padded to a multiple of it, of twice as many below a third of all tokens. Compile time grows with
+      step: tokens; a group is padded to a multiple of it, of twice as many below half of all tokens. Compile time grows with
         the number of multiples.
       wave: images that are sorted, and whose tokens are held in memory, at a time; of inference.
     """
 
     group: int
     step: int
-    wave: int = 128
+    wave: int = 96
 
     def __post_init__(self) -> None:
         if min(self.group, self.step, self.wave) < 1:
             raise ValueError(f"group, step and wave must be at least 1; got {self}.")
 
+    def wave_size(self, batch: int) -> int:
+        """Images a wave of this batch: at most `wave`, rounded up to whole groups; the last wave may hold fewer."""
+        waves = -(-batch // self.wave)
+        return batch if waves == 1 else -(-batch // (waves * self.group)) * self.group
+
     def token_counts(self, num_tokens: int) -> tuple[int, ...]:
         """The compiled numbers of tokens, ascending; the last is all of them."""
         fine = range(self.step, num_tokens, self.step)
-        return (*(n for n in fine if 3 * n >= num_tokens or n % (2 * self.step) == 0), num_tokens)
+        return (*(n for n in fine if 2 * n >= num_tokens or n % (2 * self.step) == 0), num_tokens)
 
 
 def groups(count: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +70,7 @@ class _Group:
       image: `(g,)`; an empty place names any.
       exists: `(g,)` bool, whether the place is taken.
       token: `(g, num)` the active tokens of each image, then padding.
-      there: `(g, num)` bool, whether it is not padding.
+      there: `(g, num)` bool, whether it is not padding; None if nothing is.
       active: `(g, N)` bool, of the images.
       place: `(g, N)` where each active token is among the `num`.
     """
@@ -73,13 +78,14 @@ class _Group:
     image: jax.Array
     exists: jax.Array
     token: jax.Array
-    there: jax.Array
+    there: jax.Array | None
     active: jax.Array
     place: jax.Array
 
     def gather(self, x: jax.Array) -> jax.Array:
         """Tokens `(g, num, D)` of `(B, N, D)`; padding is 0."""
-        return jnp.where(self.there[..., None], x[self.image[:, None], self.token], 0)
+        tokens = x[self.image[:, None], self.token]
+        return tokens if self.there is None else jnp.where(self.there[..., None], tokens, 0)
 
     def put(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """`x` with the tokens in their places."""
@@ -99,25 +105,31 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
     token = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(num_tokens) + 1))(ends)
     token = jnp.minimum(token, num_tokens - 1)
     image, count = groups(ends[:, -1], min(plan.group, batch))
-    largest = jnp.pad(count[:, 0], (0, 1))  # a 0 ends the loops
+    largest, smallest = (jnp.pad(count[:, i], (0, 2)) for i in (0, -1))  # the 0 at the end ends the loops
 
-    def run(num: int, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+    def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:
         carry, i = state
-        images = jnp.minimum(image[i], batch - 1)
+        width = 2 if full else 1
+        place = jax.lax.dynamic_slice_in_dim(image, i, width).reshape(-1)
+        images = jnp.minimum(place, batch - 1)
         group = _Group(
             image=images,
-            exists=image[i] < batch,
+            exists=place < batch,
             token=token[images, :num],
-            there=jnp.arange(num)[None] < count[i][:, None],
+            there=None if full else jnp.arange(num)[None] < count[i][:, None],
             active=active[images],
             place=jnp.clip(ends[images] - 1, 0, num - 1),
         )
-        return step(carry, group), i + 1
+        return step(carry, group), i + width
 
     # From the fullest groups to the emptiest; a loop runs those that need its number of tokens, none if there is none. Loops
-    # and not lax.switch, whose branches XLA runs on a single core of a CPU.
+    # and not lax.switch, whose branches XLA runs on a single core of a CPU. Where nothing has halted yet, as in the first
+    # layers, two groups run as one, without a mask.
     token_counts = plan.token_counts(num_tokens)[::-1]
     state = (carry, jnp.zeros((), jnp.int32))
+    if len(image) > 1:
+        full = functools.partial(run, num_tokens, full=True)
+        state = jax.lax.while_loop(lambda state: smallest[state[1] + 1] == num_tokens, full, state)
     for num, fewer in zip(token_counts, (*token_counts[1:], 0), strict=True):
         state = jax.lax.while_loop(
             lambda state, fewer=fewer: largest[state[1]] > fewer, lambda state, num=num: run(num, state), state
@@ -125,7 +137,7 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
     return state[0]
 
 
-Layer = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+Layer = Callable[[Any, jax.Array, jax.Array | None, Any], jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -135,7 +147,7 @@ def transform(layer: Layer, plan: Plan, params: Any, x: jax.Array, active: jax.A
     The backward pass goes through the same groups and computes the layer anew: only `x` is kept for it.
 
     Args:
-      layer: `(params, tokens (g, n, D), active (g, n), extras)` to tokens `(g, n, D)`.
+      layer: `(params, tokens (g, n, D), active (g, n), extras)` to tokens `(g, n, D)`; active is None if all are.
       plan: group and step.
       params: of the layer.
       x: `(B, N, D)` tokens.

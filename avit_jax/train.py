@@ -53,8 +53,9 @@ def build_model(config: ConfigDict) -> vit.AViT:
     try:
         halts = halting.HaltingConfig(**gate) if gate.pop("enabled") else None
         sizes = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
-        removes = removal.Plan(group=8, step=32) if config.train.adaptive and halts else None
-        model = vit.AViT(**sizes, halting=halts, removal=removes)
+        if config.train.adaptive and halts:  # its backward pass recomputes anyway
+            sizes |= {"removal": removal.Plan(group=8, step=32), "remat": False}
+        model = vit.AViT(**sizes, halting=halts)
         model.check()
     except (ValueError, TypeError) as error:
         raise errors.UserError(f"config.model or config.halting: {error}") from error

@@ -188,7 +188,7 @@ class Block(nn.Module):
         return (x, state, readout), (score, active)
 
 
-def run_block(block: Block, params: Any, tokens: jax.Array, active: jax.Array, keep: jax.Array | None) -> jax.Array:
+def run_block(block: Block, params: Any, tokens: jax.Array, active: jax.Array | None, keep: jax.Array | None) -> jax.Array:
     """`Block.transform` as a function of its parameters, for `removal.transform`."""
     return block.apply({"params": params}, tokens, active, keep, method="transform")
 

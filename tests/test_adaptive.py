@@ -183,7 +183,7 @@ def _depths(rng: np.random.Generator, images: int, model: vit.AViT, mean: float)
     return np.clip(np.round(depth), 2, model.depth)
 
 
-@pytest.mark.parametrize(("budget", "batch", "bound"), [(0.8, 64, 0.96), (0.62, 64, 0.95), (0.4, 64, 0.92), (0.62, 256, 0.955)])
+@pytest.mark.parametrize(("budget", "batch", "bound"), [(0.8, 64, 0.96), (0.62, 64, 0.95), (0.4, 64, 0.92), (0.62, 256, 0.95)])
 def test_padding_of_the_default_plan_is_small(budget: float, batch: int, bound: float) -> None:
     model = vit.deit_tiny()
     plan = adaptive.default_plan(batch, "cpu")
@@ -196,7 +196,8 @@ def test_padding_of_the_default_plan_is_small(budget: float, batch: int, bound: 
         ratio = macs / flops.static_macs(model)
         low, high = (low, mean) if ratio > budget else (mean, high)
     assert ratio == pytest.approx(budget, abs=0.01)
-    waves = np.array_split(active, -(-batch // plan.wave), axis=1)
+    size = plan.wave_size(batch)
+    waves = [active[:, start : start + size] for start in range(0, batch, size)]
     assert macs * batch / sum(_padded_by_hand(model, wave, plan) for wave in waves) >= bound
 
 
@@ -241,20 +242,12 @@ def test_export(batch: int | str) -> None:
         np.testing.assert_allclose(program.call(images), expected, rtol=0, atol=1e-5)
 
 
-def test_token_counts() -> None:
-    assert adaptive.Plan(group=1, step=8, wave=1).token_counts(65) == (16, 24, 32, 40, 48, 56, 64, 65)
-    assert adaptive.Plan(group=1, step=100, wave=1).token_counts(17) == (17,)
-    assert adaptive.Plan(group=1, step=2, wave=1).token_counts(4) == (2, 4)
-
-
 def test_mistakes_are_value_errors() -> None:
     model = _model()
     with pytest.raises(ValueError, match=r"no halting.*model\.apply"):
         adaptive.apply(_model(halting=None), _variables(model), _images(model, 2))
     with pytest.raises(ValueError, match="images must be"):
         adaptive.apply(model, _variables(model), np.zeros((2, 32, 40, 2), np.float32))
-    with pytest.raises(ValueError, match="at least 1"):
-        adaptive.Plan(group=0, step=8, wave=8)
 
 
 def test_autotune_measures_once_and_remembers(tmp_path, monkeypatch, caplog) -> None:

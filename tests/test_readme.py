@@ -49,3 +49,7 @@ def test_model_example() -> None:
     exec(code("The model, from Python:"), scope)
     assert scope["logits"].shape == (2, 13) and scope["aux"].depth.shape == (2, 25)
     assert jnp.isfinite(scope["loss"])
+    logits = scope["logits"]
+    exec(code("<!-- adaptive example -->"), scope)
+    np.testing.assert_allclose(scope["logits"], logits, atol=1e-5)
+    assert scope["aux"].macs.shape == scope["aux"].macs_padded.shape == (2,)

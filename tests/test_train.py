@@ -169,6 +169,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path) -> 
         assert checkpoints.step() is None
 
 
+def test_removal_in_training_ends_where_masking_does(tmp_path) -> None:
+    overrides = {"train.steps": 3, "model.remat": True, "halting.gamma": 5.0, "halting.beta": -1.0}
+    states = {}
+    for adaptive in (False, True):
+        config = small_config(**overrides, **{"train.adaptive": adaptive})
+        assert (train.build_model(config).removal is not None) == adaptive
+        train.train(config, tmp_path / str(adaptive))
+        states[adaptive] = restored_state(config, tmp_path / str(adaptive))
+        assert float(json.loads((tmp_path / str(adaptive) / "summary.json").read_text())["macs_ratio"]) < 0.95
+    chex.assert_trees_all_close(states[True].params, states[False].params, atol=1e-5)
+    assert train.build_model(small_config(**{"train.adaptive": True, "halting.enabled": False})).removal is None
+    with pytest.raises(errors.UserError, match=r"official.*config\.train\.adaptive=False"):
+        train.train(small_config(**{"train.adaptive": True, "loss.prior_mode": "official"}), tmp_path)
+
+
 @pytest.mark.parametrize(("batch_size", "adaptive"), [(56, True), (512, True), (56, False)])
 def test_evaluation_counts_every_image_once(batch_size: int, adaptive: bool, monkeypatch) -> None:
     removed = mock.Mock(side_effect=evaluate.adaptive.apply)

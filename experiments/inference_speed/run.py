@@ -12,7 +12,6 @@ against the fastest of them. Memory is XLA's own account of arguments, results a
 
 import functools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -24,8 +23,7 @@ from absl import app, flags
 
 import avit_jax
 from avit_jax import adaptive
-from avit_jax.data import augment, sources, transforms
-from experiments import timing
+from experiments import timing, workload
 
 _MODEL = flags.DEFINE_enum("model", "deit_tiny", ["deit_tiny", "deit_small"], "shape of the network")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64, 256], "images a call")
@@ -36,20 +34,6 @@ _OUT = flags.DEFINE_string("out", None, "writes <out>.json and <out>.png")
 _CHUNKS = (1, 4, 8, 16)
 _CALIBRATE = 64  # pictures the gate shift is calibrated on
 _PER_ROUND = 16  # pictures a round, at least
-
-
-def load_images(count: int) -> tuple[np.ndarray, str]:
-    """Normalised pictures `(count, 224, 224, 3)`, and where they are from."""
-    data_dir = os.environ.get("AVIT_DATA_DIR")
-    if data_dir:
-        name, split, where = "imagenet2012", "validation+train", "ImageNet sample"
-    else:
-        name, split, where = "digits", "train", "digits"
-    source = sources.load(name, split=split, data_dir=data_dir or "", image_size=(224, 224))
-    read = functools.partial(transforms.evaluate, image_size=(224, 224), crop_ratio=0.875)
-    images = np.stack([read(source.records[i])["image"] for i in range(count)])
-    images = np.broadcast_to(images, (*images.shape[:-1], 3))
-    return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where
 
 
 class Row:
@@ -86,27 +70,6 @@ def chunked(apply: Callable[..., Any], chunk: int) -> Callable[[Any, jax.Array],
     return run
 
 
-def gated(params: Any, shift: float) -> Any:
-    """Variables of a network with a learnable gate, at the given shift."""
-    return {"params": {**params, "gate": {"gamma": np.float32(1.0), "beta": np.float32(shift)}}}
-
-
-def calibrate(model: avit_jax.AViT, params: Any, images: np.ndarray, budgets: list[float]) -> dict[float, float]:
-    """Gate shift for each share of the static network's MACs, by bisection."""
-    cost = jax.jit(lambda variables: adaptive.apply(model, variables, images)[1].macs.mean())
-    static = avit_jax.flops.static_macs(model)
-    shifts = {}
-    for budget in budgets:
-        low, high = -10.0, 10.0
-        ratio = np.inf
-        while abs(ratio - budget) > 0.004 and high - low > 1e-3:
-            shift = (low + high) / 2
-            ratio = float(cost(gated(params, shift))) / static
-            low, high = (shift, high) if ratio > budget else (low, shift)
-        shifts[budget] = shift
-    return shifts
-
-
 def torch_row(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> dict[str, Callable[[], Any]]:
     """Plain PyTorch with the same weights; none where torch is not installed."""
     try:
@@ -120,7 +83,7 @@ def torch_row(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> di
 
 def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -> dict[str, Any]:
     """All rows at one batch size."""
-    shifts = calibrate(model, params, images[: min(len(images), max(batch, _PER_ROUND), _CALIBRATE)], _BUDGET.value)
+    shifts = workload.calibrate(model, params, images[: min(len(images), max(batch, _PER_ROUND), _CALIBRATE)], _BUDGET.value)
     count = max(batch, _PER_ROUND)
     batches = [jax.device_put(images[i : i + batch]) for i in range(0, count, batch)]
     plain = model.clone(halting=None)
@@ -131,13 +94,15 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
     }
     chunk = min(8, batch)
     masked = {
-        f"masked {_BUDGET.value[-1]}": Row(chunked(model.apply, chunk), gated(params, shifts[_BUDGET.value[-1]]), batches)
+        f"masked {_BUDGET.value[-1]}": Row(
+            chunked(model.apply, chunk), workload.gated(params, shifts[_BUDGET.value[-1]]), batches
+        )
     }
     removed = {
-        f"adaptive {budget}": Row(functools.partial(adaptive.apply, model), gated(params, shift), batches)
+        f"adaptive {budget}": Row(functools.partial(adaptive.apply, model), workload.gated(params, shift), batches)
         for budget, shift in shifts.items()
     }
-    removed["adaptive 1.0"] = Row(functools.partial(adaptive.apply, model), gated(params, -1e3), batches)
+    removed["adaptive 1.0"] = Row(functools.partial(adaptive.apply, model), workload.gated(params, -1e3), batches)
     rows = static | masked | removed
     functions = rows | torch_row(params, batches, model)
     seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
@@ -203,7 +168,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
 
 def main(_: list[str]) -> None:
     """Measures every batch size, prints and writes."""
-    images, where = load_images(max(*_BATCH.value, _CALIBRATE))
+    images, where = workload.load_images(max(*_BATCH.value, _CALIBRATE))
     model = getattr(avit_jax, _MODEL.value)(halting=avit_jax.HaltingConfig(learnable=True))
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
     result = {**timing.environment(), "model": _MODEL.value, "images": where, "dtype": "float32", "batches": []}

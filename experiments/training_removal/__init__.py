@@ -1,0 +1,1 @@
+"""What removal of halted tokens is worth in training."""

@@ -1,0 +1,92 @@
+"""Time, memory and gradients of a training step with halted tokens removed, against masking them.
+
+AVIT_DATA_DIR=... python -m experiments.training_removal.run --out=experiments/training_removal/result.json
+
+DeiT-T, float32, loss and gradients of one batch of real pictures with the paper's ponder and prior loss; random weights, the
+gate shift calibrated to shares of the static network's MACs in inference. In training the tokens of an image go on after its
+class token has halted, since ponder and prior loss count them: the share of active tokens is told beside. Memory is XLA's
+temporaries.
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import avit_jax
+from avit_jax import losses, removal
+from experiments import timing, workload
+
+_BATCH = flags.DEFINE_integer("batch", 32, "images a step")
+_BUDGET = flags.DEFINE_multi_float("budget", [0.8, 0.62, 0.4], "share of the static network's MACs in inference")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "interleaved repeats")
+_OUT = flags.DEFINE_string("out", None, "JSON file to write")
+
+
+def build(model: avit_jax.AViT) -> Callable[..., Any]:
+    """Loss, share of active tokens, and gradients."""
+
+    def loss(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, aux = model.apply(variables, images, train=True)
+        task = losses.cross_entropy(logits, jnp.arange(len(images)), label_smoothing=0.1)
+        regular = 5e-4 * losses.ponder_loss(aux) + 1e-3 * losses.prior_loss(aux, target_depth=8.0)
+        return task + regular, aux.active.mean()
+
+    return jax.value_and_grad(loss, has_aux=True)
+
+
+def difference(grads: Any, expected: Any) -> float:
+    """Largest difference of a gradient, in units of the largest entry of its tensor."""
+    return max(
+        float(jnp.abs(a - b).max() / jnp.abs(b).max())
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True)
+        if jnp.abs(b).max() > 1e-12
+    )
+
+
+def measure(model: avit_jax.AViT, variables: Any, images: jax.Array) -> dict[str, Any]:
+    """Masked, masked with rematerialisation, and removed, at one gate."""
+    models = {
+        "masked": model,
+        "masked, remat": model.clone(remat=True),
+        "removed": model.clone(removal=removal.Plan(group=8, step=32)),
+    }
+    rows, functions, outputs = {}, {}, {}
+    for name, each in models.items():
+        started = time.monotonic()
+        run = jax.jit(build(each)).lower(variables, images).compile()
+        rows[name] = {"compile_seconds": time.monotonic() - started}
+        rows[name]["temporaries_mb"] = run.memory_analysis().temp_size_in_bytes / 1e6
+        functions[name] = lambda run=run: jax.block_until_ready(run(variables, images))
+        outputs[name] = functions[name]()
+    seconds = timing.interleave(functions, _ROUNDS.value)
+    (_, active), expected = outputs["masked"]
+    for name, row in rows.items():
+        row["median_seconds"] = float(np.median(seconds[name]))
+        row["speed_up"] = timing.median_ratio(seconds["masked"], seconds[name])
+        row["gradient_difference"] = difference(outputs[name][1], expected)
+    return {"active_tokens": float(active), "rows": rows}
+
+
+def main(_: list[str]) -> None:
+    """Measures at every budget, prints and writes."""
+    images, where = workload.load_images(_BATCH.value)
+    model = avit_jax.deit_tiny(halting=avit_jax.HaltingConfig(learnable=True))
+    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
+    shifts = {1.0: -1e3} | workload.calibrate(model, params, images, _BUDGET.value)
+    result = {**timing.environment(), "images": where, "batch": _BATCH.value, "rounds": _ROUNDS.value, "budgets": {}}
+    for budget, shift in shifts.items():
+        result["budgets"][budget] = measure(model, workload.gated(params, shift), jax.device_put(images))
+        print(budget, json.dumps(result["budgets"][budget], indent=2), flush=True)
+    if _OUT.value:
+        pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,47 @@
+"""Real pictures, and a network that costs a given share of the static one on them."""
+
+import functools
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+import avit_jax
+from avit_jax import adaptive
+from avit_jax.data import augment, sources, transforms
+
+
+def load_images(count: int) -> tuple[np.ndarray, str]:
+    """Normalised pictures `(count, 224, 224, 3)`, and where they are from."""
+    data_dir = os.environ.get("AVIT_DATA_DIR")
+    if data_dir:
+        name, split, where = "imagenet2012", "validation+train", "ImageNet sample"
+    else:
+        name, split, where = "digits", "train", "digits"
+    source = sources.load(name, split=split, data_dir=data_dir or "", image_size=(224, 224))
+    read = functools.partial(transforms.evaluate, image_size=(224, 224), crop_ratio=0.875)
+    images = np.stack([read(source.records[i])["image"] for i in range(count)])
+    images = np.broadcast_to(images, (*images.shape[:-1], 3))
+    return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where
+
+
+def gated(params: Any, shift: float) -> Any:
+    """Variables of a network with a learnable gate, at the given shift."""
+    return {"params": {**params, "gate": {"gamma": np.float32(1.0), "beta": np.float32(shift)}}}
+
+
+def calibrate(model: avit_jax.AViT, params: Any, images: np.ndarray, budgets: list[float]) -> dict[float, float]:
+    """Gate shift for each share of the static network's MACs, by bisection."""
+    cost = jax.jit(lambda variables: adaptive.apply(model, variables, images)[1].macs.mean())
+    static = avit_jax.flops.static_macs(model)
+    shifts = {}
+    for budget in budgets:
+        low, high = -10.0, 10.0
+        ratio = np.inf
+        while abs(ratio - budget) > 0.004 and high - low > 1e-3:
+            shift = (low + high) / 2
+            ratio = float(cost(gated(params, shift))) / static
+            low, high = (shift, high) if ratio > budget else (low, shift)
+        shifts[budget] = shift
+    return shifts

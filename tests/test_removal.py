@@ -1,0 +1,121 @@
+"""Training with halted tokens removed against masking them: the same loss and gradients; and the groups themselves."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avit_jax import halting, losses, removal, vit
+
+
+def _model(**changes: Any) -> vit.AViT:
+    sizes = dict(image_size=(40, 32), patch_size=8, channels=2, width=24, depth=4, num_heads=3, num_classes=7)
+    return vit.AViT(**(sizes | dict(halting=halting.HaltingConfig(learnable=True)) | changes))
+
+
+def _images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, 40, 32, 2)).astype(np.float32)
+
+
+def _variables(model: vit.AViT, beta: float = -1.0) -> dict[str, Any]:
+    params = jax.jit(model.init)(jax.random.key(1), _images(1))["params"]
+    return {"params": params | {"gate": {"gamma": jnp.float32(3.0), "beta": jnp.float32(beta)}}}
+
+
+def _loss_and_grads(model: vit.AViT, variables: Any, images: np.ndarray) -> Any:
+    def loss(variables: Any) -> tuple[jax.Array, vit.Aux]:
+        logits, aux = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(3)})
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        total = sum((head**2).mean() for head in heads) + 0.1 * losses.ponder_loss(aux)
+        return total + 0.1 * losses.prior_loss(aux, target_depth=3.0), aux
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "plan"),
+    [
+        ({}, 5, removal.Plan(group=2, step=8)),
+        ({"distilled": True, "drop_path": 0.3}, 7, removal.Plan(group=3, step=32)),
+    ],
+)
+@pytest.mark.parametrize("beta", [-1.0, 100.0, -100.0])
+def test_loss_and_gradients_equal_those_of_masking(changes, batch: int, plan: removal.Plan, beta: float) -> None:
+    model = _model(**changes)
+    variables, images = _variables(model, beta), _images(batch)
+    (expected, masked), expected_grads = _loss_and_grads(model, variables, images)
+    (total, aux), grads = _loss_and_grads(model.clone(removal=plan), variables, images)
+    assert masked.active.all() == (beta == -100.0)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    for name in ("active", "depth"):
+        np.testing.assert_array_equal(getattr(aux, name), getattr(masked, name))
+    np.testing.assert_allclose(aux.class_output, masked.class_output, rtol=0, atol=1e-5)
+    chex.assert_trees_all_equal_structs(grads, expected_grads)
+    for path, grad in jax.tree.leaves_with_path(expected_grads):
+        got = grads
+        for key in path:
+            got = got[key.key]
+        np.testing.assert_allclose(got, grad, rtol=0, atol=1e-5 * np.abs(grad).max() + 1e-7, err_msg=str(path))
+
+
+def test_the_parameters_are_the_same_however_tokens_halt() -> None:
+    model = _model()
+    shapes = [
+        jax.eval_shape(each.init, jax.random.key(0), _images(1))
+        for each in (model, model.clone(removal=removal.Plan(group=2, step=8)))
+    ]
+    chex.assert_trees_all_equal(*shapes)
+
+
+def test_halted_tokens_are_not_computed_in_training() -> None:
+    """All tokens halt in the first layer: neither value nor gradient sees the later ones."""
+    model = _model(removal=removal.Plan(group=2, step=8))
+    variables = _variables(model, beta=100.0)
+    layers = jax.tree.map(lambda x: x.at[1:].set(jnp.nan), variables["params"]["layers"])
+    (total, _), grads = _loss_and_grads(model, {"params": variables["params"] | {"layers": layers}}, _images(3))
+    assert np.isfinite(total)
+    chex.assert_tree_all_finite(grads)
+    for leaf in jax.tree.leaves(grads["params"]["layers"]):
+        np.testing.assert_array_equal(leaf[1:], 0.0)
+
+
+def test_only_the_layers_input_is_kept_for_the_backward_pass() -> None:
+    model = _model(width=48, depth=8)
+    variables, images = _variables(model), _images(32)
+
+    def temporaries(model: vit.AViT) -> int:
+        def loss(variables: Any) -> jax.Array:
+            return model.apply(variables, images)[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(model.clone(removal=removal.Plan(group=4, step=32))) < 0.5 * temporaries(model)
+
+
+def test_groups_are_sorted_and_padded() -> None:
+    image, count = removal.groups(jnp.array([3, 0, 9, 5, 5]), 2)
+    np.testing.assert_array_equal(image, [[2, 3], [4, 0], [1, 5]])
+    np.testing.assert_array_equal(count, [[9, 5], [5, 3], [0, 0]])
+
+
+def test_token_counts() -> None:
+    assert removal.Plan(group=1, step=8).token_counts(65) == (16, 32, 40, 48, 56, 64, 65)
+    assert removal.Plan(group=1, step=100).token_counts(17) == (17,)
+    assert removal.Plan(group=1, step=2).token_counts(4) == (2, 4)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (5, 5), (20, 20), (21, 12), (41, 16), (1000, 20)])
+def test_waves_are_even_and_of_whole_groups(batch: int, size: int) -> None:
+    assert removal.Plan(group=4, step=8, wave=20).wave_size(batch) == size
+
+
+def test_mistakes_are_value_errors() -> None:
+    plan = removal.Plan(group=2, step=8)
+    for changes in ({"halting": None}, {"dropout": 0.1}, {"remat": True}):
+        with pytest.raises(ValueError, match="removal needs"):
+            _model(removal=plan, **changes).check()
+    with pytest.raises(ValueError, match="at least 1"):
+        removal.Plan(group=0, step=8)
