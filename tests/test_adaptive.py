@@ -263,6 +263,10 @@ def test_autotune_measures_once_and_remembers(tmp_path, monkeypatch, caplog) -> 
         assert adaptive.autotune(model, variables, images, cache=cache) == plan
         with pytest.raises(TypeError):
             adaptive.autotune(model, variables, images[:3], cache=cache)  # another question
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING, "avit_jax"):
+        adaptive.autotune(model, variables, images, cache=tmp_path / "file" / "plans.json")
+    assert "not remembered" in caplog.text
     for spoilt in ("{", "[1]", json.dumps({key: {"group": "x"} for key in json.loads(cache.read_text())})):
         cache.write_text(spoilt)
         assert isinstance(adaptive.autotune(model, variables, images, cache=cache), adaptive.Plan)
