@@ -7,7 +7,17 @@ from avit_jax import errors
 # Key -> least and largest value; what model and gate check themselves is not here.
 _RANGES = {
     "data.num_threads": (1, None),
+    "data.num_workers": (0, None),
+    "data.max_bad_share": (0, 1),
     "data.crop_ratio": (0.01, 1),
+    "augment.flip": (0, 1),
+    "augment.magnitude": (0, 10),
+    "augment.deviation": (0, None),
+    "augment.repeats": (1, None),
+    "augment.erase": (0, 1),
+    "augment.mixup": (0, None),
+    "augment.cutmix": (0, None),
+    "augment.switch": (0, 1),
     "loss.label_smoothing": (0, 1),
     "loss.prior_width": (1e-3, None),
     "optimizer.warmup": (0, 0.999),
@@ -17,7 +27,11 @@ _RANGES = {
     "train.eval_every": (0, None),
     "eval.pictures": (1, None),
 }
-_CHOICES = {"loss.prior_mode": ("paper", "official"), "eval.checkpoint": ("last", "best")}
+_CHOICES = {
+    "data.bad_records": ("raise", "skip"),
+    "loss.prior_mode": ("paper", "official"),
+    "eval.checkpoint": ("last", "best"),
+}
 
 
 def default() -> ConfigDict:
@@ -26,14 +40,31 @@ def default() -> ConfigDict:
     config.seed = 0
     config.data = ConfigDict(
         {
-            "name": "digits",  # "digits", or a prepared data set of tensorflow-datasets
-            "dir": "",  # of tensorflow-datasets; empty: its default, ~/tensorflow_datasets
+            "name": "digits",  # "digits", "folder", or a prepared data set of tensorflow-datasets
+            "dir": "",  # the folder, or that of tensorflow-datasets; empty: its default, ~/tensorflow_datasets
             "train_split": "train",
             "eval_split": "test",
             "mean": (0.485, 0.456, 0.406),  # of pixels from 0 to 1, one number a channel
             "std": (0.229, 0.224, 0.225),
             "crop_ratio": 0.875,  # evaluation: share of the resized picture that is seen
-            "num_threads": 2,  # that read and transform
+            "num_threads": 2,  # that read and transform, in each worker
+            "num_workers": 0,  # processes that do so for training; 0: the training process itself
+            "bad_records": "raise",  # or "skip": the next record takes the place of one that cannot be read
+            "max_bad_share": 0.01,  # of all records read; above, training stops all the same
+        }
+    )
+    # Of encoded pictures, see avit_jax/data/transforms.py and augment.py; the defaults leave all but crop and flip out.
+    config.augment = ConfigDict(
+        {
+            "crop_scale": (0.08, 1.0),  # share of the picture's area
+            "flip": 0.5,  # probability
+            "magnitude": 0.0,  # of RandAugment, up to 10; DeiT: 9
+            "deviation": 0.5,  # of the magnitude
+            "repeats": 1,  # differently augmented copies of an image, one after the other; DeiT: 3
+            "erase": 0.0,  # probability of random erasing; DeiT: 0.25
+            "mixup": 0.0,  # Beta parameter; DeiT: 0.8
+            "cutmix": 0.0,  # Beta parameter; DeiT: 1
+            "switch": 0.5,  # probability of cutmix where mixup is on too
         }
     )
     # Random affine map, see avit_jax/data/augment.py; all 0: none.
@@ -105,7 +136,7 @@ def check(config: ConfigDict) -> None:
     """Raises errors.UserError, naming the key, where a value is none that training knows what to do with."""
     flat = {
         f"{section}.{key}": value
-        for section in ("data", "loss", "optimizer", "train", "eval")
+        for section in ("data", "augment", "loss", "optimizer", "train", "eval")
         for key, value in config[section].items()
     }
     for key, (least, largest) in _RANGES.items():
@@ -119,6 +150,9 @@ def check(config: ConfigDict) -> None:
         raise errors.UserError(
             'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'
         )
+    smallest, largest = flat["augment.crop_scale"]
+    if not 0 < smallest <= largest <= 1:
+        raise errors.UserError(f"config.augment.crop_scale must be two rising shares up to 1; got {(smallest, largest)}.")
     for key in ("data.mean", "data.std"):
         if len(flat[key]) not in (1, config.model.channels):
             raise errors.UserError(f"config.{key} must hold one number for each of the {config.model.channels} channels.")

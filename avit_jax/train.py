@@ -1,11 +1,10 @@
 """The training state, one training step, and the `pmap` loop. All that knows about devices is here and in `evaluate`."""
 
 import contextlib
-import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -84,12 +83,12 @@ def create_state(model: vit.AViT, tx: optax.GradientTransformation, *, seed: int
 
 
 def total_loss(
-    model: vit.AViT, logits: Any, aux: vit.Aux, labels: jax.Array, config: ConfigDict, axis_name: str | None
+    model: vit.AViT, logits: Any, aux: vit.Aux, targets: jax.Array, config: ConfigDict, axis_name: str | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Task, ponder and prior loss, weighted; a distilled model's two heads share the labels."""
+    """Task, ponder and prior loss, weighted; a distilled model's two heads share the targets, labels or probabilities."""
     c = config.loss
     heads = logits if isinstance(logits, tuple) else (logits,)
-    task = sum(losses.cross_entropy(head, labels, label_smoothing=c.label_smoothing) for head in heads) / len(heads)
+    task = sum(losses.cross_entropy(head, targets, label_smoothing=c.label_smoothing) for head in heads) / len(heads)
     parts = {"task_loss": task}
     total = task
     if model.halting is not None:
@@ -98,28 +97,45 @@ def total_loss(
             aux, target_depth=c.target_depth, width=c.prior_width, mode=c.prior_mode, axis_name=axis_name
         )
         total += c.ponder_weight * parts["ponder_loss"] + c.prior_weight * parts["prior_loss"]
-    return total, parts | {"loss": total, "top1": (heads[0].argmax(-1) == labels).mean()}
+    return total, parts | {"loss": total}
+
+
+def augment_batch(
+    batch: loader.Batch, key: jax.Array, config: ConfigDict, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Normalised, augmented images of a device's share of the batch; their labels, or probabilities where they are mixed."""
+    c = config.augment
+    ranges, mixing = augment.Affine(**config.affine), augment.Mix(mixup=c.mixup, cutmix=c.cutmix, switch=c.switch)
+    affine_key, erase_key, mix_key = jax.random.split(key, 3)
+    images, targets = batch["image"], batch["label"]
+    if any(vars(ranges).values()):
+        images = augment.random_affine(images, affine_key, batch["index"], ranges)
+    images = augment.normalize(images, config.data.mean, config.data.std)
+    if c.erase:
+        images = augment.random_erase(images, erase_key, batch["index"], c.erase)
+    if c.mixup or c.cutmix:
+        targets = jax.nn.one_hot(targets, config.model.num_classes)
+        images, targets = augment.mix(images, targets, mix_key, mixing, axis_name)
+    return images, targets
 
 
 def make_train_step(
     model: vit.AViT, tx: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[TrainState, loader.Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The training step as a function of one device's state and share of the batch, to run under `pmap` over `AXIS`."""
-    ranges = augment.Affine(**config.affine)
-    mean, std, seed, ema_decay = config.data.mean, config.data.std, config.seed, config.optimizer.ema_decay
+    seed, ema_decay = config.seed, config.optimizer.ema_decay
 
     def train_step(state: TrainState, batch: loader.Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        affine_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        images = batch["image"]
-        if any(vars(ranges).values()):
-            images = augment.random_affine(images, affine_key, batch["index"], ranges)
-        images = augment.normalize(images, mean, std)
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        images, targets = augment_batch(batch, augment_key, config, AXIS)
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             logits, aux = model.apply(
                 {"params": params}, images, train=True, image_index=batch["index"], rngs={"dropout": dropout_key}
             )
-            return total_loss(model, logits, aux, batch["label"], config, AXIS)
+            loss, values = total_loss(model, logits, aux, targets, config, AXIS)
+            heads = logits if isinstance(logits, tuple) else (logits,)
+            return loss, values | {"top1": (heads[0].argmax(-1) == batch["label"]).mean()}
 
         grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
         grads, values = jax.lax.pmean((grads, values), AXIS)
@@ -129,23 +145,38 @@ def make_train_step(
         if state.ema_params is not None:
             ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay)
         state = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
-        return state, values | {"grad_norm": optax.tree.norm(grads)}
+        skipped = jax.lax.psum(batch["skipped"].sum(), AXIS)
+        return state, values | {"grad_norm": optax.tree.norm(grads), "skipped": skipped}
 
     return train_step
 
 
-def _train_batches(config: ConfigDict, model: vit.AViT, start_step: int) -> Any:
+def _train_batches(config: ConfigDict, model: vit.AViT, start_step: int, evaluation: sources.Source) -> Iterator[loader.Batch]:
     """Batches on the devices, from the given step on."""
     source = sources.load(config.data.name, split=config.data.train_split, data_dir=config.data.dir, image_size=model.pixels)
     sources.check_fit(source, num_classes=model.num_classes, channels=model.channels)
+    sources.check_same_classes(source, evaluation)
+    c = config.augment
+    transform = transforms.Train(
+        image_size=model.pixels, crop_scale=c.crop_scale, flip=c.flip, magnitude=c.magnitude, deviation=c.deviation
+    )
     return loader.train_batches(
-        source,
-        functools.partial(transforms.train, image_size=model.pixels),
+        loader.Reader(source=source, transform=transform, skip_bad=config.data.bad_records == "skip"),
         batch_size=config.train.batch_size,
         seed=config.seed,
         start_step=start_step,
         num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        repeats=c.repeats,
     )
+
+
+def _next(batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None) -> tuple[loader.Batch, float]:
+    """The next batch, and the seconds that the devices may have waited for it: none if the step before is still running."""
+    started = time.monotonic()
+    batch = next(batches)
+    idle = running is not None and running["loss"].is_ready()
+    return batch, idle * (time.monotonic() - started)
 
 
 def check_batch_sizes(config: ConfigDict) -> None:
@@ -183,14 +214,15 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
             seconds = extra["train_seconds"]
             _logger.info("going on from the checkpoint of step %d", int(state.step))
         start = int(state.step)
-        batches = _train_batches(config, model, start)
+        batches = _train_batches(config, model, start, evaluator.source)
         state = evaluate.replicate(state)
         step_fn = jax.pmap(make_train_step(model, tx, config), axis_name=AXIS, donate_argnums=0)
-        results = None
+        results = values = None
         with contextlib.closing(_Log(config, workdir, learning_rate, seconds)) as log:
             for step in range(start + 1, config.train.steps + 1):
-                state, values = step_fn(state, next(batches))
-                log.add(step, values)
+                batch, waited = _next(batches, values)
+                state, values = step_fn(state, batch)
+                log.add(step, values, waited)
                 last = step == config.train.steps
                 if last or (config.train.eval_every and step % config.train.eval_every == 0):
                     log.flush()  # nothing is saved before all its losses are known to be finite
@@ -211,6 +243,7 @@ class _Log:
         self._config, self._learning_rate = config, learning_rate
         self._writer = metrics.Writer(workdir)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._waited, self._skipped, self._steps = 0.0, 0, 0
         self._seconds_before, self._started = seconds, time.monotonic()
         self._flushed = self._started
 
@@ -219,14 +252,18 @@ class _Log:
         """Wall time of training so far, evaluation and compilation included, over all starts."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes the step's values, still on the device."""
+    def add(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
+        """Takes the step's values, still on the device, and the seconds that the devices waited for its batch."""
         self._pending.append((step, values))
+        self._waited += waited
         if step % self._config.train.log_every == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the mean of what has come since the last time; raises errors.UserError at a non-finite loss or gradient."""
+        """Writes the mean of what has come since the last time, and how many records could not be read.
+
+        Raises errors.UserError at a non-finite loss or gradient, or where too many records could not be read.
+        """
         if not self._pending:
             return
         steps, values = zip(*self._pending, strict=True)
@@ -241,10 +278,13 @@ class _Log:
                         "set --config.optimizer.clip_norm=1."
                     )
         mean = {name: float(np.mean([row[name][0] for row in values])) for name in values[0]}
+        mean["skipped"] = sum(int(row["skipped"][0]) for row in values)
+        self._check_skipped(mean["skipped"], len(steps))
         step, total = steps[-1], self._config.train.steps
         now = time.monotonic()
         rate = len(steps) / (now - self._flushed)
-        self._flushed = now
+        mean["data_wait"] = self._waited / (now - self._flushed)
+        self._flushed, self._waited = now, 0.0
         mean["learning_rate"] = float(self._learning_rate(step - 1))
         mean["images_per_second"] = rate * self._config.train.batch_size
         self._writer.write(step, "train", mean)
@@ -254,9 +294,19 @@ class _Log:
             *(step, total, mean["loss"], mean["top1"], mean["images_per_second"], minutes, seconds),
         )
 
+    def _check_skipped(self, skipped: int, steps: int) -> None:
+        self._skipped += skipped
+        self._steps += steps
+        share = self._skipped / (self._skipped + self._steps * self._config.train.batch_size)
+        if share > self._config.data.max_bad_share:
+            raise errors.UserError(
+                f"{self._skipped} records, {share:.1%} of all, could not be read: training has stopped and the last checkpoint "
+                "stands; mend the data set or raise --config.data.max_bad_share."
+            )
+
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Writes the result of an evaluation, whose time does not count as training in images/s."""
-        self._flushed = time.monotonic()
+        self._flushed, self._waited = time.monotonic(), 0.0
         self._writer.write(step, "eval", values)
         _logger.info(
             "step %d  evaluation of %d images: top-1 %.2f%%  MACs ratio %.3f  depth of patch tokens %.2f, of class token %.2f",

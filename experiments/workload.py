@@ -1,6 +1,5 @@
 """Real pictures, and a network that costs a given share of the static one on them."""
 
-import functools
 import os
 from typing import Any
 
@@ -20,7 +19,7 @@ def load_images(count: int) -> tuple[np.ndarray, str]:
     else:
         name, split, where = "digits", "train", "digits"
     source = sources.load(name, split=split, data_dir=data_dir or "", image_size=(224, 224))
-    read = functools.partial(transforms.evaluate, image_size=(224, 224), crop_ratio=0.875)
+    read = transforms.Evaluate(image_size=(224, 224), crop_ratio=0.875)
     images = np.stack([read(source.records[i])["image"] for i in range(count)])
     images = np.broadcast_to(images, (*images.shape[:-1], 3))
     return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where

@@ -1,9 +1,13 @@
 """The training step and the loop: devices, resumption, evaluation, what a run leaves behind."""
 
 import json
+import pathlib
+import time
+from collections.abc import Iterator
 from unittest import mock
 
 import chex
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +43,7 @@ def batch_of(step: int, size: int, num_devices: int) -> dict[str, np.ndarray]:
         "image": rng.integers(0, 256, (size, 16, 16, 1), np.uint8),
         "label": rng.integers(0, 10, size).astype(np.int32),
         "index": np.arange(size, dtype=np.int32),
+        "skipped": (np.arange(size) == step).astype(np.int32),
     }
     return {name: x.reshape(num_devices, -1, *x.shape[1:]) for name, x in batch.items()}
 
@@ -60,8 +65,9 @@ def run_steps(config: ConfigDict, num_devices: int, steps: int = 5) -> tuple[tra
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
 def test_one_and_eight_devices_agree(mode: str) -> None:
-    # With augmentation, drop path and dropout on; the prior is of the global batch.
-    config = small_config(**{"loss.prior_mode": mode})
+    # With augmentation, mixing and drop path on; the prior is of the global batch.
+    config = small_config(**{"loss.prior_mode": mode, "loss.label_smoothing": 0.1})
+    config.augment.update({"erase": 0.5, "mixup": 0.8, "cutmix": 1.0})
     one, rows_one = run_steps(config, 1)
     eight, rows_eight = run_steps(config, 8)
     chex.assert_trees_all_close(one.params, eight.params, atol=1e-6, rtol=0)
@@ -104,7 +110,7 @@ def test_no_compilation_after_the_first_step() -> None:
     model, (tx, _) = train.build_model(config), train.build_optimizer(config)
     step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0)
     state = evaluate.replicate(jax.jit(lambda: train.create_state(model, tx, seed=0, ema=True))())
-    batches = train._train_batches(config, model, 0)
+    batches = train._train_batches(config, model, 0, evaluate.Evaluator(config, model).source)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -130,6 +136,7 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert losses[-1] < losses[0]
+    assert all(0 <= row["data_wait"] < 1 and row["skipped"] == 0 for row in train_rows(tmp_path))
     assert [row["step"] for row in rows if row["split"] == "eval"] == [20, 40]
 
     (tmp_path / "summary.json").unlink()
@@ -167,6 +174,85 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path) -> 
         train.train(config, tmp_path)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.step() is None
+
+
+def pictures_folder(root: pathlib.Path, good: int, bad: int) -> str:
+    """Training pictures of two classes, of which some are damaged, and four of each to evaluate."""
+    rng = np.random.default_rng(0)
+    for i in range(good + bad):
+        path = root / f"train/{'ab'[i % 2]}/{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = fixtures.png(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+        path.write_bytes(data if i < good else data[: 9 * (i - good)])
+    for i in range(8):
+        path = root / f"val/{'ab'[i % 2]}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(fixtures.png(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)))
+    return str(root)
+
+
+def folder_config(folder: str, **overrides: object) -> ConfigDict:
+    """The small model on a folder of pictures, with all of DeiT's augmentation."""
+    config = small_config()
+    config.data.update({"name": "folder", "dir": folder, "eval_split": "val", "mean": (0.5,), "std": (0.25,)})
+    config.augment.update({"magnitude": 9.0, "repeats": 3, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0})
+    config.model.update({"channels": 3, "num_classes": 2})
+    config.eval.update({"batch_size": 8})
+    with config.unlocked():
+        config.update_from_flattened_dict(overrides)
+    return config
+
+
+def train_rows(workdir: pathlib.Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == "train"]
+
+
+def test_bad_records_stop_training_or_are_counted(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = pictures_folder(tmp_path, good=20, bad=30)
+    with pytest.raises(errors.UserError, match=rf"cannot read {folder}/train/[ab]/\d+\.png: .*bad_records=skip"):
+        train.train(folder_config(folder), tmp_path / "raise")
+    skip = {"data.bad_records": "skip", "data.max_bad_share": 1.0}
+    with caplog.at_level("WARNING", logger="avit_jax"):
+        train.train(folder_config(folder, **skip), tmp_path / "skip")
+    rows = train_rows(tmp_path / "skip")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    config = folder_config(folder, **skip)
+    model = train.build_model(config)
+    batches = train._train_batches(config, model, 0, evaluate.Evaluator(config, model).source)
+    expected = [sum(int(next(batches)["skipped"].sum()) for _ in range(2)) for _ in range(3)]
+    assert [row["skipped"] for row in rows] == expected
+    assert sum(expected) > 30
+    assert "skipped: cannot read" in caplog.text
+    with pytest.raises(errors.UserError, match=r"\d+ records, .*% of all, could not be read"):
+        train.train(folder_config(folder, **skip | {"data.max_bad_share": 0.1}), tmp_path / "share")
+
+
+def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = pictures_folder(tmp_path, good=8, bad=0)
+    (tmp_path / "val/a/0.png").write_bytes(b"torn")
+    config = folder_config(folder, **{"data.bad_records": "skip"})
+    model = train.build_model(config)
+    evaluator = evaluate.Evaluator(config, model)
+    params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 3)))["params"]
+    with caplog.at_level("WARNING", logger="avit_jax"):
+        assert evaluator(evaluate.replicate(params))["images"] == 7
+    assert "1 of 8 images could not be read" in caplog.text
+
+
+def test_waiting_counts_only_where_the_devices_are_idle() -> None:
+    def slow() -> Iterator[dict]:
+        while True:
+            time.sleep(0.05)
+            yield {}
+
+    class Value:
+        def __init__(self, ready: bool) -> None:
+            self.is_ready = lambda: ready
+
+    assert train._next(slow(), None)[1] == 0
+    assert train._next(slow(), {"loss": Value(False)})[1] == 0
+    assert train._next(slow(), {"loss": Value(True)})[1] >= 0.05
 
 
 def test_removal_in_training_ends_where_masking_does(tmp_path) -> None:

@@ -1,6 +1,9 @@
 """Where images come from: random access to records `{"image", "label"}`, with label names."""
 
 import dataclasses
+import logging
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +12,8 @@ import numpy as np
 from avit_jax import errors
 
 Record = dict[str, Any]
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,21 +21,30 @@ class Source:
     """A split of a data set.
 
     Attributes:
-      records: random access; each record holds `image`, a uint8 array `(H, W, C)` or an encoded picture, and `label`, an int.
+      name: of the data set and the split, for messages.
+      records: random access; each record holds `image`, a uint8 array `(H, W, C)` or an encoded picture, `label`, an int, and
+        `file_name` where there is one.
       label_names: one name a class.
     """
 
+    name: str
     records: Sequence[Record]
     label_names: list[str]
+
+    def where(self, i: int, record: Record) -> str:
+        """What a message calls the i-th record."""
+        name = record.get("file_name", f"record {i} of {self.name}")
+        return name.decode() if isinstance(name, bytes) else name
 
 
 def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -> Source:
     """Opens a split of a data set.
 
     Args:
-      name: "digits", or a data set of tensorflow-datasets that has been prepared in array_record format.
-      split: "train" or "test" for the digits, else a TFDS split, with slices such as "train[:99%]".
-      data_dir: where TFDS data sets lie; empty for TFDS's own default.
+      name: "digits", "folder", or a data set of tensorflow-datasets that has been prepared in array_record format.
+      split: "train" or "test" for the digits, a folder in `data_dir` for "folder", else a TFDS split, with slices such as
+        "train[:99%]".
+      data_dir: the folder, or where TFDS data sets lie; empty for TFDS's own default.
       image_size: (height, width) that the digits are enlarged to; other pictures are resized by the host transforms.
 
     Raises:
@@ -38,7 +52,16 @@ def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -
     """
     if name == "digits":
         return _digits(split, image_size)
+    if name == "folder":
+        return _folder(pathlib.Path(data_dir), split)
     return _tfds(name, split, data_dir)
+
+
+def check_same_classes(train: Source, evaluation: Source) -> None:
+    """Raises errors.UserError unless label k means the same class in both."""
+    if train.label_names != evaluation.label_names:
+        odd = sorted(set(train.label_names) ^ set(evaluation.label_names))
+        raise errors.UserError(f"{train.name} and {evaluation.name} differ in their classes: {', '.join(odd[:5])}.")
 
 
 def check_fit(source: Source, *, num_classes: int, channels: int) -> None:
@@ -73,7 +96,54 @@ def _digits(split: str, image_size: tuple[int, int]) -> Source:
 
     chosen = zip(bunch.images[splits[split]], bunch.target[splits[split]], strict=True)
     records = [{"image": enlarge(pixels), "label": int(label)} for pixels, label in chosen]
-    return Source(records, [str(name) for name in bunch.target_names])
+    return Source(f'the digits, split "{split}"', records, [str(name) for name in bunch.target_names])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files(Sequence[Record]):
+    """Picture files, read when they are asked for.
+
+    Attributes:
+      paths: of the files.
+      labels: one a file.
+    """
+
+    paths: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Record:
+        return {"image": pathlib.Path(self.paths[i]).read_bytes(), "label": self.labels[i], "file_name": self.paths[i]}
+
+
+def _folder(root: pathlib.Path, split: str) -> Source:
+    """Pictures `root/split/class/*` whose name ends as a picture's does; classes and files in alphabetical order."""
+    folder = root / split
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        raise errors.UserError(
+            f'cannot read the folder "{folder}" of pictures: {error.strerror}; set --config.data.dir to the folder that holds '
+            "<split>/<class>/<picture>, and --config.data.train_split and eval_split to its parts."
+        ) from error
+    paths, labels, ignored = [], [], 0
+    for label, name in enumerate(names):
+        found = sorted(entry.path for entry in os.scandir(folder / name) if _is_picture(entry))
+        ignored += len(os.listdir(folder / name)) - len(found)
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise errors.UserError(
+            f'no pictures in "{folder}": they belong into one folder a class, and their names end in {", ".join(_ENDINGS)}.'
+        )
+    _logger.info("%s: %d pictures of %d classes, %d other files ignored", folder, len(paths), len(names), ignored)
+    return Source(f'"{folder}"', _Files(paths, labels), names)
+
+
+def _is_picture(entry: os.DirEntry) -> bool:
+    return entry.name.lower().endswith(_ENDINGS) and entry.is_file()
 
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
@@ -96,7 +166,11 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (ValueError, KeyError, NotImplementedError) as error:
         raise errors.UserError(f'cannot read the split "{split}" of "{name}" {where}: {_first_line(error)}') from error
-    return Source(records, builder.info.features["label"].names)
+    if not {"image", "label"} <= set(builder.info.features):
+        raise errors.UserError(
+            f'"{name}" has no image with one label: its records hold {", ".join(sorted(builder.info.features))}.'
+        )
+    return Source(f'"{name}", split "{split}"', records, builder.info.features["label"].names)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,56 +1,89 @@
 """Host transforms: record in, uint8 image of one size out. Pictures are handled by Pillow."""
 
-import io
+import dataclasses
 import math
 
 import numpy as np
 from PIL import Image
 
-from avit_jax.data import sources
+from avit_jax.data import pictures, randaugment, sources
 
-_CROP_SCALE = (0.08, 1.0)  # share of the area, DeiT's
 _CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 _CROP_ATTEMPTS = 10
 
 
-def train(record: sources.Record, rng: np.random.Generator, *, image_size: tuple[int, int]) -> sources.Record:
-    """Random resized crop and horizontal flip of an encoded picture; arrays pass as they are."""
-    if isinstance(record["image"], np.ndarray):
-        return _as_record(record["image"], record["label"])
-    picture = _decode(record["image"])
-    height, width = image_size
-    box = _random_box(picture.width, picture.height, rng)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    if rng.random() < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _as_record(np.asarray(picture), record["label"])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Random resized crop, horizontal flip and RandAugment of an encoded picture; arrays pass as they are.
+
+    Attributes:
+      image_size: (height, width) of the result.
+      crop_scale: least and largest share of the picture's area that a crop takes; DeiT: (0.08, 1).
+      flip: probability of a horizontal flip.
+      magnitude: of RandAugment, from 0, which leaves it out, to 10; DeiT: 9.
+      deviation: of the magnitude; DeiT: 0.5.
+    """
+
+    image_size: tuple[int, int]
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    magnitude: float = 0.0
+    deviation: float = 0.5
+
+    def __call__(self, record: sources.Record, rng: np.random.Generator) -> sources.Record:
+        """Raises pictures.BadPicture where the record's picture is damaged."""
+        if isinstance(record["image"], np.ndarray):
+            return _as_record(record["image"], record["label"])
+        picture = pictures.decode(record["image"])
+        height, width = self.image_size
+        box = _random_box(picture.width, picture.height, self.crop_scale, rng)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        if rng.random() < self.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.magnitude > 0:
+            picture = randaugment.rand_augment(picture, rng, magnitude=self.magnitude, deviation=self.deviation)
+        return _as_record(np.asarray(picture), record["label"])
 
 
-def evaluate(record: sources.Record, *, image_size: tuple[int, int], crop_ratio: float) -> sources.Record:
-    """The central crop of an encoded picture, `crop_ratio` of what the resized picture would be; arrays pass as they are."""
-    if isinstance(record["image"], np.ndarray):
-        return _as_record(record["image"], record["label"])
-    picture = _decode(record["image"])
-    height, width = image_size
-    scale = max(height / picture.height, width / picture.width) / crop_ratio
-    resized = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-    return _as_record(np.asarray(resized.crop((left, top, left + width, top + height))), record["label"])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """The centre of an encoded picture; arrays pass as they are.
+
+    Attributes:
+      image_size: (height, width) of the result.
+      crop_ratio: share of the resized picture's shorter side that is seen; DeiT: 0.875, 224 of 256 pixels.
+    """
+
+    image_size: tuple[int, int]
+    crop_ratio: float
+
+    def __call__(self, record: sources.Record) -> sources.Record:
+        """Raises pictures.BadPicture where the record's picture is damaged."""
+        if isinstance(record["image"], np.ndarray):
+            return _as_record(record["image"], record["label"])
+        picture = pictures.decode(record["image"])
+        height, width = self.image_size
+        if width * picture.height > height * picture.width:  # relative to the crop the picture is high: its width decides
+            size = int(width / self.crop_ratio), int(int(width / self.crop_ratio) * picture.height / picture.width)
+        else:
+            size = int(int(height / self.crop_ratio) * picture.width / picture.height), int(height / self.crop_ratio)
+        pictures.check_size(*size)  # of a line of pixels, enlarged to the crop's width
+        resized = picture.resize(size, Image.Resampling.BICUBIC)
+        left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
+        return _as_record(np.asarray(resized.crop((left, top, left + width, top + height))), record["label"])
 
 
 def _as_record(image: np.ndarray, label: int) -> sources.Record:
     return {"image": image, "label": np.int32(label)}
 
 
-def _decode(encoded: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(encoded)).convert("RGB")
-
-
-def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+def _random_box(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
     """Box (left, top, right, bottom) of random area and shape; the largest central one of an allowed shape if none fits."""
     log_ratio = np.log(_CROP_RATIO)
     for _ in range(_CROP_ATTEMPTS):
-        area = width * height * rng.uniform(*_CROP_SCALE)
+        area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(*log_ratio))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -1,0 +1,21 @@
+"""A-ViT-T on pictures of your own, in one folder a class: <dir>/train/<class>/*.jpg and <dir>/val/<class>/*.jpg.
+
+python -m avit_jax.main --config=configs/folder.py --config.data.dir=my_pictures --config.model.num_classes=2
+
+The recipe is configs/deit_tiny.py's, for 300 steps of 64 images: set --config.train.steps to what your pictures need.
+Hardware: one accelerator. Expected: depends on the pictures.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import deit_tiny
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    config = deit_tiny.get_config()
+    config.data.update({"name": "folder", "eval_split": "val"})
+    config.optimizer.ema_decay = 0.999
+    config.train.update({"batch_size": 64, "steps": 300, "eval_every": 0})
+    config.eval.batch_size = 64
+    return config
