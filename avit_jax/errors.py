@@ -1,10 +1,17 @@
 """The one exception that means: the user can mend this; and what is shown of those of other libraries."""
 
 import re
+import sys
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake outside the program; its message is one sentence that says what to do, and is all that is shown."""
+
+
+def stop(message: object) -> NoReturn:
+    """Ends the program with one sentence and a non-zero exit."""
+    sys.exit(f"error: {' '.join(str(message).split())}")
 
 
 def sentence(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 import pathlib
-import sys
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -15,22 +14,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: run
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint of the workdir")
 
 
-def _stop(message: object) -> None:
-    sys.exit(f"error: {' '.join(str(message).split())}")
-
-
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; every mistake, of the recipe too, ends in one sentence."""
     try:
         rest = flags.FLAGS(argv)[1:]
         if rest:
-            _stop(f"unexpected argument {rest[0]!r}: all options start with --.")
+            errors.stop(f"unexpected argument {rest[0]!r}: all options start with --.")
         if _CONFIG.value is None:
-            _stop("name a recipe, for example --config=configs/digits.py.")
+            errors.stop("name a recipe, for example --config=configs/digits.py.")
         # ml_collections tells that there is no such file only when one looks into the recipe.
         _CONFIG.value.train.steps  # noqa: B018
     except Exception as error:
-        _stop(errors.sentence(error))
+        errors.stop(errors.sentence(error))
     return argv[:1]
 
 
@@ -52,7 +47,7 @@ def _main(_: list[str]) -> None:
         else:
             train.restore_and_evaluate(_CONFIG.value, workdir)
     except errors.UserError as error:
-        _stop(error)
+        errors.stop(error)
 
 
 if __name__ == "__main__":
