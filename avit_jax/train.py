@@ -151,11 +151,15 @@ def make_train_step(
     return train_step
 
 
-def _train_batches(config: ConfigDict, model: vit.AViT, start_step: int, evaluation: sources.Source) -> Iterator[loader.Batch]:
-    """Batches on the devices, from the given step on."""
+def load_source(config: ConfigDict, model: vit.AViT) -> sources.Source:
+    """The training split; raises errors.UserError where it is not there or does not fit the model."""
     source = sources.load(config.data.name, split=config.data.train_split, data_dir=config.data.dir, image_size=model.pixels)
     sources.check_fit(source, num_classes=model.num_classes, channels=model.channels)
-    sources.check_same_classes(source, evaluation)
+    return source
+
+
+def input_batches(config: ConfigDict, model: vit.AViT, source: sources.Source, start_step: int = 0) -> Iterator[loader.Batch]:
+    """Training batches on the devices, from the given step on."""
     c = config.augment
     transform = transforms.Train(
         image_size=model.pixels, crop_scale=c.crop_scale, flip=c.flip, magnitude=c.magnitude, deviation=c.deviation
@@ -204,7 +208,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     check_batch_sizes(config)
     model = build_model(config)
     tx, learning_rate = build_optimizer(config)
-    evaluator = evaluate.Evaluator(config, model)
+    evaluator, source = evaluate.Evaluator(config, model), load_source(config, model)
+    sources.check_same_classes(source, evaluator.source)
     state = jax.jit(lambda: create_state(model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0))()
     workdir.mkdir(parents=True, exist_ok=True)
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -214,7 +219,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
             seconds = extra["train_seconds"]
             _logger.info("going on from the checkpoint of step %d", int(state.step))
         start = int(state.step)
-        batches = _train_batches(config, model, start, evaluator.source)
+        batches = input_batches(config, model, source, start)
         state = evaluate.replicate(state)
         step_fn = jax.pmap(make_train_step(model, tx, config), axis_name=AXIS, donate_argnums=0)
         results = values = None

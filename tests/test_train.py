@@ -110,7 +110,7 @@ def test_no_compilation_after_the_first_step() -> None:
     model, (tx, _) = train.build_model(config), train.build_optimizer(config)
     step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0)
     state = evaluate.replicate(jax.jit(lambda: train.create_state(model, tx, seed=0, ema=True))())
-    batches = train._train_batches(config, model, 0, evaluate.Evaluator(config, model).source)
+    batches = train.input_batches(config, model, train.load_source(config, model))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -219,7 +219,7 @@ def test_bad_records_stop_training_or_are_counted(tmp_path, caplog: pytest.LogCa
     assert [row["step"] for row in rows] == [2, 4, 6]
     config = folder_config(folder, **skip)
     model = train.build_model(config)
-    batches = train._train_batches(config, model, 0, evaluate.Evaluator(config, model).source)
+    batches = train.input_batches(config, model, train.load_source(config, model))
     expected = [sum(int(next(batches)["skipped"].sum()) for _ in range(2)) for _ in range(3)]
     assert [row["skipped"] for row in rows] == expected
     assert sum(expected) > 30

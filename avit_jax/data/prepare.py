@@ -7,6 +7,7 @@ for 23 that are no RGB JPEG: Pillow converts them where the builder takes Tensor
 start goes on after the last whole one. The data set appears under its name once everything has been written and checked.
 """
 
+import argparse
 import bisect
 import dataclasses
 import io
@@ -18,13 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import tqdm
-from absl import app, flags
 
 from avit_jax import errors
 from avit_jax.data import pictures
-
-_TARS = flags.DEFINE_string("tars", None, "folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of data sets, the later --config.data.dir", required=True)
 
 _NAME = "imagenet2012"
 _TAR_NAMES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
@@ -210,17 +207,21 @@ def _size(folder: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _main(argv: list[str]) -> None:
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m avit_jax.data.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "name",
+        choices=[_NAME],
+        help="any other data set of tensorflow-datasets: `tfds build <name> --file_format=array_record --data_dir=<folder>`",
+    )
+    parser.add_argument("--tars", type=pathlib.Path, required=True, help=f"folder of {' and '.join(_TAR_NAMES.values())}")
+    parser.add_argument("--data_dir", type=pathlib.Path, required=True, help="of data sets, the later --config.data.dir")
+    arguments = parser.parse_args()
     try:
-        if argv[1:] != [_NAME]:
-            raise errors.UserError(
-                f"name the data set {_NAME}; any other one of tensorflow-datasets: "
-                "`tfds build <name> --file_format=array_record --data_dir=<folder>`."
-            )
-        imagenet2012(pathlib.Path(_TARS.value), pathlib.Path(_DATA_DIR.value))
+        imagenet2012(arguments.tars, arguments.data_dir)
     except errors.UserError as error:
         errors.stop(error)
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    _main()

@@ -1,0 +1,1 @@
+"""The same small network with and without halting, on real digits."""
