@@ -8,7 +8,7 @@ import numpy as np
 
 import avit_jax
 from avit_jax import adaptive
-from avit_jax.data import augment, sources, transforms
+from avit_jax.data import augment, loader, sources, transforms
 
 
 def load_images(count: int) -> tuple[np.ndarray, str]:
@@ -19,8 +19,8 @@ def load_images(count: int) -> tuple[np.ndarray, str]:
     else:
         name, split, where = "digits", "train", "digits"
     source = sources.load(name, split=split, data_dir=data_dir or "", image_size=(224, 224))
-    read = transforms.Evaluate(image_size=(224, 224), crop_ratio=0.875)
-    images = np.stack([read(source.records[i])["image"] for i in range(count)])
+    read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=(224, 224), crop_ratio=0.875))
+    images = np.stack([read(i)["image"] for i in range(count)])
     images = np.broadcast_to(images, (*images.shape[:-1], 3))
     return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where
 

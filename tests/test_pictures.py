@@ -125,7 +125,7 @@ def test_absurd_sizes_are_refused_before_they_are_decoded() -> None:
     for side in (9_500, 30_000):
         with pytest.raises(pictures.BadPicture, match=rf"{side}|bomb|{side * side}"):
             pictures.decode(_png_header(side, side))
-    pictures.check_size(9_000, 9_000)
+    pictures._check_size(9_000, 9_000)
 
 
 def malformed() -> list[bytes]:

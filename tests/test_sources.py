@@ -13,7 +13,7 @@ import sklearn.datasets
 from PIL import Image
 
 from avit_jax import errors
-from avit_jax.data import sources, transforms
+from avit_jax.data import pictures, sources, transforms
 
 
 @pytest.mark.parametrize(("split", "images"), [("train", slice(0, 1437)), ("test", slice(1437, 1797))])
@@ -124,13 +124,13 @@ def test_real_data_set(data_dir: str, name: str, classes: int, splits: tuple[str
     for source in (train, test):
         record = source.records[len(source.records) - 1]
         assert 0 <= record["label"] < classes
+        picture = pictures.decode(record["image"])
         for out in (
-            transforms.Train(image_size=(224, 224), magnitude=9.0)(record, np.random.default_rng(0)),
-            transforms.Evaluate(image_size=(224, 224), crop_ratio=0.875)(record),
+            transforms.Train(image_size=(224, 224), magnitude=9.0)(picture, np.random.default_rng(0)),
+            transforms.Evaluate(image_size=(224, 224), crop_ratio=0.875)(picture),
         ):
-            assert (out["image"].shape, out["image"].dtype) == ((224, 224, 3), np.uint8)
-            assert out["label"] == record["label"]
-            assert out["image"].std() > 1
+            assert (out.shape, out.dtype) == ((224, 224, 3), np.uint8)
+            assert out.std() > 1
 
 
 # Folders of pictures ---------------------------------------------------------------------------------------------------

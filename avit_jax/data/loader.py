@@ -2,7 +2,7 @@
 
 A batch is a dict of arrays with the axes `(local devices, images a device, ...)`: `image` uint8 `(H, W, C)`, `label` int32,
 `skipped` int32, how many records could not be read before one could, and `index` int32, the place of each image in the global
-batch (training) or `weight` float32, 0 for padding and for what could not be read (evaluation).
+batch; in evaluation also `weight` float32, 0 for padding and for what could not be read.
 """
 
 import dataclasses
@@ -21,41 +21,51 @@ from avit_jax import errors
 from avit_jax.data import pictures, sources
 
 Batch = dict[str, Any]
+Decoded = Callable[[int], sources.Record]  # the record of a number, decoded
 _PREFETCH = 2  # batches on the devices ahead of the step
 _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Reads and transforms records of a source.
+    """Reads, decodes and transforms records of a source.
 
     Attributes:
       source: images.
-      transform: host transform, of a record and, in training, a random generator.
+      transform: host transform, of an image and, in training, a random generator.
       skip_bad: where a record cannot be read, the next one takes its place, and a warning names it; else it is an error.
     """
 
     source: sources.Source
-    transform: Callable[..., sources.Record]
+    transform: Callable[..., np.ndarray]
     skip_bad: bool = False
 
-    def __call__(self, i: int, *rng: np.random.Generator) -> sources.Record:
-        """The transformed i-th record, with `skipped`; raises errors.UserError naming a record that cannot be read."""
+    def __call__(self, i: int) -> sources.Record:
+        """The i-th record, transformed, with `skipped`; raises errors.UserError naming a record that cannot be read."""
+        return self.apply(self.decoded(i))
+
+    def decoded(self, i: int) -> sources.Record:
+        """The i-th record before its transform, the image a picture or an array."""
         length = len(self.source.records)
         for skipped in range(length):
             try:
-                return self._read((i + skipped) % length, *rng) | {"skipped": np.int32(skipped)}
+                return self._decoded((i + skipped) % length) | {"skipped": np.int32(skipped)}
             except errors.UserError as error:
                 if not self.skip_bad:
                     raise
                 _logger.warning("skipped: %s", error)
         raise errors.UserError(f"not one record of {self.source.name} can be read.")
 
-    def _read(self, i: int, *rng: np.random.Generator) -> sources.Record:
+    def apply(self, record: sources.Record, *rng: np.random.Generator) -> sources.Record:
+        """A decoded record, transformed."""
+        return record | {"image": self.transform(record["image"], *rng)}
+
+    def _decoded(self, i: int) -> sources.Record:
         record: sources.Record = {}
         try:
             record = self.source.records[i]
-            return self.transform(record, *rng)
+            image = record["image"] if isinstance(record["image"], np.ndarray) else pictures.decode(record["image"])
+            return {"image": image, "label": np.int32(record["label"])}
         except (pictures.BadPicture, OSError) as error:
             raise errors.UserError(
                 f"cannot read {self.source.where(i, record)}: {error}; "
@@ -91,16 +101,12 @@ def train_batches(
     length = len(reader.source.records)
     order = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
 
-    def read(place: int, rng: np.random.Generator) -> sources.Record:
+    def read(place: int, decoded: Decoded) -> sources.Record:
         epoch, i = divmod(place, length)
-        return reader(order[epoch * length + i // repeats], rng)
+        rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
+        return reader.apply(decoded(order[epoch * length + i // repeats]), rng)
 
-    dataset = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(read)
-    dataset = dataset[start_step * batch_size :][jax.process_index() :: jax.process_count()]
-    local = batch_size // jax.process_count()
-    index = np.arange(local, dtype=np.int32) * jax.process_count() + jax.process_index()
-    dataset = dataset.batch(local).map(lambda batch: batch | {"index": index})
-    return _on_devices(dataset, num_threads, num_workers)
+    return _on_devices(reader, read, range(start_step, sys.maxsize), batch_size, num_threads, num_workers)
 
 
 def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterator[Batch]:
@@ -113,22 +119,34 @@ def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterat
     """
     length = len(reader.source.records)
 
-    def read(i: int) -> sources.Record:
-        record = reader(min(i, length - 1))
-        return record | {"weight": np.float32(i < length and not record["skipped"])}
+    def read(place: int, decoded: Decoded) -> sources.Record:
+        record = reader.apply(decoded(min(place, length - 1)))
+        return record | {"weight": np.float32(place < length and not record["skipped"])}
 
-    dataset = grain.MapDataset.range(-(-length // batch_size) * batch_size).map(read)
-    dataset = dataset[jax.process_index() :: jax.process_count()]
-    return _on_devices(dataset.batch(batch_size // jax.process_count()), num_threads, num_workers=0)
+    return _on_devices(reader, read, range(-(-length // batch_size)), batch_size, num_threads, num_workers=0)
 
 
-def _split(batch: Batch, *, devices: int) -> Batch:
-    return {key: x.reshape(devices, -1, *x.shape[1:]) for key, x in batch.items()}
+def _on_devices(
+    reader: Reader,
+    read: Callable[[int, Decoded], sources.Record],
+    steps: range,
+    batch_size: int,
+    num_threads: int,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """Batches of what `read` makes of the places in the endless sequence, which processes take in turn."""
+    rank, processes, devices = jax.process_index(), jax.process_count(), jax.local_device_count()
+    index = np.arange(rank, batch_size, processes, dtype=np.int32)
 
+    def batch(step: int) -> Batch:
+        # A whole batch at once: grain's own work on each image would cost a tenth of what Pillow's does.
+        decoded = functools.lru_cache(maxsize=1)(reader.decoded)  # copies of an image follow each other
+        records = [read(step * batch_size + int(i), decoded) | {"index": i} for i in index]
+        stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
+        return {key: x.reshape(devices, -1, *x.shape[1:]) for key, x in stacked.items()}
 
-def _on_devices(dataset: grain.MapDataset, num_threads: int, num_workers: int) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    batches = dataset.map(functools.partial(_split, devices=jax.local_device_count())).to_iter_dataset(options)
+    batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return jax_utils.prefetch_to_device(iter(batches), _PREFETCH)

@@ -28,7 +28,7 @@ def decode(encoded: bytes) -> Image.Image:
     """
     try:
         picture = Image.open(io.BytesIO(encoded), formats=_FORMATS)
-        check_size(*picture.size)
+        _check_size(*picture.size)
         picture.load()
         return _to_rgb(_upright(picture))
     except BadPicture:
@@ -38,7 +38,7 @@ def decode(encoded: bytes) -> Image.Image:
         raise BadPicture(reason or type(error).__name__) from error
 
 
-def check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int) -> None:
     """Raises BadPicture where a picture of so many pixels would fill the memory."""
     if width * height > _MAX_PIXELS:
         raise BadPicture(f"{width} x {height} pixels are more than {_MAX_PIXELS} in all")

@@ -1,4 +1,4 @@
-"""Host transforms: record in, uint8 image of one size out. Pictures are handled by Pillow."""
+"""Host transforms: decoded picture in, uint8 image of one size out; arrays, which have that size already, pass as they are."""
 
 import dataclasses
 import math
@@ -6,15 +6,16 @@ import math
 import numpy as np
 from PIL import Image
 
-from avit_jax.data import pictures, randaugment, sources
+from avit_jax.data import randaugment
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 _CROP_ATTEMPTS = 10
+_MAX_OBLONG = 100  # longer over shorter side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """Random resized crop, horizontal flip and RandAugment of an encoded picture; arrays pass as they are.
+    """Random resized crop, horizontal flip and RandAugment.
 
     Attributes:
       image_size: (height, width) of the result.
@@ -30,11 +31,10 @@ class Train:
     magnitude: float = 0.0
     deviation: float = 0.5
 
-    def __call__(self, record: sources.Record, rng: np.random.Generator) -> sources.Record:
-        """Raises pictures.BadPicture where the record's picture is damaged."""
-        if isinstance(record["image"], np.ndarray):
-            return _as_record(record["image"], record["label"])
-        picture = pictures.decode(record["image"])
+    def __call__(self, picture: Image.Image | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 `(H, W, 3)` from an RGB picture; all random numbers are the generator's."""
+        if isinstance(picture, np.ndarray):
+            return picture
         height, width = self.image_size
         box = _random_box(picture.width, picture.height, self.crop_scale, rng)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
@@ -42,12 +42,12 @@ class Train:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.magnitude > 0:
             picture = randaugment.rand_augment(picture, rng, magnitude=self.magnitude, deviation=self.deviation)
-        return _as_record(np.asarray(picture), record["label"])
+        return np.asarray(picture)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """The centre of an encoded picture; arrays pass as they are.
+    """The centre of a picture.
 
     Attributes:
       image_size: (height, width) of the result.
@@ -57,24 +57,26 @@ class Evaluate:
     image_size: tuple[int, int]
     crop_ratio: float
 
-    def __call__(self, record: sources.Record) -> sources.Record:
-        """Raises pictures.BadPicture where the record's picture is damaged."""
-        if isinstance(record["image"], np.ndarray):
-            return _as_record(record["image"], record["label"])
-        picture = pictures.decode(record["image"])
+    def __call__(self, picture: Image.Image | np.ndarray) -> np.ndarray:
+        """uint8 `(H, W, 3)` from an RGB picture."""
+        if isinstance(picture, np.ndarray):
+            return picture
+        picture = _without_ends(picture)
         height, width = self.image_size
         if width * picture.height > height * picture.width:  # relative to the crop the picture is high: its width decides
             size = int(width / self.crop_ratio), int(int(width / self.crop_ratio) * picture.height / picture.width)
         else:
             size = int(int(height / self.crop_ratio) * picture.width / picture.height), int(height / self.crop_ratio)
-        pictures.check_size(*size)  # of a line of pixels, enlarged to the crop's width
         resized = picture.resize(size, Image.Resampling.BICUBIC)
         left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-        return _as_record(np.asarray(resized.crop((left, top, left + width, top + height))), record["label"])
+        return np.asarray(resized.crop((left, top, left + width, top + height)))
 
 
-def _as_record(image: np.ndarray, label: int) -> sources.Record:
-    return {"image": image, "label": np.int32(label)}
+def _without_ends(picture: Image.Image) -> Image.Image:
+    """Cuts off the ends, which no crop sees, of a strip that would fill the memory when it is enlarged."""
+    width, height = (min(side, _MAX_OBLONG * min(picture.size)) for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height)) if (width, height) != picture.size else picture
 
 
 def _random_box(

@@ -93,7 +93,8 @@ def torch_rows(records: list[sources.Record], config: ConfigDict, count: int) ->
     transform = timm.data.create_transform(
         config.model.image_size[0],
         is_training=True,
-        auto_augment=f"rand-m{magnitude:g}-mstd{config.augment.deviation}-inc1" if magnitude else None,
+        # At most 9: at 10 timm's posterize asks Pillow 13 for what it refuses.
+        auto_augment=f"rand-m{magnitude:g}-mmax9-mstd{config.augment.deviation}-inc1" if magnitude else None,
         interpolation="bicubic",
         color_jitter=None,
         use_prefetcher=True,  # uint8 arrays, as ours
