@@ -2,7 +2,7 @@
 
 python -m avit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 
-The data set has to be prepared once: `tfds build cifar10 --file_format=array_record` (see the README).
+The data set has to be prepared once (see the README).
 Hardware: two CPU cores do, for some hours. Expected: not measured yet.
 """
 

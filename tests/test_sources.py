@@ -53,7 +53,10 @@ def test_classes_and_channels_have_to_fit(image: object, channels: int) -> None:
 
 @pytest.mark.parametrize("name", ["imagenet2012", "cifar10"])
 def test_data_set_that_is_not_prepared(tmp_path: pathlib.Path, name: str) -> None:
-    expected = rf'"{name}" is not prepared in "{re.escape(str(tmp_path))}".*tfds build {name} .*configs/digits\.py'
+    how = (
+        "avit_jax.data.prepare imagenet2012" if name == "imagenet2012" else r"tfds\.builder\('cifar10', .*download_and_prepare"
+    )
+    expected = rf'"{name}" is not prepared in "{re.escape(str(tmp_path))}".*{how}.*configs/digits\.py'
     with pytest.raises(errors.UserError, match=expected):
         sources.load(name, split="train", data_dir=str(tmp_path), image_size=(8, 8))
 

@@ -212,7 +212,7 @@ def _main() -> None:
     parser.add_argument(
         "name",
         choices=[_NAME],
-        help="any other data set of tensorflow-datasets: `tfds build <name> --file_format=array_record --data_dir=<folder>`",
+        help="any other data set: `tfds.builder(name, data_dir=..., file_format='array_record').download_and_prepare()`",
     )
     parser.add_argument("--tars", type=pathlib.Path, required=True, help=f"folder of {' and '.join(_TAR_NAMES.values())}")
     parser.add_argument("--data_dir", type=pathlib.Path, required=True, help="of data sets, the later --config.data.dir")

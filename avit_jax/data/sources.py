@@ -157,10 +157,14 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
     except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
         raise errors.UserError(f'tensorflow-datasets cannot open "{name}": {_first_line(error)}') from error
     if not prepared:
+        how = (
+            "`python -m avit_jax.data.prepare imagenet2012`"
+            if name == "imagenet2012"
+            else f"`tfds.builder('{name}', file_format='array_record').download_and_prepare()` in Python"
+        )
         raise errors.UserError(
-            f'the data set "{name}" is not prepared {where}: prepare it once with '
-            f"`tfds build {name} --file_format=array_record` (or set --config.data.dir to where it lies), "
-            "or try --config=configs/digits.py, which needs no download."
+            f'the data set "{name}" is not prepared {where}: prepare it once with {how} '
+            "(or set --config.data.dir to where it lies), or try --config=configs/digits.py, which needs no download."
         )
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
