@@ -52,14 +52,14 @@ class Evaluator:
         removes = config.eval.adaptive and model.halting is not None
         self._apply = functools.partial(adaptive.apply, model) if removes else model.apply
         transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
-        self._reader = loader.Reader(source=self.source, transform=transform, skip_bad=config.data.bad_records == "skip")
+        self.reader = loader.Reader(source=self.source, transform=transform, skip_bad=config.data.bad_records == "skip")
         step = make_eval_step(model, self._apply, mean=config.data.mean, std=config.data.std)
         self._step = jax.pmap(step, axis_name=AXIS)
 
     def __call__(self, params: Any) -> Results:
         """Evaluates `params`, replicated over local devices; returns the means of `metrics.eval_sums`."""
         config = self._config
-        batches = loader.eval_batches(self._reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads)
+        batches = loader.eval_batches(self.reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads)
         sums = [self._step(params, batch) for batch in batches]  # nothing is read back before the last batch
         results = metrics.means([jax_utils.unreplicate(batch) for batch in jax.device_get(sums)])
         left_out = len(self.source.records) - int(results["images"])
@@ -103,7 +103,7 @@ class Evaluator:
 
     def _predict(self, params: Any, count: int) -> tuple[np.ndarray, list[int], np.ndarray, np.ndarray]:
         """Pixels, labels, logits and depth maps `(count, rows, columns)` of the first images."""
-        records = [self._reader(i) for i in range(count)]
+        records = [self.reader(i) for i in range(count)]
         images = np.stack([record["image"] for record in records])
         normal = augment.normalize(images, self._config.data.mean, self._config.data.std)
         logits, aux = jax.device_get(jax.jit(self._apply)({"params": params}, normal))

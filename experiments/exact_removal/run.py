@@ -1,0 +1,62 @@
+"""How far the results of a trained model differ between masking halted tokens and removing them.
+
+python -m experiments.exact_removal.run --config=configs/digits.py --workdir=runs/digits
+
+Compares, over the evaluation split of the recipe, logits (as a share of their largest), the depth of the class token and of all
+tokens that have to compute, and the same with the images in reverse order. Writes exact_removal.json into the workdir.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from avit_jax import adaptive, checkpoint, evaluate, flops, train
+from avit_jax.data import augment, loader
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "of the trained model", required=True)
+
+
+def main(_: list[str]) -> None:
+    """Compares, prints and writes."""
+    config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+    model, (tx, _) = train.build_model(config).clone(removal=None), train.build_optimizer(config)
+    abstract = jax.eval_shape(lambda: train.create_state(model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0))
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        variables = {"params": checkpoints.restore(abstract)[0].eval_params}
+    masked, removed = jax.jit(model.apply), jax.jit(functools.partial(adaptive.apply, model))
+    reader = evaluate.Evaluator(config, model).reader
+    difference = scale = 0.0
+    unequal = images = 0
+    macs = []
+    for batch in loader.eval_batches(reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads):
+        pixels = np.concatenate(augment.normalize(batch["image"], config.data.mean, config.data.std))
+        real = np.asarray(batch["weight"]).reshape(-1) > 0
+        (logits, aux), (ours, our_aux), (flipped, flipped_aux) = jax.device_get(
+            (masked(variables, pixels), removed(variables, pixels), removed(variables, pixels[::-1]))
+        )
+        computes = np.asarray(flops.computing(aux.active, model.num_readout))
+        for other, active in ((ours, our_aux.active), (flipped[::-1], flipped_aux.active[:, ::-1])):
+            difference = max(difference, float(np.abs(other - logits)[real].max()))
+            unequal += int((active != computes)[:, real].any(axis=(0, 2)).sum())
+        scale = max(scale, float(np.abs(logits).max()))
+        images += int(real.sum())
+        macs.append(our_aux.macs[real])
+    result = {
+        "images": images,
+        "macs_ratio": float(np.concatenate(macs).mean()) / flops.static_macs(model),
+        "largest_logit": scale,
+        "largest_difference_over_largest_logit": difference / scale,
+        "images_with_other_decisions": unequal,
+    }
+    print(json.dumps(result, indent=2))
+    (workdir / "exact_removal.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
