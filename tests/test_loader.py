@@ -11,6 +11,8 @@ import fixtures
 import jax
 import numpy as np
 import pytest
+import test_pictures
+from PIL import Image
 
 from avit_jax import errors
 from avit_jax.data import loader, sources, transforms
@@ -162,7 +164,7 @@ def test_bad_records_are_skipped_counted_and_logged(caplog: pytest.LogCaptureFix
     assert not (labels % 5 == 3).any()
     np.testing.assert_array_equal(labels[skipped == 1] % 5, 4)  # the next one took its place
     assert skipped.sum() == 16 and skipped.max() == 1
-    assert "skipped: cannot read record 13 of numbers: no JPEG" in caplog.text
+    assert "skipped record 13 of numbers: no JPEG" in caplog.text
 
 
 def test_evaluation_leaves_bad_records_out() -> None:
@@ -191,6 +193,32 @@ def test_a_file_that_vanishes_is_named(tmp_path: pathlib.Path) -> None:
     path.unlink()
     with pytest.raises(errors.UserError, match=rf"{path}"):
         reader(0)
+
+
+def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "train/any").mkdir(parents=True)
+    good = [i % 11 == 4 for i in range(220)]  # 20 good ones, spread out
+    bad = iter(test_pictures.malformed())
+    for i, is_good in enumerate(good):
+        noise = np.random.default_rng(i).integers(0, 256, (1 + i % 30, 40, 3), dtype=np.uint8)
+        path = tmp_path / f"train/any/{i:03}.{('jpg', 'png', 'webp')[i % 3]}"  # a PNG whatever its ending says
+        path.write_bytes(fixtures.png(noise) if is_good else next(bad))
+    assert next(bad, None) is None
+    source = sources.load("folder", split="train", data_dir=str(tmp_path), image_size=(16, 16))
+    transform = transforms.Train(image_size=(16, 16), magnitude=9.0)
+    reader = loader.Reader(source=source, transform=transform)
+    for i, is_good in enumerate(good):
+        if is_good:
+            assert isinstance(reader.decoded(i)["image"], Image.Image)
+        else:
+            with pytest.raises(errors.UserError, match=rf"^cannot read .*/{i:03}\.[a-z]+: .+; mend or remove it"):
+                reader.decoded(i)
+    # In one epoch every record is asked for once, and each bad one leads on to the next good one.
+    to_the_next = [next(k for k in range(220) if good[(i + k) % 220]) for i in range(220)]
+    reader = loader.Reader(source=source, transform=transform, skip_bad=True)
+    batches = loader.train_batches(reader, batch_size=2 * 220, seed=0, start_step=0, num_threads=1)
+    assert next(batches)["skipped"].sum() == 2 * sum(to_the_next)
+    batches.close()
 
 
 # Killed and resumed -----------------------------------------------------------------------------------------------------

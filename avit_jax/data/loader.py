@@ -26,6 +26,10 @@ _PREFETCH = 2  # batches on the devices ahead of the step
 _logger = logging.getLogger(__name__)
 
 
+class _Unreadable(Exception):
+    """A record that cannot be read or decoded; which, and why."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reader:
     """Reads, decodes and transforms records of a source.
@@ -50,10 +54,12 @@ class Reader:
         for skipped in range(length):
             try:
                 return self._decoded((i + skipped) % length) | {"skipped": np.int32(skipped)}
-            except errors.UserError as error:
+            except _Unreadable as error:
                 if not self.skip_bad:
-                    raise
-                _logger.warning("skipped: %s", error)
+                    raise errors.UserError(
+                        f"cannot read {error}; mend or remove it, or set --config.data.bad_records=skip."
+                    ) from error
+                _logger.warning("skipped %s", error)
         raise errors.UserError(f"not one record of {self.source.name} can be read.")
 
     def apply(self, record: sources.Record, *rng: np.random.Generator) -> sources.Record:
@@ -67,10 +73,7 @@ class Reader:
             image = record["image"] if isinstance(record["image"], np.ndarray) else pictures.decode(record["image"])
             return {"image": image, "label": np.int32(record["label"])}
         except (pictures.BadPicture, OSError) as error:
-            raise errors.UserError(
-                f"cannot read {self.source.where(i, record)}: {error}; "
-                "mend or remove it, or set --config.data.bad_records=skip."
-            ) from error
+            raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
 
 
 def train_batches(
