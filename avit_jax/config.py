@@ -1,11 +1,14 @@
 """Every configuration key with its default; a recipe in configs/ starts from `default()` and sets what differs."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from avit_jax import errors
 
 # Key -> least and largest value; what model and gate check themselves is not here.
 _RANGES = {
+    "seed": (0, None),
     "data.num_threads": (1, None),
     "data.num_workers": (0, None),
     "data.max_bad_share": (0, 1),
@@ -134,13 +137,13 @@ def default() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raises errors.UserError, naming the key, where a value is none that training knows what to do with."""
-    flat = {
+    flat = {"seed": config.seed} | {
         f"{section}.{key}": value
         for section in ("data", "augment", "loss", "optimizer", "train", "eval")
         for key, value in config[section].items()
     }
     for key, (least, largest) in _RANGES.items():
-        if flat[key] < least or (largest is not None and flat[key] > largest):
+        if not (flat[key] >= least and flat[key] <= (math.inf if largest is None else largest)):  # nan is refused too
             limits = f"at least {least}" if largest is None else f"between {least} and {largest}"
             raise errors.UserError(f"config.{key} must be {limits}; got {flat[key]}.")
     for key, choices in _CHOICES.items():
@@ -150,9 +153,11 @@ def check(config: ConfigDict) -> None:
         raise errors.UserError(
             'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'
         )
-    smallest, largest = flat["augment.crop_scale"]
-    if not 0 < smallest <= largest <= 1:
-        raise errors.UserError(f"config.augment.crop_scale must be two rising shares up to 1; got {(smallest, largest)}.")
+    scale = flat["augment.crop_scale"]
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise errors.UserError(f"config.augment.crop_scale must be two rising shares up to 1; got {scale}.")
+    if not all(std > 0 for std in flat["data.std"]):
+        raise errors.UserError(f"config.data.std must be above 0; got {flat['data.std']}.")
     for key in ("data.mean", "data.std"):
         if len(flat[key]) not in (1, config.model.channels):
             raise errors.UserError(f"config.{key} must hold one number for each of the {config.model.channels} channels.")

@@ -12,7 +12,7 @@ from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, flops, metrics, visualize, vit
+from avit_jax import adaptive, errors, flops, metrics, visualize, vit
 from avit_jax.data import augment, loader, sources, transforms
 
 AXIS = "devices"
@@ -37,17 +37,20 @@ class Evaluator:
     Args:
       config: of the run.
       model: of the run.
+      training: the data it is trained on, where it is.
 
     Raises:
-      errors.UserError: the data set is not there, or does not fit the model.
+      errors.UserError: the data set is not there, or does not fit the model, or the training data.
     """
 
-    def __init__(self, config: ConfigDict, model: vit.AViT) -> None:
+    def __init__(self, config: ConfigDict, model: vit.AViT, training: sources.Source | None = None) -> None:
         model = model.clone(removal=None)  # which is for training
         self._config, self._model = config, model
         self.source = sources.load(
             config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=model.pixels
         )
+        if training is not None:
+            sources.check_same_classes(training, self.source)
         sources.check_fit(self.source, num_classes=model.num_classes, channels=model.channels)
         removes = config.eval.adaptive and model.halting is not None
         self._apply = functools.partial(adaptive.apply, model) if removes else model.apply
@@ -65,6 +68,11 @@ class Evaluator:
         left_out = len(self.source.records) - int(results["images"])
         if left_out:
             _logger.warning("%d of %d images could not be read and are left out", left_out, len(self.source.records))
+        if left_out > config.data.max_bad_share * len(self.source.records):
+            raise errors.UserError(
+                f"{left_out} of the {len(self.source.records)} images of {self.source.name} could not be read: "
+                "mend the data set or raise --config.data.max_bad_share."
+            )
         return results
 
     def scalars(self, results: Results) -> dict[str, float]:

@@ -208,18 +208,19 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     check_batch_sizes(config)
     model = build_model(config)
     tx, learning_rate = build_optimizer(config)
-    evaluator, source = evaluate.Evaluator(config, model), load_source(config, model)
-    sources.check_same_classes(source, evaluator.source)
+    source = load_source(config, model)
+    evaluator = evaluate.Evaluator(config, model, source)
     state = jax.jit(lambda: create_state(model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0))()
     workdir.mkdir(parents=True, exist_ok=True)
-    with checkpoint.Checkpoints(workdir) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         seconds = 0.0
         if checkpoints.step() is not None:
             state, extra = checkpoints.restore(state)
             seconds = extra["train_seconds"]
             _logger.info("going on from the checkpoint of step %d", int(state.step))
         start = int(state.step)
-        batches = input_batches(config, model, source, start)
+        batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
         state = evaluate.replicate(state)
         step_fn = jax.pmap(make_train_step(model, tx, config), axis_name=AXIS, donate_argnums=0)
         results = values = None
@@ -231,11 +232,15 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
                 last = step == config.train.steps
                 if last or (config.train.eval_every and step % config.train.eval_every == 0):
                     log.flush()  # nothing is saved before all its losses are known to be finite
-                    results = evaluator(state.eval_params)
-                    log.evaluated(step, evaluator.scalars(results))
-                    seconds = log.seconds
-                    extra = {"train_seconds": seconds, "config": json.loads(config.to_json_best_effort())}
-                    checkpoints.save(step, jax_utils.unreplicate(state), top1=float(results["top1"]), extra=extra)
+                    top1 = -1.0  # of an evaluation that fails: what has been trained is saved all the same
+                    try:
+                        results = evaluator(state.eval_params)
+                        log.evaluated(step, evaluator.scalars(results))
+                        top1 = float(results["top1"])
+                    finally:
+                        seconds = log.seconds
+                        extra = {"train_seconds": seconds, "config": json.loads(config.to_json_best_effort())}
+                        checkpoints.save(step, jax_utils.unreplicate(state), top1=top1, extra=extra)
     if results is None:
         results = evaluator(state.eval_params)
     evaluator.report(workdir, state.eval_params, results, train_seconds=seconds)

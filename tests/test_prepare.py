@@ -147,6 +147,31 @@ def test_tars_that_are_missing_damaged_or_incomplete(
         prepare.imagenet2012(tars, tmp_path / "data")
 
 
+def test_a_class_that_imagenet_does_not_have(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    files = {f"n99999999_{i}.JPEG": picture(str(i)) for i in range(8)}
+    (tars / "ILSVRC2012_img_train.tar").write_bytes(tar_of({"n99999999.tar": tar_of(files)}))
+    with pytest.raises(errors.UserError, match='class "n99999999"'):
+        prepare.imagenet2012(tars, tmp_path / "data")
+
+
+def test_left_over_files_do_not_get_into_the_data_set(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    unfinished = tmp_path / "data/imagenet2012/5.1.0.unfinished"
+    unfinished.mkdir(parents=True)
+    for name in ("imagenet2012-train.array_record-00000-of-00099", "unfinished.imagenet2012-train"):
+        (unfinished / name).write_bytes(b"old")
+    damaged = unfinished / "imagenet2012-train.array_record-00000-of-00001"
+    damaged.write_bytes(b"old")
+    with pytest.raises(errors.UserError, match=r"is damaged .*delete the folder"):
+        prepare.imagenet2012(tars, tmp_path / "data")
+    damaged.unlink()
+    prepare.imagenet2012(tars, tmp_path / "data")
+    names = sorted(path.name for path in (tmp_path / "data/imagenet2012/5.1.0").iterdir())
+    assert names == [
+        "dataset_info.json", "features.json", "imagenet2012-train.array_record-00000-of-00001",
+        "imagenet2012-validation.array_record-00000-of-00001", "label.labels.txt",
+    ]  # fmt: skip
+
+
 def test_what_was_written_is_checked(tars: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, first = prepare.SplitWriter._picture, iter([b"something else"])
     monkeypatch.setattr(prepare.SplitWriter, "_picture", lambda *arguments: next(first, None) or read(*arguments))

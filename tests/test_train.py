@@ -228,10 +228,26 @@ def test_bad_records_stop_training_or_are_counted(tmp_path, caplog: pytest.LogCa
         train.train(folder_config(folder, **skip | {"data.max_bad_share": 0.1}), tmp_path / "share")
 
 
+def test_an_evaluation_that_fails_does_not_cost_what_was_trained(tmp_path) -> None:
+    folder = pictures_folder(tmp_path, good=8, bad=0)
+    good, torn = (tmp_path / "val/a/0.png").read_bytes(), b"torn"
+    (tmp_path / "val/a/0.png").write_bytes(torn)
+    config = folder_config(folder, **{"train.steps": 2})
+    with pytest.raises(errors.UserError, match=r"cannot read .*val/a/0\.png"):
+        train.train(config, tmp_path / "run")
+    with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.step() == 2
+    with pytest.raises(errors.UserError, match=r"1 of the 8 images .*max_bad_share"):
+        train.restore_and_evaluate(folder_config(folder, **{"data.bad_records": "skip"}), tmp_path / "run")
+    (tmp_path / "val/a/0.png").write_bytes(good)
+    train.restore_and_evaluate(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["images"] == 8
+
+
 def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     folder = pictures_folder(tmp_path, good=8, bad=0)
     (tmp_path / "val/a/0.png").write_bytes(b"torn")
-    config = folder_config(folder, **{"data.bad_records": "skip"})
+    config = folder_config(folder, **{"data.bad_records": "skip", "data.max_bad_share": 0.2})
     model = train.build_model(config)
     evaluator = evaluate.Evaluator(config, model)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 3)))["params"]

@@ -70,9 +70,12 @@ class Reader:
         record: sources.Record = {}
         try:
             record = self.source.records[i]
+        except Exception as error:  # a file that is gone, or whatever array_record says of a damaged shard
+            raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
+        try:
             image = record["image"] if isinstance(record["image"], np.ndarray) else pictures.decode(record["image"])
             return {"image": image, "label": np.int32(record["label"])}
-        except (pictures.BadPicture, OSError) as error:
+        except pictures.BadPicture as error:
             raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
 
 
@@ -148,7 +151,8 @@ def _on_devices(
         stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
         return {key: x.reshape(devices, -1, *x.shape[1:]) for key, x in stacked.items()}
 
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    # Whole batches are buffered, so only so many that no thread has to wait for another.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))

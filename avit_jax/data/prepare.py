@@ -53,6 +53,8 @@ def _index_train(tar_path: pathlib.Path, progress: tqdm.tqdm) -> list[Member]:
     found = []
     with _open(tar_path) as outer:
         for archive in outer:
+            if not archive.isfile():
+                continue
             label = pathlib.PurePath(archive.name).stem
             with tarfile.open(fileobj=outer.extractfile(archive), mode="r:") as inner:
                 for picture in inner:
@@ -67,7 +69,7 @@ def _index_validation(tar_path: pathlib.Path, progress: tqdm.tqdm) -> list[Membe
 
     labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     with _open(tar_path) as tar:
-        members = sorted(((picture.name, picture.offset_data, picture.size) for picture in tar), key=lambda x: x[0])
+        members = sorted((picture.name, picture.offset_data, picture.size) for picture in tar if picture.isfile())
     progress.update(len(members))
     return [Member(name, label, *place) for (name, *place), label in zip(members, labels, strict=False)]
 
@@ -120,7 +122,7 @@ class SplitWriter:
         adapter = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat.ARRAY_RECORD]
         progress = tqdm.tqdm(total=len(self.members), desc=f"writing {self.info.name}", unit=" pictures")
         with self._tar_path.open("rb") as tar, progress:
-            for path, start, stop in zip(self._paths(), self._bounds, self._bounds[1:], strict=False):
+            for path, start, stop in zip(self.paths(), self._bounds, self._bounds[1:], strict=False):
                 if not path.exists():
                     unfinished = path.with_name(f"unfinished.{path.name}")
                     adapter.write_examples(
@@ -139,10 +141,11 @@ class SplitWriter:
                 label = self._features["label"].int2str(record["label"])
                 found = record["file_name"].decode(), label, record["image"]
                 if found != (member.name, member.label, self._picture(member, tar)):
-                    shard = self._paths()[bisect.bisect_right(self._bounds, i) - 1]
+                    shard = self.paths()[bisect.bisect_right(self._bounds, i) - 1]
                     raise errors.UserError(f'"{shard}" does not hold "{member.name}" as the tar does: {_AGAIN}')
 
-    def _paths(self) -> list[pathlib.Path]:
+    def paths(self) -> list[pathlib.Path]:
+        """Of the shards."""
         template, count = self.info.filename_template, len(self.info.shard_lengths)
         return [pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=count)) for i in range(count)]
 
@@ -174,10 +177,18 @@ def imagenet2012(tars: pathlib.Path, data_dir: pathlib.Path) -> None:
         raise errors.UserError(f'"{target}" is there already: delete it to prepare it anew.')
     unfinished = target.with_name(f"{target.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
-    writers = {}
+    writers: dict[str, SplitWriter] = {}
+    labels = set(builder.info.features["label"].names)
     for split, index in (("validation", _index_validation), ("train", _index_train)):
         path = tars / _TAR_NAMES[split]
-        writers[split] = SplitWriter(builder, split, path, _index(path, split, index), unfinished)
+        members = _index(path, split, index)
+        unknown = {member.label for member in members} - labels
+        if unknown:
+            raise errors.UserError(f'"{path}" holds the class "{min(unknown)}", which ImageNet-1k does not have.')
+        writers[split] = SplitWriter(builder, split, path, members, unfinished)
+    ours = {path for writer in writers.values() for path in writer.paths()}
+    for path in set(unfinished.iterdir()) - ours:
+        path.unlink()  # what a start that was broken off, or other tars, left behind
     missing = sum(writer.info.num_bytes for writer in writers.values()) - _size(unfinished)
     if missing > shutil.disk_usage(unfinished).free:
         raise errors.UserError(f'"{data_dir}" lacks room: {missing / 1e9:.0f} GB more have to be written.')
@@ -187,7 +198,12 @@ def imagenet2012(tars: pathlib.Path, data_dir: pathlib.Path) -> None:
     builder.info.write_to_directory(unfinished)
     written = tfds.builder_from_directory(unfinished)
     for split, writer in writers.items():
-        writer.check(written.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
+        try:
+            writer.check(written.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}))
+        except RuntimeError as error:  # array_record's, of a damaged shard
+            raise errors.UserError(
+                f'a file in "{unfinished}" is damaged ({error}): delete the folder and start again.'
+            ) from error
     unfinished.rename(target)
     print(f"{target}: {', '.join(f'{len(writer.members)} pictures in {split}' for split, writer in writers.items())}")
 
@@ -219,7 +235,7 @@ def _main() -> None:
     arguments = parser.parse_args()
     try:
         imagenet2012(arguments.tars, arguments.data_dir)
-    except errors.UserError as error:
+    except (errors.UserError, OSError) as error:
         errors.stop(error)
 
 

@@ -16,34 +16,34 @@ _MAX_MAGNITUDE = 10.0
 _NUM_OPERATIONS = 2
 _PROBABILITY = 0.5
 _FILL = (124, 116, 104)  # the mean colour of ImageNet comes in from outside
-_RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+_RESAMPLE = Image.Resampling.BICUBIC
 
-# An operation takes a picture, its strength from 0 to 1, a sign (-1 or 1), and a resampling filter.
-Operation = Callable[[Image.Image, float, int, Image.Resampling], Image.Image]
+# An operation takes a picture, a strength from 0 to 1, and a sign (-1 or 1).
+Operation = Callable[[Image.Image, float, int], Image.Image]
 
 
 def _plain(function: Callable[[Image.Image], Image.Image]) -> Operation:
     """An operation without a strength."""
-    return lambda picture, strength, sign, resample: function(picture)
+    return lambda picture, strength, sign: function(picture)
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     """An operation that blends a picture with a plainer version of itself, or away from it."""
-    return lambda picture, strength, sign, resample: kind(picture).enhance(max(0.1, 1.0 + sign * 0.9 * strength))
+    return lambda picture, strength, sign: kind(picture).enhance(max(0.1, 1.0 + sign * 0.9 * strength))
 
 
 def _affine(matrix: Callable[[float, Image.Image], Sequence[float]]) -> Operation:
     """An operation that moves points of the output to points of the picture by a matrix of the signed strength."""
 
-    def operate(picture: Image.Image, strength: float, sign: int, resample: Image.Resampling) -> Image.Image:
+    def operate(picture: Image.Image, strength: float, sign: int) -> Image.Image:
         data = matrix(sign * strength, picture)
-        return picture.transform(picture.size, Image.Transform.AFFINE, data, resample=resample, fillcolor=_FILL)
+        return picture.transform(picture.size, Image.Transform.AFFINE, data, resample=_RESAMPLE, fillcolor=_FILL)
 
     return operate
 
 
-def _rotate(picture: Image.Image, strength: float, sign: int, resample: Image.Resampling) -> Image.Image:
-    return picture.rotate(sign * 30.0 * strength, resample=resample, fillcolor=_FILL)
+def _rotate(picture: Image.Image, strength: float, sign: int) -> Image.Image:
+    return picture.rotate(sign * 30.0 * strength, resample=_RESAMPLE, fillcolor=_FILL)
 
 
 @functools.cache
@@ -53,11 +53,11 @@ def _posterize_table(bits: int) -> list[int]:
     return [value & kept for value in range(256)] * 3
 
 
-def _posterize(picture: Image.Image, strength: float, sign: int, resample: Image.Resampling) -> Image.Image:
+def _posterize(picture: Image.Image, strength: float, sign: int) -> Image.Image:
     return picture.point(_posterize_table(4 - int(4 * strength)))
 
 
-def _solarize(picture: Image.Image, strength: float, sign: int, resample: Image.Resampling) -> Image.Image:
+def _solarize(picture: Image.Image, strength: float, sign: int) -> Image.Image:
     return ImageOps.solarize(picture, 256 - int(256 * strength))
 
 
@@ -67,7 +67,7 @@ def _solarize_add_table(amount: int) -> list[int]:
     return [min(255, value + amount) if value < 128 else value for value in range(256)] * 3
 
 
-def _solarize_add(picture: Image.Image, strength: float, sign: int, resample: Image.Resampling) -> Image.Image:
+def _solarize_add(picture: Image.Image, strength: float, sign: int) -> Image.Image:
     return picture.point(_solarize_add_table(int(110 * strength)))
 
 
@@ -104,8 +104,8 @@ def rand_augment(picture: Image.Image, rng: np.random.Generator, *, magnitude: f
       An RGB picture of the same size.
     """
     for operation in rng.integers(len(_OPERATIONS), size=_NUM_OPERATIONS):
-        skip, drawn, sign, resample = rng.random() >= _PROBABILITY, rng.normal(magnitude, deviation), *rng.integers(2, size=2)
+        skip, drawn, sign = rng.random() >= _PROBABILITY, rng.normal(magnitude, deviation), rng.integers(2)
         if not skip:
             strength = min(max(drawn, 0.0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE
-            picture = _OPERATIONS[operation](picture, strength, 1 if sign else -1, _RESAMPLING[resample])
+            picture = _OPERATIONS[operation](picture, strength, 1 if sign else -1)
     return picture

@@ -25,11 +25,13 @@ class Source:
       records: random access; each record holds `image`, a uint8 array `(H, W, C)` or an encoded picture, `label`, an int, and
         `file_name` where there is one.
       label_names: one name a class.
+      channels: of the decoded images; encoded pictures become RGB.
     """
 
     name: str
     records: Sequence[Record]
     label_names: list[str]
+    channels: int = 3
 
     def where(self, i: int, record: Record) -> str:
         """What a message calls the i-th record."""
@@ -71,11 +73,10 @@ def check_fit(source: Source, *, num_classes: int, channels: int) -> None:
             f"the data set has {len(source.label_names)} classes but the model {num_classes}: "
             f"set --config.model.num_classes={len(source.label_names)}."
         )
-    image = source.records[0]["image"]
-    found = image.shape[-1] if isinstance(image, np.ndarray) else 3  # encoded pictures become RGB
-    if found != channels:
+    if source.channels != channels:
         raise errors.UserError(
-            f"the images have {found} channels but the model {channels}: set --config.model.channels={found}."
+            f"the images have {source.channels} channels but the model {channels}: "
+            f"set --config.model.channels={source.channels}."
         )
 
 
@@ -96,7 +97,7 @@ def _digits(split: str, image_size: tuple[int, int]) -> Source:
 
     chosen = zip(bunch.images[splits[split]], bunch.target[splits[split]], strict=True)
     records = [{"image": enlarge(pixels), "label": int(label)} for pixels, label in chosen]
-    return Source(f'the digits, split "{split}"', records, [str(name) for name in bunch.target_names])
+    return Source(f'the digits, split "{split}"', records, [str(name) for name in bunch.target_names], channels=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +122,20 @@ class _Files(Sequence[Record]):
 def _folder(root: pathlib.Path, split: str) -> Source:
     """Pictures `root/split/class/*` whose name ends as a picture's does; classes and files in alphabetical order."""
     folder = root / split
+    paths, labels, ignored = [], [], 0
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        names = sorted(entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and not entry.name.startswith("."))
+        for label, name in enumerate(names):
+            entries = list(os.scandir(folder / name))
+            found = sorted(entry.path for entry in entries if _is_picture(entry))
+            ignored += len(entries) - len(found)
+            paths += found
+            labels += [label] * len(found)
     except OSError as error:
         raise errors.UserError(
-            f'cannot read the folder "{folder}" of pictures: {error.strerror}; set --config.data.dir to the folder that holds '
-            "<split>/<class>/<picture>, and --config.data.train_split and eval_split to its parts."
+            f'cannot read "{error.filename}": {error.strerror}; set --config.data.dir to the folder that holds '
+            "<split>/<class>/<picture>, and --config.data.train_split and eval_split to its parts (which take no slices)."
         ) from error
-    paths, labels, ignored = [], [], 0
-    for label, name in enumerate(names):
-        found = sorted(entry.path for entry in os.scandir(folder / name) if _is_picture(entry))
-        ignored += len(os.listdir(folder / name)) - len(found)
-        paths += found
-        labels += [label] * len(found)
     if not paths:
         raise errors.UserError(
             f'no pictures in "{folder}": they belong into one folder a class, and their names end in {", ".join(_ENDINGS)}.'
@@ -143,7 +145,7 @@ def _folder(root: pathlib.Path, split: str) -> Source:
 
 
 def _is_picture(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(_ENDINGS) and entry.is_file()
+    return entry.name.lower().endswith(_ENDINGS) and not entry.name.startswith(".") and entry.is_file()
 
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
@@ -154,27 +156,29 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         prepared = builder.data_path.exists()
-    except (tfds.core.DatasetNotFoundError, ImportError, ValueError, AssertionError) as error:
+    except Exception as error:  # of a wrong name, of a builder that wants TensorFlow, of a damaged description
         raise errors.UserError(f'tensorflow-datasets cannot open "{name}": {_first_line(error)}') from error
     if not prepared:
         how = (
             "`python -m avit_jax.data.prepare imagenet2012`"
             if name == "imagenet2012"
-            else f"`tfds.builder('{name}', file_format='array_record').download_and_prepare()` in Python"
+            else f"`tfds.builder('{name}', data_dir={data_dir or None!r}, file_format='array_record').download_and_prepare()` "
+            "in Python"
         )
         raise errors.UserError(
             f'the data set "{name}" is not prepared {where}: prepare it once with {how} '
             "(or set --config.data.dir to where it lies), or try --config=configs/digits.py, which needs no download."
         )
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not isinstance(features["label"], tfds.features.ClassLabel):
+        raise errors.UserError(f'"{name}" has no image with one label: its records hold {", ".join(sorted(features))}.')
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except (ValueError, KeyError, NotImplementedError) as error:
+        if not len(records):
+            raise ValueError("it is empty")
+    except Exception as error:  # of a wrong split or slice, of files in another format
         raise errors.UserError(f'cannot read the split "{split}" of "{name}" {where}: {_first_line(error)}') from error
-    if not {"image", "label"} <= set(builder.info.features):
-        raise errors.UserError(
-            f'"{name}" has no image with one label: its records hold {", ".join(sorted(builder.info.features))}.'
-        )
-    return Source(f'"{name}", split "{split}"', records, builder.info.features["label"].names)
+    return Source(f'"{name}", split "{split}"', records, features["label"].names)
 
 
 def _first_line(error: Exception) -> str:

@@ -37,7 +37,7 @@ class Train:
             return picture
         height, width = self.image_size
         box = _random_box(picture.width, picture.height, self.crop_scale, rng)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        picture = picture.crop(box).resize((width, height), Image.Resampling.BICUBIC)
         if rng.random() < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.magnitude > 0:
