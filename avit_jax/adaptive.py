@@ -64,7 +64,7 @@ def default_plan(batch: int | None, backend: str | None = None) -> Plan:
     """
     if (backend or jax.default_backend()) != "cpu":
         return Plan(group=16, step=32, wave=256)
-    if batch is None or batch >= 32:
+    if batch is None or batch >= 16:
         return Plan(group=4, step=8)
     return Plan(group=2 if batch > 2 else 1, step=8)
 
@@ -94,16 +94,26 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
     plan = plan or default_plan(batch if known else None)
     size = plan.wave_size(batch) if known else plan.wave
     waves = -(-batch // size)
-    total = waves * size
-    images = jnp.pad(images, ((0, total - batch), *((0, 0),) * 3))
+    begins = jnp.arange(waves) * size
+    if known:  # the last wave begins earlier, with images that do not count: no copy of all images to fill it up
+        starts = jnp.minimum(begins, batch - size)
+    else:
+        starts = begins
+        images = jnp.pad(images, ((0, waves * size - batch), *((0, 0),) * 3))
 
-    def run(start: jax.Array) -> tuple[jax.Array, Aux]:
-        exists = start + jnp.arange(size) < batch
+    def run(places: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Aux]:
+        begin, start = places
+        place = start + jnp.arange(size)
+        exists = (begin <= place) & (place < batch)
         x = _embed(model, variables, images, start, exists, min(plan.group, size))
         return _classify(model, variables, x, exists, dataclasses.replace(plan, group=min(plan.group, size)))
 
-    outputs = jax.lax.map(run, jnp.arange(waves) * size)
-    logits, aux = jax.tree.map(lambda x: x.reshape(total, *x.shape[2:])[:batch], outputs)
+    def in_order(x: jax.Array) -> jax.Array:
+        if not known:
+            return x.reshape(waves * size, *x.shape[2:])[:batch]
+        return jnp.concatenate([x[:-1].reshape(-1, *x.shape[2:]), x[-1, waves * size - batch :]])
+
+    logits, aux = jax.tree.map(in_order, jax.lax.map(run, (begins, starts)))
     return logits, aux.replace(score=aux.score.swapaxes(0, 1), active=aux.active.swapaxes(0, 1))
 
 
@@ -121,7 +131,8 @@ def _embed(model: vit.AViT, variables: Any, images: jax.Array, start: jax.Array,
 
     tokens = jax.eval_shape(embed, start)
     x = jnp.zeros((size, *tokens.shape[1:]), tokens.dtype)
-    return jax.lax.while_loop(lambda carry: carry[1] < exists.sum(), body, (x, 0))[0]
+    stop = jnp.max(jnp.where(exists, jnp.arange(size) + 1, 0))
+    return jax.lax.while_loop(lambda carry: carry[1] < stop, body, (x, 0))[0]
 
 
 def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, plan: Plan) -> tuple[jax.Array, Aux]:

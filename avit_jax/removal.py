@@ -38,7 +38,7 @@ class Plan:
     def wave_size(self, batch: int) -> int:
         """Images a wave of this batch: at most `wave`, rounded up to whole groups; the last wave may hold fewer."""
         waves = -(-batch // self.wave)
-        return batch if waves == 1 else -(-batch // (waves * self.group)) * self.group
+        return min(batch, -(-batch // (waves * self.group)) * self.group)
 
     def token_counts(self, num_tokens: int) -> tuple[int, ...]:
         """The compiled numbers of tokens, ascending; the last is all of them."""
