@@ -162,7 +162,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
     axis.axhline(1.0, color="grey", linewidth=0.8)
     axis.set_xticks(places, [f"batch {batch['batch']}" for batch in result["batches"]])
     axis.set(ylabel="speed-up over the best static", title=f"{result['model']}, {result['images']}, {result['device']}")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(names) + 1)
     figure.savefig(path, dpi=150)
 
 
