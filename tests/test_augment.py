@@ -116,8 +116,9 @@ def _boxes(erased: np.ndarray) -> np.ndarray:
     return np.array(boxes)
 
 
-def test_erasing_fills_boxes_of_the_right_size_and_place_with_normal_noise() -> None:
-    images = np.full((2000, 40, 30, 2), 7, np.float32)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 30), (30, 40)])
+def test_erasing_fills_boxes_of_the_right_size_and_place_with_normal_noise(rows: int, columns: int) -> None:
+    images = np.full((2000, rows, columns, 2), 7, np.float32)
     erased = np.asarray(_erase(images, jax.random.key(0), np.arange(2000), 1.0))
     top, bottom, left, right = _boxes(erased).T
     height, width = bottom - top, right - left
@@ -126,8 +127,8 @@ def test_erasing_fills_boxes_of_the_right_size_and_place_with_normal_noise() -> 
     assert abs(np.median(area) - (0.02 + 1 / 3) / 2) < 0.015  # evenly
     assert 0.22 < ratio.min() < 0.4 and 2.5 < ratio.max() < 4.5
     assert abs(np.median(np.log(ratio))) < 0.1
-    assert height.max() < 40 and width.max() < 30
-    for low, high, size in ((top, bottom, 40), (left, right, 30)):
+    assert height.max() < rows and width.max() < columns
+    for low, high, size in ((top, bottom, rows), (left, right, columns)):
         assert low.min() == 0 and high.max() == size
         free = (low / np.maximum(size - (high - low), 1))[high - low < size - 5]
         assert abs(free.mean() - 0.5) < 0.03  # evenly over all places it fits
