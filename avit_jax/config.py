@@ -1,6 +1,7 @@
 """Every configuration key with its default; a recipe in configs/ starts from `default()` and sets what differs."""
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -39,10 +40,13 @@ _CHOICES = {
 
 def default() -> ConfigDict:
     """Returns the configuration all recipes start from, locked: a misspelt key is an error."""
-    config = ConfigDict()
-    config.seed = 0
-    config.data = ConfigDict(
-        {
+    return ConfigDict({"seed": 0, **_input(), **_network(), **_training()}).lock()
+
+
+def _input() -> dict[str, dict[str, Any]]:
+    """What is read, and how it is augmented."""
+    return {
+        "data": {
             "name": "digits",  # "digits", "folder", or a prepared data set of tensorflow-datasets
             "dir": "",  # the folder, or that of tensorflow-datasets; empty: its default, ~/tensorflow_datasets
             "train_split": "train",
@@ -54,11 +58,9 @@ def default() -> ConfigDict:
             "num_workers": 0,  # processes that do so for training; 0: the training process itself
             "bad_records": "raise",  # or "skip": the next record takes the place of one that cannot be read
             "max_bad_share": 0.01,  # of all records read; above, training stops all the same
-        }
-    )
-    # Of encoded pictures, see avit_jax/data/transforms.py and augment.py; the defaults leave all but crop and flip out.
-    config.augment = ConfigDict(
-        {
+        },
+        # Of encoded pictures, see avit_jax/data/transforms.py and augment.py; the defaults leave all but crop and flip out.
+        "augment": {
             "crop_scale": (0.08, 1.0),  # share of the picture's area
             "flip": 0.5,  # probability
             "magnitude": 0.0,  # of RandAugment, up to 10; DeiT: 9
@@ -68,13 +70,17 @@ def default() -> ConfigDict:
             "mixup": 0.0,  # Beta parameter; DeiT: 0.8
             "cutmix": 0.0,  # Beta parameter; DeiT: 1
             "switch": 0.5,  # probability of cutmix where mixup is on too
-        }
-    )
-    # Random affine map, see avit_jax/data/augment.py; all 0: none.
-    config.affine = ConfigDict({"rotate": 0.0, "translate": 0.0, "scale": 0.0, "shear": 0.0})
-    # Attributes of avit_jax.AViT, see there.
-    config.model = ConfigDict(
-        {
+        },
+        # Random affine map, see avit_jax/data/augment.py; all 0: none.
+        "affine": {"rotate": 0.0, "translate": 0.0, "scale": 0.0, "shear": 0.0},
+    }
+
+
+def _network() -> dict[str, dict[str, Any]]:
+    """The network, its gate and its loss."""
+    return {
+        # Attributes of avit_jax.AViT, see there.
+        "model": {
             "image_size": (224, 224),  # height, width
             "patch_size": 16,
             "channels": 3,
@@ -88,24 +94,24 @@ def default() -> ConfigDict:
             "dropout": 0.0,
             "dtype": "float32",  # of the computation; "bfloat16" on accelerators
             "remat": False,
-        }
-    )
-    # avit_jax.HaltingConfig; enabled=False is the plain network.
-    config.halting = ConfigDict(
-        {"enabled": True, "gamma": 10.0, "beta": -30.0, "epsilon": 0.01, "channel": 0, "learnable": False}
-    )
-    config.loss = ConfigDict(
-        {
+        },
+        # avit_jax.HaltingConfig; enabled=False is the plain network.
+        "halting": {"enabled": True, "gamma": 10.0, "beta": -30.0, "epsilon": 0.01, "channel": 0, "learnable": False},
+        "loss": {
             "label_smoothing": 0.0,
             "ponder_weight": 5e-4,
             "prior_weight": 1e-3,
             "target_depth": 8.0,  # layer, counted from 1
             "prior_width": 1.0,  # layers
             "prior_mode": "paper",  # or "official", to compare with released numbers
-        }
-    )
-    config.optimizer = ConfigDict(
-        {
+        },
+    }
+
+
+def _training() -> dict[str, dict[str, Any]]:
+    """The optimizer, the run and its evaluation."""
+    return {
+        "optimizer": {
             "learning_rate": 5e-4,
             "warmup": 0.05,  # share of the steps
             "warmup_learning_rate": 1e-6,
@@ -113,26 +119,21 @@ def default() -> ConfigDict:
             "weight_decay": 0.05,
             "clip_norm": 0.0,  # of the global gradient; 0: no clip
             "ema_decay": 0.99996,  # the averaged parameters are what is evaluated; 0: no average
-        }
-    )
-    config.train = ConfigDict(
-        {
+        },
+        "train": {
             "batch_size": 512,  # images a step, over all devices
             "steps": 1000,
             "adaptive": False,  # halted tokens are removed in training too: the same gradients for less work; not "official"
             "log_every": 50,  # steps
             "eval_every": 0,  # steps; evaluates and saves; 0: only at the end
-        }
-    )
-    config.eval = ConfigDict(
-        {
+        },
+        "eval": {
             "batch_size": 512,
             "adaptive": True,  # halted tokens are removed; False: masked, for comparison
             "checkpoint": "last",  # --mode=eval: "last" or "best"
             "pictures": 8,  # images drawn in depth.png
-        }
-    )
-    return config.lock()
+        },
+    }
 
 
 def check(config: ConfigDict) -> None:

@@ -57,7 +57,7 @@ def plain(encoded: bytes, rng: np.random.Generator, config: ConfigDict) -> np.nd
     width, height = min(round((area * ratio) ** 0.5), picture.width), min(round((area / ratio) ** 0.5), picture.height)
     left, top = rng.integers(picture.width - width + 1), rng.integers(picture.height - height + 1)
     size = config.model.image_size[::-1]
-    picture = picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    picture = picture.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
     if rng.random() < config.augment.flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.augment.magnitude:
