@@ -1,14 +1,45 @@
-"""Checkpoints of the training state, by Orbax: the last and the best are kept."""
+"""Checkpoints of the training state, by Orbax: the last two and the best are kept, each with the digests of its files."""
 
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from avit_jax import errors
 
 _managers = ocp.checkpoint_managers
+_DIGESTS = "sha256.json"
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # JSON that Orbax completes when the checkpoint has appeared
+_logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def claim(workdir: epath.Path) -> Iterator[None]:
+    """Makes the folder of a run and keeps other runs out of it; on a bucket nothing keeps them out.
+
+    The lock is the system's, so that of a run that was killed is gone with it.
+
+    Raises:
+      errors.UserError: another run writes there, or it cannot be written, from the beginning or later.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with (workdir / "lock").open("w") as file:
+            if "://" not in str(workdir):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError as error:
+        raise errors.UserError(f"another run is at work in {workdir}: wait for its end, or set another --workdir.") from error
+    except OSError as error:
+        raise errors.UserError(f"{error}: training has stopped; the checkpoints in {workdir}, if any, stand.") from error
 
 
 def _top1(metrics: dict[str, float]) -> float:
@@ -18,31 +49,83 @@ def _top1(metrics: dict[str, float]) -> float:
 class Checkpoints:
     """The checkpoints of one workdir, in its folder `checkpoints`; a context manager that waits for the last write.
 
+    Used by one process, the first where there are several. A checkpoint appears under its name when all of it has been
+    written, and one whose files have changed since is never restored: if it is the last, the one before takes its place, with
+    a warning, and it is moved out of the folder.
+
     Args:
       workdir: a local path or one that etils reads, such as `gs://`.
+      read_only: nothing is written, moved or cleaned up.
+
+    Raises:
+      errors.UserError: there are checkpoints, and the last one and all before it are damaged.
     """
 
-    def __init__(self, workdir: epath.PathLike) -> None:
-        self._directory = epath.Path(workdir).absolute() / "checkpoints"
-        keep = _managers.AnyPreservationPolicy([_managers.LatestN(1), _managers.BestN(get_metric_fn=_top1, n=1)])
-        options = ocp.CheckpointManagerOptions(best_fn=_top1, preservation_policy=keep)
+    def __init__(self, workdir: epath.PathLike, *, read_only: bool = False) -> None:
+        self._workdir = epath.Path(workdir).absolute()
+        self._directory = self._workdir / "checkpoints"
+        self._saving: int | None = None
+        self._ignored = self._damaged()
+        if not read_only:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for step in self._ignored:
+                self._set_aside(step)
+        best = _managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_top1,
+            preservation_policy=_managers.AnyPreservationPolicy([_managers.LatestN(2), best]),
+            create=False,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first"),
+        )
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        try:
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+        except Exception as error:  # of a damaged checkpoint that could not be moved away, or cannot be told by its digests
+            raise errors.UserError(f"{self._directory} cannot be read ({errors.first_line(error)}).") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        with self._told():
+            self._manager.close()
 
     def step(self, which: str = "last") -> int | None:
         """Step of the "last" or the "best" checkpoint, None if there is none."""
-        return self._manager.best_step() if which == "best" else self._manager.latest_step()
+        if which == "best":
+            return self._manager.best_step()
+        return max(set(self._manager.all_steps()) - set(self._ignored), default=None)
 
-    def save(self, step: int, state: Any, *, top1: float, extra: dict[str, Any]) -> None:
-        """Saves in the background; `state` may be donated as soon as this returns, `extra` is kept as JSON."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
-        self._manager.save(step, args=args, metrics={"top1": top1})
+    def save(self, step: int, state: Any, *, top1: float | None, extra: dict[str, Any]) -> None:
+        """Saves in the background, in place of a checkpoint of the same step; raises errors.UserError where it cannot.
+
+        Args:
+          step: of the training.
+          state: tree of arrays; they may be donated as soon as this returns.
+          top1: what makes a checkpoint the best one; None where it was not evaluated.
+          extra: kept as JSON.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardSave(jax.device_get(state)), extra=ocp.args.JsonSave(extra))
+        with self._told():
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._saving = step
+            self._manager.save(step, args=args, metrics=None if top1 is None else {"top1": top1})
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever goes wrong while files are written ends in a sentence."""
+        try:
+            yield
+        except Exception as error:
+            raise errors.UserError(
+                f"the checkpoint of step {self._saving} cannot be written into {self._directory} "
+                f"({errors.first_line(error)}): mend that and start again; the checkpoints before it stand."
+            ) from error
 
     def restore(self, state: Any, which: str = "last") -> tuple[Any, dict[str, Any]]:
         """Restores a checkpoint.
@@ -52,23 +135,72 @@ class Checkpoints:
           which: "last" or "best".
 
         Returns:
-          The state on the first local device, and `extra`.
+          The state, of NumPy arrays, and `extra`.
 
         Raises:
-          errors.UserError: there is none, or it does not fit.
+          errors.UserError: there is none, the best one is damaged, or it does not fit.
         """
+        with self._told():
+            self._manager.wait_until_finished()
         step = self.step(which)
         if step is None:
             raise errors.UserError(
                 f"there is no checkpoint in {self._directory}: train first, or set --workdir to the folder of a run."
             )
-        self._manager.wait_until_finished()
+        if which == "best" and (damage := self._damage(step)):
+            raise errors.UserError(
+                f"the best checkpoint in {self._directory}, of step {step}, is damaged ({damage}): "
+                "use --config.eval.checkpoint=last."
+            )
         self._check_fit(step, state)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+        # Orbax looks at arrays of its own where they are to lie on a device; here they are NumPy's, for any number of devices.
+        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["extra"]
+
+    def _write_digests(self) -> None:
+        """Before Orbax makes the checkpoint appear: the folder still has its temporary name, where there are such."""
+        for folder in self._directory.iterdir():
+            if folder.name.split(".")[0] == str(self._saving):
+                (folder / _DIGESTS).write_text(json.dumps(_digests(folder), indent=1))
+
+    def _damaged(self) -> list[int]:
+        """Checkpoints that are newer than the newest whole one, which is where a run goes on."""
+        there = self._directory.iterdir() if self._directory.exists() else ()
+        steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
+        damages = []
+        for step in steps:
+            damage = self._damage(step)
+            if not damage:
+                break
+            _logger.warning("the checkpoint of step %d in %s is damaged: %s", step, self._directory, damage)
+            damages.append(step)
+        if steps and damages == steps:
+            raise errors.UserError(
+                f"the last checkpoint in {self._directory} is damaged ({damage}), and there is no whole one before it: "
+                "remove the folder to start anew."
+            )
+        return damages
+
+    def _damage(self, step: int) -> str:
+        """What has changed in the files of a checkpoint since they were written; empty where nothing has."""
+        folder = self._directory / str(step)
+        try:
+            then = json.loads((folder / _DIGESTS).read_text())
+            now = _digests(folder)
+            json.loads((folder / _ORBAX_METADATA).read_text())
+            differing = [name for name, digest in then.items() if now.get(name) != digest]
+        except (OSError, ValueError, AttributeError) as error:
+            return errors.first_line(error)
+        return f"{differing[0]} is not as it was written" if differing else ""
+
+    def _set_aside(self, step: int) -> None:
+        target = self._workdir / f"damaged_checkpoint_{step}"
+        if target.exists():
+            target.rmtree()
+        (self._directory / str(step)).rename(target)
+        _logger.warning("moved it to %s, and going back to the checkpoint before", target)
 
     def _check_fit(self, step: int, state: Any) -> None:
         """Compares shapes before anything is read: Orbax would leave an array out, or fail halfway with a page of text."""
@@ -81,6 +213,16 @@ class Checkpoints:
                 f"({'/'.join(name)} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here): "
                 "use the --config and overrides it was trained with, or another --workdir."
             )
+
+
+def _digests(folder: epath.Path) -> dict[str, str]:
+    """SHA-256 of every file in a checkpoint's folder by its path in there."""
+    digests = {}
+    for parent, _, names in folder.walk():
+        for name in set(names) - {_DIGESTS, _ORBAX_METADATA}:
+            with (parent / name).open("rb") as file:
+                digests[str((parent / name).relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return dict(sorted(digests.items()))
 
 
 def _shapes(state: Any) -> dict[tuple[str, ...], tuple[int, ...]]:

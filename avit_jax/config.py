@@ -1,6 +1,8 @@
 """Every configuration key with its default; a recipe in configs/ starts from `default()` and sets what differs."""
 
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,19 +25,45 @@ _RANGES = {
     "augment.cutmix": (0, None),
     "augment.switch": (0, 1),
     "loss.label_smoothing": (0, 1),
+    "affine.rotate": (0, 180),
+    "affine.translate": (0, 1),
+    "affine.scale": (0, None),
+    "affine.shear": (0, 89),
+    "model.depth": (1, None),
+    "model.mlp_ratio": (1e-3, None),
+    "loss.ponder_weight": (0, None),
+    "loss.prior_weight": (0, None),
     "loss.prior_width": (1e-3, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.warmup_learning_rate": (0, None),
+    "optimizer.min_learning_rate": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip_norm": (0, None),
     "optimizer.warmup": (0, 0.999),
     "optimizer.ema_decay": (0, 1),
     "train.steps": (1, None),
     "train.log_every": (1, None),
     "train.eval_every": (0, None),
+    "train.save_every": (1, None),
     "eval.pictures": (1, None),
 }
 _CHOICES = {
     "data.bad_records": ("raise", "skip"),
     "loss.prior_mode": ("paper", "official"),
+    "train.nonfinite": ("stop", "skip"),
     "eval.checkpoint": ("last", "best"),
 }
+# What a run may go on with another value of: none of it changes a number that training or evaluation gives.
+_FREE = {
+    "data.dir",
+    "data.num_threads",
+    "data.num_workers",
+    "train.save_every",
+    "eval.pictures",
+    "eval.checkpoint",
+    "debug.nans",
+}
+_FARTHEST = 50.0  # value of a token's gate channel that no network reaches
 
 
 def default() -> ConfigDict:
@@ -126,6 +154,8 @@ def _training() -> dict[str, dict[str, Any]]:
             "adaptive": False,  # halted tokens are removed in training too: the same gradients for less work; not "official"
             "log_every": 50,  # steps
             "eval_every": 0,  # steps; evaluates and saves; 0: only at the end
+            "save_every": 500,  # steps; saves only
+            "nonfinite": "stop",  # or "skip": an update with a loss or gradient that is not finite is left out, and counted
         },
         "eval": {
             "batch_size": 512,
@@ -133,32 +163,84 @@ def _training() -> dict[str, dict[str, Any]]:
             "checkpoint": "last",  # --mode=eval: "last" or "best"
             "pictures": 8,  # images drawn in depth.png
         },
+        "debug": {"nans": False},  # finds the operation that gives the first nan; slow
+    }
+
+
+def flat(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
+    """The values by their full names, such as `train.steps`."""
+    sections = {key: value for key, value in config.items() if isinstance(value, Mapping | ConfigDict)}
+    return {key: value for key, value in config.items() if key not in sections} | {
+        f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()
     }
 
 
 def check(config: ConfigDict) -> None:
     """Raises errors.UserError, naming the key, where a value is none that training knows what to do with."""
-    flat = {"seed": config.seed} | {
-        f"{section}.{key}": value
-        for section in ("data", "augment", "loss", "optimizer", "train", "eval")
-        for key, value in config[section].items()
-    }
+    values = flat(config)
     for key, (least, largest) in _RANGES.items():
-        if not (flat[key] >= least and flat[key] <= (math.inf if largest is None else largest)):  # nan is refused too
+        if not (values[key] >= least and values[key] <= (math.inf if largest is None else largest)):  # nan is refused too
             limits = f"at least {least}" if largest is None else f"between {least} and {largest}"
-            raise errors.UserError(f"config.{key} must be {limits}; got {flat[key]}.")
+            raise errors.UserError(f"config.{key} must be {limits}; got {values[key]}.")
     for key, choices in _CHOICES.items():
-        if flat[key] not in choices:
-            raise errors.UserError(f'config.{key} must be "{choices[0]}" or "{choices[1]}"; got "{flat[key]}".')
+        if values[key] not in choices:
+            raise errors.UserError(f'config.{key} must be "{choices[0]}" or "{choices[1]}"; got "{values[key]}".')
+    _check_combinations(config)
+    if config.halting.enabled:
+        _check_halting(config)
+
+
+def _check_combinations(config: ConfigDict) -> None:
     if config.train.adaptive and config.loss.prior_mode == "official":
         raise errors.UserError(
             'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'
         )
-    scale = flat["augment.crop_scale"]
+    scale = config.augment.crop_scale
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise errors.UserError(f"config.augment.crop_scale must be two rising shares up to 1; got {scale}.")
-    if not all(std > 0 for std in flat["data.std"]):
-        raise errors.UserError(f"config.data.std must be above 0; got {flat['data.std']}.")
-    for key in ("data.mean", "data.std"):
-        if len(flat[key]) not in (1, config.model.channels):
-            raise errors.UserError(f"config.{key} must hold one number for each of the {config.model.channels} channels.")
+    if not all(std > 0 for std in config.data.std):
+        raise errors.UserError(f"config.data.std must be above 0; got {config.data.std}.")
+    for key in ("mean", "std"):
+        if len(config.data[key]) not in (1, config.model.channels):
+            raise errors.UserError(f"config.data.{key} must hold one number for each of the {config.model.channels} channels.")
+    for key in ("warmup_learning_rate", "min_learning_rate"):
+        if config.optimizer[key] > config.optimizer.learning_rate:
+            raise errors.UserError(
+                f"config.optimizer.{key} {config.optimizer[key]} must not be above the learning rate, "
+                f"{config.optimizer.learning_rate}."
+            )
+
+
+def _check_halting(config: ConfigDict) -> None:
+    """A gate that cannot halt any token in time to save a layer, and a target depth that the network does not have."""
+    gate, depth = config.halting, config.model.depth
+    if not 1 <= config.loss.target_depth <= depth:
+        raise errors.UserError(
+            f"config.loss.target_depth must lie between 1 and the network's depth, {depth}; got {config.loss.target_depth}."
+        )
+    score = (1 - gate.epsilon) / max(depth - 1, 1)  # in every layer but the last
+    if not (0 < score < 1 and math.isfinite(gate.gamma) and math.isfinite(gate.beta)):
+        return  # the gate's own check tells what is wrong
+    needed = math.log(score / (1 - score)) - gate.beta
+    if not needed <= abs(gate.gamma) * _FARTHEST:
+        raise errors.UserError(
+            f"no token can ever halt with config.halting.gamma={gate.gamma} and beta={gate.beta}: its gate channel would have "
+            f"to reach {needed / abs(gate.gamma) if gate.gamma else math.inf:.3g}; make beta less negative or gamma larger."
+        )
+
+
+def check_same(config: ConfigDict, before: dict[str, Any]) -> None:
+    """Raises errors.UserError, naming the keys, where a run was begun with values that would give other numbers.
+
+    Args:
+      config: of now.
+      before: of then, as JSON holds it.
+    """
+    now, then = flat(json.loads(config.to_json_best_effort())), flat(before)
+    differing = sorted(key for key in (now.keys() | then.keys()) - _FREE if now.get(key) != then.get(key))
+    if differing:
+        changes = ", ".join(f"{key} from {then.get(key, 'nothing')} to {now.get(key, 'nothing')}" for key in differing)
+        raise errors.UserError(
+            f"the run in this workdir was begun with another configuration; changed: {changes}. Go back to it, set another "
+            "--workdir, or go on all the same with --allow_changed_config."
+        )

@@ -10,8 +10,14 @@ class UserError(Exception):
 
 
 def stop(message: object) -> NoReturn:
-    """Ends the program with one sentence and a non-zero exit."""
-    sys.exit(f"error: {' '.join(str(message).split())}")
+    """Ends the program with one sentence and exit status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sentence(error: Exception) -> str:

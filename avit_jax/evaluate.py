@@ -12,7 +12,7 @@ from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, errors, flops, metrics, visualize, vit
+from avit_jax import adaptive, distributed, errors, flops, metrics, visualize, vit
 from avit_jax.data import augment, loader, sources, transforms
 
 AXIS = "devices"
@@ -59,11 +59,18 @@ class Evaluator:
         step = make_eval_step(model, self._apply, mean=config.data.mean, std=config.data.std)
         self._step = jax.pmap(step, axis_name=AXIS)
 
-    def __call__(self, params: Any) -> Results:
-        """Evaluates `params`, replicated over local devices; returns the means of `metrics.eval_sums`."""
+    def __call__(self, params: Any, stop: Callable[[], bool] = lambda: False) -> Results | None:
+        """Evaluates `params`, replicated over local devices.
+
+        Returns the means of `metrics.eval_sums`, or None where `stop`, which is asked before each batch, has ended it.
+        """
         config = self._config
         batches = loader.eval_batches(self.reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads)
-        sums = [self._step(params, batch) for batch in batches]  # nothing is read back before the last batch
+        sums = []  # nothing is read back before the last batch
+        for batch in batches:
+            if stop():
+                return None
+            sums.append(self._step(params, batch))
         results = metrics.means([jax_utils.unreplicate(batch) for batch in jax.device_get(sums)])
         left_out = len(self.source.records) - int(results["images"])
         if left_out:
@@ -81,7 +88,9 @@ class Evaluator:
         return values | {"macs_ratio": values["macs"] / flops.static_macs(self._model)}
 
     def report(self, workdir: epath.Path, params: Any, results: Results, *, train_seconds: float) -> None:
-        """Writes `summary.json` and `depth.png`; `params` are replicated as in a call."""
+        """Writes `summary.json` and `depth.png`, on the first process; `params` are replicated as in a call."""
+        if not distributed.is_first():
+            return
         values = self.scalars(results)
         summary = {
             "top1": values["top1"],

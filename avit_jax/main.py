@@ -2,6 +2,8 @@
 
 import logging
 import pathlib
+import sys
+import threading
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -12,6 +14,10 @@ from avit_jax import errors
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, a Python file such as configs/digits.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: runs/<name of the recipe>")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint of the workdir")
+_ALLOW = flags.DEFINE_bool("allow_changed_config", False, "goes on from a checkpoint of another configuration too")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; not needed on Cloud TPU")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which process this is, from 0")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -30,20 +36,24 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _main(_: list[str]) -> None:
-    from avit_jax import train
+    from avit_jax import distributed, train
 
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a screenful at every save
-    console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("avit_jax")
-    logger.addHandler(console)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell of errors comes as exceptions too
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
     workdir = _WORKDIR.value or f"runs/{name}"
     try:
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        console = logging.StreamHandler()
+        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        logger = logging.getLogger("avit_jax")
+        logger.addHandler(console)
+        logger.setLevel(logging.INFO if distributed.is_first() else logging.WARNING)
+        logger.propagate = False
+        # What writes in the background fails with tracebacks of its own; what matters of it is raised where it is waited for.
+        threading.excepthook = lambda args: logger.warning("in the background: %s", errors.first_line(args.exc_value))
+        sys.unraisablehook = lambda args: None
         if _MODE.value == "train":
-            train.train(_CONFIG.value, workdir)
+            train.train(_CONFIG.value, workdir, allow_changed_config=_ALLOW.value)
         else:
             train.restore_and_evaluate(_CONFIG.value, workdir)
     except errors.UserError as error:

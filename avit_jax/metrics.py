@@ -1,15 +1,18 @@
 """Metrics as sums over images, and where they are written."""
 
 import json
-import pathlib
+import logging
+from typing import IO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorboardX
+from etils import epath
 
 from avit_jax import adaptive, flops, halting, losses, vit
 
+_logger = logging.getLogger(__name__)
 Sums = dict[str, jax.Array]
 
 
@@ -56,20 +59,51 @@ def means(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 class Writer:
-    """Appends rows to `<workdir>/metrics.jsonl` and to TensorBoard event files beside it."""
+    """Appends rows to `metrics.jsonl` and `timing.jsonl` in the workdir, and to TensorBoard event files beside them.
 
-    def __init__(self, workdir: pathlib.Path) -> None:
-        self._file = (workdir / "metrics.jsonl").open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+    All that depends on the clock is in `timing.jsonl`, so that `metrics.jsonl` is the same whenever the run is the same.
 
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+    Args:
+      workdir: of the run.
+      step: the last one done; TensorBoard drops what comes after it.
+      sizes: of the files at that step, in bytes, as `sizes` gave them; what comes after that is cut off.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int, sizes: dict[str, int]) -> None:
+        self._files = {name: _reopen(workdir / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "timing.jsonl")}
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, split: str, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """Writes one row: the step, "train" or "eval", and the values."""
-        self._file.write(json.dumps({"step": step, "split": split} | values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
+        head = {"step": step, "split": split}
+        self._append("metrics.jsonl", head | values)
+        if timing:
+            self._append("timing.jsonl", head | timing)
+        for name, value in (values | (timing or {})).items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes written to each file so far, from the first start on."""
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def _append(self, name: str, row: dict[str, object]) -> None:
+        self._files[name].write(json.dumps(row) + "\n")
+        self._files[name].flush()
+
     def close(self) -> None:
-        """Flushes and closes both."""
-        self._file.close()
+        """Flushes and closes all."""
+        for file in self._files.values():
+            file.close()
         self._board.close()
+
+
+def _reopen(path: epath.Path, size: int) -> IO[str]:
+    """A file to append to, cut off after `size` bytes."""
+    rows = path.read_bytes() if path.exists() else b""
+    if len(rows) < size:
+        _logger.warning("%s has lost %d bytes since the checkpoint was saved; it goes on without them", path, size - len(rows))
+    if len(rows) > size:
+        whole = path.with_name(path.name + ".tmp")
+        whole.write_bytes(rows[:size])
+        whole.replace(path)
+    return path.open("a")

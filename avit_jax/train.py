@@ -1,6 +1,7 @@
 """The training state, one training step, and the `pmap` loop. All that knows about devices is here and in `evaluate`."""
 
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -16,7 +17,7 @@ from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import checkpoint, errors, evaluate, halting, losses, metrics, optimizer, removal, vit
+from avit_jax import checkpoint, distributed, errors, evaluate, halting, losses, optimizer, progress, removal, vit
 from avit_jax import config as config_lib
 from avit_jax.data import augment, loader, sources, transforms
 
@@ -139,14 +140,18 @@ def make_train_step(
 
         grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
         grads, values = jax.lax.pmean((grads, values), AXIS)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(values["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = None
         if state.ema_params is not None:
             ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay)
-        state = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
-        skipped = jax.lax.psum(batch["skipped"].sum(), AXIS)
-        return state, values | {"grad_norm": optax.tree.norm(grads), "skipped": skipped}
+        new = TrainState(step=state.step, params=params, ema_params=ema_params, opt_state=opt_state)
+        if config.train.nonfinite == "skip":
+            new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+        counts = {"skipped": jax.lax.psum(batch["skipped"].sum(), AXIS), "nonfinite": ~finite}
+        return new.replace(step=state.step + 1), values | counts | {"grad_norm": grad_norm}
 
     return train_step
 
@@ -193,15 +198,19 @@ def check_batch_sizes(config: ConfigDict) -> None:
             )
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> None:
+def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: bool = False) -> None:
     """Trains to the last step, from the last checkpoint in `workdir` if there is one, and reports.
+
+    SIGTERM or SIGINT makes it save after the step in hand, and return; the next call goes on from there.
 
     Args:
       config: see `avit_jax/config.py`.
-      workdir: gets `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `summary.json` and `depth.png`.
+      workdir: gets `metrics.jsonl`, `timing.jsonl`, `tensorboard/`, `checkpoints/`, `summary.json` and `depth.png`.
+      allow_changed_config: goes on from a checkpoint of another configuration too.
 
     Raises:
-      errors.UserError: a mistake in the configuration, the data set is missing, or the loss is no longer finite.
+      errors.UserError: a mistake in the configuration, the data set is missing, the workdir cannot be written or belongs to
+        another run, the loss is no longer finite, or another process of the run has ended.
     """
     workdir = epath.Path(workdir)
     config_lib.check(config)
@@ -210,122 +219,109 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> None:
     tx, learning_rate = build_optimizer(config)
     source = load_source(config, model)
     evaluator = evaluate.Evaluator(config, model, source)
-    state = jax.jit(lambda: create_state(model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0))()
-    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-        seconds = 0.0
-        if checkpoints.step() is not None:
-            state, extra = checkpoints.restore(state)
-            seconds = extra["train_seconds"]
-            _logger.info("going on from the checkpoint of step %d", int(state.step))
+        stop = stack.enter_context(distributed.Stop())
+        stack.enter_context(distributed.ended_together())
+        stack.enter_context(_named_nans(config.debug.nans))
+        checkpoints = None
+        if distributed.is_first():
+            stack.enter_context(checkpoint.claim(workdir))
+            checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
+        state, past = _begin(config, functools.partial(create_state, model, tx), checkpoints, allow_changed_config)
         start = int(state.step)
+        log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
         batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
         state = evaluate.replicate(state)
         step_fn = jax.pmap(make_train_step(model, tx, config), axis_name=AXIS, donate_argnums=0)
-        results = values = None
-        with contextlib.closing(_Log(config, workdir, learning_rate, seconds)) as log:
-            for step in range(start + 1, config.train.steps + 1):
+        results, values, seconds = None, None, past.get("train_seconds", 0.0)
+        for step in range(start, config.train.steps + 1):
+            results, new = None, step > start
+            if new:
                 batch, waited = _next(batches, values)
                 state, values = step_fn(state, batch)
                 log.add(step, values, waited)
-                last = step == config.train.steps
-                if last or (config.train.eval_every and step % config.train.eval_every == 0):
-                    log.flush()  # nothing is saved before all its losses are known to be finite
-                    top1 = -1.0  # of an evaluation that fails: what has been trained is saved all the same
-                    try:
-                        results = evaluator(state.eval_params)
-                        log.evaluated(step, evaluator.scalars(results))
-                        top1 = float(results["top1"])
-                    finally:
-                        seconds = log.seconds
-                        extra = {"train_seconds": seconds, "config": json.loads(config.to_json_best_effort())}
-                        checkpoints.save(step, jax_utils.unreplicate(state), top1=top1, extra=extra)
-    if results is None:
-        results = evaluator(state.eval_params)
-    evaluator.report(workdir, state.eval_params, results, train_seconds=seconds)
+            evaluates = _evaluates_after(step, config) and (new or not past["evaluated"])
+            if evaluates:
+                log.flush()
+            stopping = stop()
+            try:
+                if evaluates and not stopping:
+                    results = evaluator(state.eval_params, stop)
+                    stopping = results is None
+                if results:
+                    log.evaluated(step, evaluator.scalars(results))
+            finally:  # what has been trained is saved, even where it cannot be evaluated
+                if evaluates or (new and (stopping or step % config.train.save_every == 0)):
+                    seconds = _save(checkpoints, step, state, log, config, results)
+            if stopping:
+                _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
+                return
+        evaluator.report(workdir, state.eval_params, results or evaluator(state.eval_params), train_seconds=seconds)
 
 
-class _Log:
-    """Progress on the console and in the metrics files; looks at values of the device at `log_every` only."""
+@contextlib.contextmanager
+def _named_nans(find: bool) -> Iterator[None]:
+    """Looks for the operation that gives the first nan, if asked to; slow."""
+    try:
+        with jax.debug_nans(find):
+            yield
+    except FloatingPointError as error:
+        raise errors.UserError(f"{errors.first_line(error)} (found by --config.debug.nans).") from error
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, learning_rate: optax.Schedule, seconds: float) -> None:
-        self._config, self._learning_rate = config, learning_rate
-        self._writer = metrics.Writer(workdir)
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._waited, self._skipped, self._steps = 0.0, 0, 0
-        self._seconds_before, self._started = seconds, time.monotonic()
-        self._flushed = self._started
 
-    @property
-    def seconds(self) -> float:
-        """Wall time of training so far, evaluation and compilation included, over all starts."""
-        return self._seconds_before + time.monotonic() - self._started
+def _evaluates_after(step: int, config: ConfigDict) -> bool:
+    every = config.train.eval_every
+    return step == config.train.steps or bool(step and every and step % every == 0)
 
-    def add(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
-        """Takes the step's values, still on the device, and the seconds that the devices waited for its batch."""
-        self._pending.append((step, values))
-        self._waited += waited
-        if step % self._config.train.log_every == 0:
-            self.flush()
 
-    def flush(self) -> None:
-        """Writes the mean of what has come since the last time, and how many records could not be read.
+def _begin(
+    config: ConfigDict,
+    create: Callable[..., TrainState],
+    checkpoints: checkpoint.Checkpoints | None,
+    allow_changed_config: bool,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none."""
+    create = functools.partial(create, seed=config.seed, ema=config.optimizer.ema_decay > 0)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
+    past: dict[str, Any] = {}
+    if checkpoints is not None and checkpoints.step() is not None:
+        state, past = checkpoints.restore(state)
+        if not allow_changed_config:
+            config_lib.check_same(config, past["config"])
+        _logger.info("going on from the checkpoint of step %d", int(state.step))
+    past = distributed.from_first_json(past)
+    return (distributed.from_first(state) if past else jax.jit(create)()), past
 
-        Raises errors.UserError at a non-finite loss or gradient, or where too many records could not be read.
-        """
-        if not self._pending:
-            return
-        steps, values = zip(*self._pending, strict=True)
-        self._pending = []
-        values = jax.device_get(values)
-        for step, row in zip(steps, values, strict=True):
-            for name in ("loss", "grad_norm"):
-                if not np.isfinite(row[name][0]):
-                    raise errors.UserError(
-                        f"{name} became {row[name][0]} at step {step}, learning rate {self._learning_rate(step - 1):.2e}: "
-                        "training has stopped and the last checkpoint stands; lower --config.optimizer.learning_rate or "
-                        "set --config.optimizer.clip_norm=1."
-                    )
-        mean = {name: float(np.mean([row[name][0] for row in values])) for name in values[0]}
-        mean["skipped"] = sum(int(row["skipped"][0]) for row in values)
-        self._check_skipped(mean["skipped"], len(steps))
-        step, total = steps[-1], self._config.train.steps
-        now = time.monotonic()
-        rate = len(steps) / (now - self._flushed)
-        mean["data_wait"] = self._waited / (now - self._flushed)
-        self._flushed, self._waited = now, 0.0
-        mean["learning_rate"] = float(self._learning_rate(step - 1))
-        mean["images_per_second"] = rate * self._config.train.batch_size
-        self._writer.write(step, "train", mean)
-        minutes, seconds = divmod(round((total - step) / rate), 60)
-        _logger.info(
-            "step %d/%d  loss %.4f  top-1 %.3f  %.0f images/s  ETA %d:%02d",
-            *(step, total, mean["loss"], mean["top1"], mean["images_per_second"], minutes, seconds),
-        )
 
-    def _check_skipped(self, skipped: int, steps: int) -> None:
-        self._skipped += skipped
-        self._steps += steps
-        share = self._skipped / (self._skipped + self._steps * self._config.train.batch_size)
-        if share > self._config.data.max_bad_share:
-            raise errors.UserError(
-                f"{self._skipped} records, {share:.1%} of all, could not be read: training has stopped and the last checkpoint "
-                "stands; mend the data set or raise --config.data.max_bad_share."
-            )
+def _save(
+    checkpoints: checkpoint.Checkpoints | None,
+    step: int,
+    state: TrainState,
+    log: progress.Log,
+    config: ConfigDict,
+    results: evaluate.Results | None,
+) -> float:
+    """Saves all that the run is made of, once its losses are known to be finite; returns the seconds of training until then."""
+    past = log.past() | {"evaluated": results is not None, "config": json.loads(config.to_json_best_effort())}
+    if checkpoints is not None:
+        top1 = None if results is None else float(results["top1"])
+        checkpoints.save(step, jax_utils.unreplicate(state), top1=top1, extra=past)
+    return past["train_seconds"]
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Writes the result of an evaluation, whose time does not count as training in images/s."""
-        self._flushed, self._waited = time.monotonic(), 0.0
-        self._writer.write(step, "eval", values)
-        _logger.info(
-            "step %d  evaluation of %d images: top-1 %.2f%%  MACs ratio %.3f  depth of patch tokens %.2f, of class token %.2f",
-            *(step, values["images"], 100 * values["top1"], values["macs_ratio"], values["depth_patch"], values["depth_class"]),
-        )
 
-    def close(self) -> None:
-        """Closes the metrics files."""
-        self._writer.close()
+def restore_params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike) -> tuple[Any, dict[str, Any]]:
+    """The parameters that are evaluated, of a checkpoint of `workdir` (`config.eval.checkpoint`), and what was saved beside it.
+
+    Raises:
+      errors.UserError: no such checkpoint, or it does not fit the configuration.
+    """
+    tx, _ = build_optimizer(config)
+    create = functools.partial(create_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
+    state, past = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create)), {}
+    if distributed.is_first():
+        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+            state, past = checkpoints.restore(state, config.eval.checkpoint)
+    return distributed.from_first(state.eval_params), distributed.from_first_json(past)
 
 
 def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -338,13 +334,11 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
     config_lib.check(config)
     check_batch_sizes(config)
     model = build_model(config)
-    tx, _ = build_optimizer(config)
     evaluator = evaluate.Evaluator(config, model)
-    abstract = jax.eval_shape(lambda: create_state(model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0))
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        state, extra = checkpoints.restore(abstract, config.eval.checkpoint)
-    params = evaluate.replicate(state.eval_params)
-    results = evaluator(params)
-    for name, value in evaluator.scalars(results).items():
-        _logger.info("%s: %.6g", name, value)
-    evaluator.report(workdir, params, results, train_seconds=extra["train_seconds"])
+    with distributed.ended_together():
+        params, past = restore_params(config, model, workdir)
+        params = evaluate.replicate(params)
+        results = evaluator(params)
+        for name, value in evaluator.scalars(results).items():
+            _logger.info("%s: %.6g", name, value)
+        evaluator.report(workdir, params, results, train_seconds=past["train_seconds"])

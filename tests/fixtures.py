@@ -1,9 +1,14 @@
 """What several tests make use of."""
 
 import io
+import pathlib
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
+
+from avit_jax import checkpoint, train
+from avit_jax import config as config_lib
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -11,3 +16,27 @@ def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
+
+
+def small_config(**overrides: object) -> ConfigDict:
+    """Digits at 16x16 with 17 tokens, two layers: seconds to train."""
+    config = config_lib.default()
+    config.data.update({"mean": (0.3,), "std": (0.36,)})
+    config.affine.update({"rotate": 10.0, "translate": 0.1})
+    config.model.update({"image_size": (16, 16), "patch_size": 4, "channels": 1, "num_classes": 10})
+    config.model.update({"width": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "drop_path": 0.2})
+    config.halting.update({"gamma": 5.0, "beta": -1.0})
+    config.loss.update({"prior_weight": 0.1, "target_depth": 2.0})
+    config.optimizer.update({"learning_rate": 1e-3, "ema_decay": 0.5, "warmup": 0.2})
+    config.train.update({"batch_size": 16, "steps": 6, "log_every": 2})
+    config.eval.update({"batch_size": 64, "pictures": 2})
+    with config.unlocked():
+        config.update_from_flattened_dict(overrides)
+    return config
+
+
+def restored_state(config: ConfigDict, workdir: pathlib.Path) -> train.TrainState:
+    """The last checkpoint of a run."""
+    tx, _ = train.build_optimizer(config)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(train.create_state(train.build_model(config), tx, seed=0, ema=True))[0]

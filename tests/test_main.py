@@ -1,11 +1,13 @@
 """The command line: every mistake of a user ends in one line that starts with "error:"."""
 
 import contextlib
+import io
 import logging
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -30,11 +32,13 @@ def as_the_program_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger = logging.getLogger("avit_jax")
     for name in ("handlers", "level", "propagate"):
         monkeypatch.setattr(logger, name, getattr(logger, name) if name != "handlers" else [*logger.handlers])
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     names = set(flags.FLAGS)
     yield
     for name in set(flags.FLAGS) - names:  # an override is a flag of its own
         delattr(flags.FLAGS, name)
-    for name in ("config", "workdir", "mode"):
+    for name in ("config", "workdir", "mode", "process_id"):
         flags.FLAGS[name].value = flags.FLAGS[name].default
     flags.FLAGS.unparse_flags()
 
@@ -49,13 +53,14 @@ def _parse(*arguments: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def _one_line(expected: str) -> Iterator[None]:
-    """Expects the program to end in one line that contains `expected`."""
-    with pytest.raises(SystemExit) as exit_:
+    """Expects the program to end with status 2, in one line that contains `expected`."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as exit_:
         yield
-    message = exit_.value.code
+    assert exit_.value.code == 2
+    message = stderr.getvalue()
     assert message.startswith("error: ")
     assert expected in message
-    assert "\n" not in message
+    assert message.index("\n") == len(message) - 1
     assert "Traceback" not in message
 
 
@@ -150,6 +155,27 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.loss.prior_mode=papers"], '"paper" or "official"'),
         ([_DIGITS, "--config.eval.checkpoint=first", "--mode=eval"], '"last" or "best"'),
         ([_DIGITS, "--config.data.mean=(0.1,0.2)"], "config.data.mean"),
+        ([_DIGITS, "--config.data.name=no_such_set"], "no_such_set"),
+        ([_DIGITS, "--config.data.train_split=trian"], '"train" and "test"'),
+        ([_DIGITS, "--config.loss.target_depth=7"], "network's depth, 6; got 7"),
+        ([_DIGITS, "--config.loss.target_depth=nan"], "network's depth, 6; got nan"),
+        ([_DIGITS, "--config.loss.ponder_weight=-1"], "config.loss.ponder_weight must be at least 0"),
+        ([_DIGITS, "--config.loss.prior_weight=nan"], "config.loss.prior_weight must be at least 0; got nan"),
+        ([_DIGITS, "--config.halting.gamma=0"], "no token can ever halt"),
+        ([_DIGITS, "--config.halting.beta=-1e6"], "reach 2e+05"),
+        ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),
+        ([_DIGITS, "--config.halting.epsilon=0"], "epsilon must lie between 0 and 1"),
+        ([_DIGITS, "--config.halting.channel=64"], "channel 64 is not among the 64"),
+        ([_DIGITS, "--config.model.drop_path=1"], "drop_path must lie in [0, 1)"),
+        ([_DIGITS, "--config.model.mlp_ratio=0"], "config.model.mlp_ratio"),
+        ([_DIGITS, "--config.optimizer.warmup=1.5"], "between 0 and 0.999; got 1.5"),
+        ([_DIGITS, "--config.optimizer.learning_rate=-1"], "config.optimizer.learning_rate must be at least 0"),
+        ([_DIGITS, "--config.optimizer.min_learning_rate=1"], "must not be above the learning rate, 0.002"),
+        ([_DIGITS, "--config.optimizer.ema_decay=1.1"], "config.optimizer.ema_decay"),
+        ([_DIGITS, "--config.affine.translate=2"], "config.affine.translate"),
+        ([_DIGITS, "--config.train.save_every=0"], "config.train.save_every must be at least 1"),
+        ([_DIGITS, "--config.train.nonfinite=ignore"], '"stop" or "skip"'),
+        ([_DIGITS, "--process_id=0"], "give all of --coordinator"),
         ([_DIGITS, "--config.data.eval_split=validation"], '"train" and "test"'),
         (["--config=configs/deit_tiny.py"], "configs/digits.py"),
         ([_DIGITS, "--mode=eval"], "no checkpoint"),
@@ -177,7 +203,7 @@ def _run(*arguments: str, folder: pathlib.Path = _REPOSITORY) -> subprocess.Comp
 )
 def test_the_program_says_one_line_and_fails(tmp_path: pathlib.Path, arguments: list[str], expected: str) -> None:
     ended = _run(*(argument.format(tmp_path=tmp_path) for argument in arguments))
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stdout == ""
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: ")

@@ -116,20 +116,48 @@ def _events(folder: pathlib.Path) -> list[tuple[str, int, float]]:
     return scalars
 
 
+def _rows(workdir: pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, object]]:
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
 def test_writer(tmp_path: pathlib.Path) -> None:
-    writer = metrics.Writer(tmp_path)
-    writer.write(3, "train", {"loss": 0.5, "top1": 0.25})
+    writer = metrics.Writer(tmp_path, 0, {})
+    writer.write(3, "train", {"loss": 0.5, "top1": 0.25}, {"images_per_second": 7.5})
     writer.write(3, "eval", {"loss": 1.5})
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]  # there before close()
-    assert rows == [{"step": 3, "split": "train", "loss": 0.5, "top1": 0.25}, {"step": 3, "split": "eval", "loss": 1.5}]
+    assert _rows(tmp_path) == [  # there before close()
+        {"step": 3, "split": "train", "loss": 0.5, "top1": 0.25},
+        {"step": 3, "split": "eval", "loss": 1.5},
+    ]
+    assert _rows(tmp_path, "timing.jsonl") == [{"step": 3, "split": "train", "images_per_second": 7.5}]
     writer.close()
-    assert _events(tmp_path / "tensorboard") == [("train/loss", 3, 0.5), ("train/top1", 3, 0.25), ("eval/loss", 3, 1.5)]
+    assert _events(tmp_path / "tensorboard") == [
+        ("train/loss", 3, 0.5),
+        ("train/top1", 3, 0.25),
+        ("train/images_per_second", 3, 7.5),
+        ("eval/loss", 3, 1.5),
+    ]
 
 
-def test_writer_appends_to_an_earlier_run(tmp_path: pathlib.Path) -> None:
-    for step in (1, 2):
-        writer = metrics.Writer(tmp_path)
-        writer.write(step, "train", {"loss": 0.0})
+def test_writer_goes_on_where_the_checkpoint_was(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    def write(*steps: int, sizes: dict[str, int]) -> dict[str, int]:
+        writer = metrics.Writer(tmp_path, steps[0] - 1, sizes)
+        for step in steps:
+            writer.write(step, "train", {"loss": 0.0}, {"images_per_second": 1.0})
+            size = writer.sizes() if step == 2 else sizes
         writer.close()
-    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+        return size
+
+    sizes = write(1, 2, sizes={})
+    write(3, 4, sizes=sizes)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "spl')  # where the run was killed
+    write(3, sizes=sizes)
+    assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in _rows(tmp_path, "timing.jsonl")] == [1, 2, 3]
+    assert not caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    write(3, sizes=sizes)
+    assert [row["step"] for row in _rows(tmp_path)] == [3]
+    assert f"metrics.jsonl has lost {sizes['metrics.jsonl']} bytes" in caplog.text
+    write(1, sizes={})  # from the beginning
+    assert [row["step"] for row in _rows(tmp_path)] == [1]

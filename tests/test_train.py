@@ -16,24 +16,6 @@ from flax import jax_utils
 from ml_collections import ConfigDict
 
 from avit_jax import checkpoint, errors, evaluate, flops, train
-from avit_jax import config as config_lib
-
-
-def small_config(**overrides: object) -> ConfigDict:
-    """Digits at 16x16 with 17 tokens, two layers: seconds to train."""
-    config = config_lib.default()
-    config.data.update({"mean": (0.3,), "std": (0.36,)})
-    config.affine.update({"rotate": 10.0, "translate": 0.1})
-    config.model.update({"image_size": (16, 16), "patch_size": 4, "channels": 1, "num_classes": 10})
-    config.model.update({"width": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "drop_path": 0.2})
-    config.halting.update({"gamma": 5.0, "beta": -1.0})
-    config.loss.update({"prior_weight": 0.1, "target_depth": 2.0})
-    config.optimizer.update({"learning_rate": 1e-3, "ema_decay": 0.5, "warmup": 0.2})
-    config.train.update({"batch_size": 16, "steps": 6, "log_every": 2})
-    config.eval.update({"batch_size": 64, "pictures": 2})
-    with config.unlocked():
-        config.update_from_flattened_dict(overrides)
-    return config
 
 
 def batch_of(step: int, size: int, num_devices: int) -> dict[str, np.ndarray]:
@@ -66,7 +48,7 @@ def run_steps(config: ConfigDict, num_devices: int, steps: int = 5) -> tuple[tra
 @pytest.mark.parametrize("mode", ["paper", "official"])
 def test_one_and_eight_devices_agree(mode: str) -> None:
     # With augmentation, mixing and drop path on; the prior is of the global batch.
-    config = small_config(**{"loss.prior_mode": mode, "loss.label_smoothing": 0.1})
+    config = fixtures.small_config(**{"loss.prior_mode": mode, "loss.label_smoothing": 0.1})
     config.augment.update({"erase": 0.5, "mixup": 0.8, "cutmix": 1.0})
     one, rows_one = run_steps(config, 1)
     eight, rows_eight = run_steps(config, 8)
@@ -78,15 +60,15 @@ def test_one_and_eight_devices_agree(mode: str) -> None:
 
 
 def test_same_seed_same_result_other_seed_other() -> None:
-    config = small_config()
+    config = fixtures.small_config()
     first, again = run_steps(config, 8)[0], run_steps(config, 8)[0]
     chex.assert_trees_all_equal(first, again)
-    other = run_steps(small_config(seed=1), 8, steps=0)[0]
+    other = run_steps(fixtures.small_config(seed=1), 8, steps=0)[0]
     assert not np.array_equal(first.params["pos_embed"], other.params["pos_embed"])
 
 
 def test_ema_is_the_moving_average() -> None:
-    config = small_config(**{"optimizer.ema_decay": 0.25})
+    config = fixtures.small_config(**{"optimizer.ema_decay": 0.25})
     before, after = run_steps(config, 1, steps=2)[0], run_steps(config, 1, steps=3)[0]
     expected = jax.tree.map(lambda ema, new: 0.25 * ema + 0.75 * new, before.ema_params, after.params)
     chex.assert_trees_all_close(after.ema_params, expected, atol=1e-6)
@@ -94,19 +76,19 @@ def test_ema_is_the_moving_average() -> None:
 
 
 def test_halting_off_leaves_only_the_task_loss() -> None:
-    rows = run_steps(small_config(**{"halting.enabled": False}), 1, steps=1)[1]
+    rows = run_steps(fixtures.small_config(**{"halting.enabled": False}), 1, steps=1)[1]
     assert "ponder_loss" not in rows[0] and rows[0]["loss"] == rows[0]["task_loss"]
 
 
 def test_distilled_model_trains_both_heads() -> None:
-    config = small_config(**{"model.distilled": True})
+    config = fixtures.small_config(**{"model.distilled": True})
     before, after = run_steps(config, 1, steps=0)[0].params, run_steps(config, 1)[0].params
     for head in ("head", "head_dist"):
         assert np.abs(after[head]["kernel"] - before[head]["kernel"]).max() > 1e-4
 
 
 def test_no_compilation_after_the_first_step() -> None:
-    config = small_config()
+    config = fixtures.small_config()
     model, (tx, _) = train.build_model(config), train.build_optimizer(config)
     step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0)
     state = evaluate.replicate(jax.jit(lambda: train.create_state(model, tx, seed=0, ema=True))())
@@ -125,7 +107,7 @@ def test_no_compilation_after_the_first_step() -> None:
 
 
 def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
-    config = small_config(**{"train.steps": 40, "train.eval_every": 20, "train.batch_size": 64})
+    config = fixtures.small_config(**{"train.steps": 40, "train.eval_every": 20, "train.batch_size": 64})
     train.train(config, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["images"] == 360
@@ -136,44 +118,15 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     assert losses[-1] < losses[0]
-    assert all(0 <= row["data_wait"] < 1 and row["skipped"] == 0 for row in train_rows(tmp_path))
+    assert all(row["skipped"] == row["nonfinite"] == 0 for row in train_rows(tmp_path))
+    timing = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in timing] == [row["step"] for row in train_rows(tmp_path)]
+    assert all(0 <= row["data_wait"] < 1 and row["images_per_second"] > 0 for row in timing)
     assert [row["step"] for row in rows if row["split"] == "eval"] == [20, 40]
 
     (tmp_path / "summary.json").unlink()
     train.restore_and_evaluate(config, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-
-
-def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train.train(small_config(), tmp_path / "whole")
-    save = checkpoint.Checkpoints.save
-
-    def save_and_stop(self: checkpoint.Checkpoints, *args: object, **kwargs: object) -> None:
-        save(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
-        train.train(small_config(**{"train.eval_every": 3}), tmp_path / "parts")
-    assert restored_state(small_config(), tmp_path / "parts").step == 3
-    train.train(small_config(), tmp_path / "parts")
-    states = [restored_state(small_config(), tmp_path / name) for name in ("whole", "parts")]
-    chex.assert_trees_all_equal(*states)
-
-
-def restored_state(config: ConfigDict, workdir) -> train.TrainState:
-    """The last checkpoint of a run."""
-    tx, _ = train.build_optimizer(config)
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(train.create_state(train.build_model(config), tx, seed=0, ema=True))[0]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path) -> None:
-    config = small_config(**{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0.0, "train.steps": 20})
-    with pytest.raises(errors.UserError, match=r"(loss|grad_norm) became (nan|inf) at step \d+, learning rate .*--config"):
-        train.train(config, tmp_path)
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.step() is None
 
 
 def pictures_folder(root: pathlib.Path, good: int, bad: int) -> str:
@@ -193,7 +146,7 @@ def pictures_folder(root: pathlib.Path, good: int, bad: int) -> str:
 
 def folder_config(folder: str, **overrides: object) -> ConfigDict:
     """The small model on a folder of pictures, with all of DeiT's augmentation."""
-    config = small_config()
+    config = fixtures.small_config()
     config.data.update({"name": "folder", "dir": folder, "eval_split": "val", "mean": (0.5,), "std": (0.25,)})
     config.augment.update({"magnitude": 9.0, "repeats": 3, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0})
     config.model.update({"channels": 3, "num_classes": 2})
@@ -275,22 +228,22 @@ def test_removal_in_training_ends_where_masking_does(tmp_path) -> None:
     overrides = {"train.steps": 3, "model.remat": True, "halting.gamma": 5.0, "halting.beta": -1.0}
     states = {}
     for adaptive in (False, True):
-        config = small_config(**overrides, **{"train.adaptive": adaptive})
+        config = fixtures.small_config(**overrides, **{"train.adaptive": adaptive})
         assert (train.build_model(config).removal is not None) == adaptive
         train.train(config, tmp_path / str(adaptive))
-        states[adaptive] = restored_state(config, tmp_path / str(adaptive))
+        states[adaptive] = fixtures.restored_state(config, tmp_path / str(adaptive))
         assert float(json.loads((tmp_path / str(adaptive) / "summary.json").read_text())["macs_ratio"]) < 0.95
     chex.assert_trees_all_close(states[True].params, states[False].params, atol=1e-5)
-    assert train.build_model(small_config(**{"train.adaptive": True, "halting.enabled": False})).removal is None
+    assert train.build_model(fixtures.small_config(**{"train.adaptive": True, "halting.enabled": False})).removal is None
     with pytest.raises(errors.UserError, match=r"official.*config\.train\.adaptive=False"):
-        train.train(small_config(**{"train.adaptive": True, "loss.prior_mode": "official"}), tmp_path)
+        train.train(fixtures.small_config(**{"train.adaptive": True, "loss.prior_mode": "official"}), tmp_path)
 
 
 @pytest.mark.parametrize(("batch_size", "adaptive"), [(56, True), (512, True), (56, False)])
 def test_evaluation_counts_every_image_once(batch_size: int, adaptive: bool, monkeypatch) -> None:
     removed = mock.Mock(side_effect=evaluate.adaptive.apply)
     monkeypatch.setattr(evaluate.adaptive, "apply", removed)
-    config = small_config(**{"eval.batch_size": batch_size, "eval.adaptive": adaptive})
+    config = fixtures.small_config(**{"eval.batch_size": batch_size, "eval.adaptive": adaptive})
     model = train.build_model(config)
     evaluator = evaluate.Evaluator(config, model)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
@@ -315,9 +268,9 @@ def test_configuration_mistakes_are_user_errors() -> None:
         ({"model.dtype": "float13"}, "float13"),
     ):
         with pytest.raises(errors.UserError, match=words):
-            train.build_model(small_config(**overrides))
+            train.build_model(fixtures.small_config(**overrides))
     with pytest.raises(errors.UserError, match="multiple of the number of devices, 8"):
-        train.check_batch_sizes(small_config(**{"train.batch_size": 12}))
+        train.check_batch_sizes(fixtures.small_config(**{"train.batch_size": 12}))
     with pytest.raises(errors.UserError, match="num_classes=10"):
-        config = small_config(**{"model.num_classes": 7})
+        config = fixtures.small_config(**{"model.num_classes": 7})
         evaluate.Evaluator(config, train.build_model(config))

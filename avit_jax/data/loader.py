@@ -140,9 +140,9 @@ def _on_devices(
     num_threads: int,
     num_workers: int,
 ) -> Iterator[Batch]:
-    """Batches of what `read` makes of the places in the endless sequence, which processes take in turn."""
-    rank, processes, devices = jax.process_index(), jax.process_count(), jax.local_device_count()
-    index = np.arange(rank, batch_size, processes, dtype=np.int32)
+    """Batches of what `read` makes of the places in the endless sequence; each process takes its part of a batch."""
+    devices = jax.local_device_count()
+    index = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())[jax.process_index()]
 
     def batch(step: int) -> Batch:
         # A whole batch at once: grain's own work on each image would cost a tenth of what Pillow's does.

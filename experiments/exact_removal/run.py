@@ -15,7 +15,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from avit_jax import adaptive, checkpoint, evaluate, flops, train
+from avit_jax import adaptive, evaluate, flops, train
 from avit_jax.data import augment, loader
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
@@ -25,10 +25,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "of the trained model", required
 def main(_: list[str]) -> None:
     """Compares, prints and writes."""
     config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
-    model, (tx, _) = train.build_model(config).clone(removal=None), train.build_optimizer(config)
-    abstract = jax.eval_shape(lambda: train.create_state(model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0))
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        variables = {"params": checkpoints.restore(abstract)[0].eval_params}
+    model = train.build_model(config).clone(removal=None)
+    variables = {"params": train.restore_params(config, model, workdir)[0]}
     masked, removed = jax.jit(model.apply), jax.jit(functools.partial(adaptive.apply, model))
     reader = evaluate.Evaluator(config, model).reader
     difference = scale = 0.0

@@ -1,0 +1,1 @@
+"""A killed run ends where an undisturbed one does."""

@@ -1,0 +1,136 @@
+"""Runs as programs of their own: killed, of several processes, on other numbers of devices; slow, as each has to start."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import chex
+import fixtures
+import pytest
+
+_REPOSITORY = pathlib.Path(__file__).parent.parent
+_OVERRIDES = {"train.steps": 40, "train.log_every": 10, "train.save_every": 10, "train.eval_every": 20}
+
+
+@pytest.fixture
+def start(tmp_path: pathlib.Path) -> Iterator[object]:
+    """Starts a process of a run in the given workdir; whatever still runs in the end is killed."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "import pathlib, sys\n"
+        f"sys.path.insert(0, {str(_REPOSITORY / 'tests')!r})\n"
+        "import fixtures\n"
+        f"def get_config():\n  return fixtures.small_config(**{_OVERRIDES})\n"
+    )
+    running = []
+
+    def start_one(workdir: str, devices: int, *options: str) -> subprocess.Popen:
+        environment = os.environ | {
+            "PYTHONPATH": str(_REPOSITORY),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        command = [sys.executable, "-m", "avit_jax.main", f"--config={recipe}", f"--workdir={tmp_path / workdir}", *options]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        running.append(process)
+        return process
+
+    yield start_one
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def _wait_for(process: subprocess.Popen, text: str) -> None:
+    """Reads what a process says up to a line with the text."""
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if text in line:
+            return
+    pytest.fail("it ended before: " + "".join(said))
+
+
+def _end(process: subprocess.Popen, status: int = 0) -> str:
+    """Waits for the end; what it said that has not been read yet."""
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == status, said
+    return said
+
+
+def _pair(start, workdir: str, *options: str) -> list[subprocess.Popen]:
+    """Two processes with four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = [f"--coordinator=localhost:{port}", "--num_processes=2", *options]
+    return [start(workdir, 4, *shared, f"--process_id={i}") for i in range(2)]
+
+
+def _stop_at(process: subprocess.Popen, text: str, others: Sequence[subprocess.Popen] = ()) -> int:
+    """Asks the last process to stop when the first one has said the text; the step after which all have stopped."""
+    _wait_for(process, text)
+    [process, *others][-1].terminate()
+    said = [_end(one) for one in (process, *others)]
+    assert not any("stopped" in text for text in said[1:])  # one process speaks for all
+    return int(re.search(r"stopped by SIGTERM after step (\d+)", said[0])[1])
+
+
+def test_devices_and_processes_may_change(start, tmp_path: pathlib.Path) -> None:
+    _end(start("whole", 8))
+    for process in _pair(start, "two"):
+        _end(process)
+    steps = [_stop_at(start("parts", 8), "step 10/40"), _stop_at(start("parts", 4), "step 20/40")]
+    one, other = _pair(start, "parts")
+    steps.append(_stop_at(one, "going on from", [other]))
+    _end(start("parts", 8))
+    assert 10 <= steps[0] <= steps[1] <= steps[2] < 40
+    whole = fixtures.restored_state(fixtures.small_config(), tmp_path / "whole")
+    for name in ("two", "parts"):
+        state = fixtures.restored_state(fixtures.small_config(), tmp_path / name)
+        assert state.step == 40
+        chex.assert_trees_all_close(state.params, whole.params, atol=1e-6)
+        chex.assert_trees_all_close(state.ema_params, whole.ema_params, atol=1e-6)
+        assert len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) == 6
+        assert (tmp_path / name / "depth.png").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_the_other(start, victim: int) -> None:
+    pair = _pair(start, "run", "--config.train.steps=100000")
+    _wait_for(pair[0], "step 10/")
+    pair[victim].kill()
+    killed = time.monotonic()
+    *_, last = _end(pair[1 - victim], status=2).splitlines()
+    assert time.monotonic() - killed < 60
+    assert last.startswith("error: another process of the run has ended")
+
+
+def test_wrong_flags_of_processes(start) -> None:
+    for options, told in (
+        (["--num_processes=2"], "give all of --coordinator"),
+        (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "below --num_processes"),
+        (["--coordinator=here", "--num_processes=2", "--process_id=0"], "host:port"),
+    ):
+        said = _end(start("run", 1, *options), status=2)
+        assert said.startswith("error: ") and told in said and said.count("\n") == 1
+
+
+def test_killed_runs_end_where_an_undisturbed_one_does() -> None:
+    overrides = ["train.steps=40", "model.depth=2", "loss.target_depth=1.5", "model.width=16", "eval.adaptive=False"]
+    command = [sys.executable, "-m", "experiments.kill_resume.run", "--kills=1"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [*command, *(f"--override=--config.{override}" for override in overrides)],
+        cwd=_REPOSITORY, env=environment, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout
+    assert done.stdout.endswith("1 of 1 equal the undisturbed run\n")
