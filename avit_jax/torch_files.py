@@ -1,0 +1,225 @@
+"""Tensors out of a PyTorch file (`.pth`, `.pt`, `.bin`), without PyTorch and without trust.
+
+Such a file is a pickle, which is a program. Here it is run by a reader that can build tensors and plain containers and nothing
+else: whatever else a file asks for is refused by name, before anything of it has been called.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from typing import IO, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from avit_jax import errors
+
+_STORAGES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+class Refused(Exception):
+    """The file is damaged, or asks for more than tensors; the message says what."""
+
+
+class _Sealed:
+    """An unpickler may set the attributes of what it has made; not of these."""
+
+    def __setstate__(self, state: object) -> None:
+        raise Refused("it changes what it has made")
+
+
+@dataclasses.dataclass
+class _Storage(_Sealed):
+    """A flat array of a file; in a file of the old layout its numbers come after the tensors that look into it."""
+
+    dtype: np.dtype
+    size: int
+    data: np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class _Tensor(_Sealed):
+    """A view into a storage, checked when it is made."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def array(self) -> np.ndarray:
+        """Its numbers, not copied."""
+        data = self.storage.data
+        if data is None:
+            raise Refused("the numbers of a tensor are missing")
+        strides = [stride * data.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(data[self.offset :], self.shape, strides, writeable=False)
+
+
+class _StorageType(_Sealed, str):
+    """Name of a dtype, as `torch.FloatStorage` is one."""
+
+
+class _RebuildTensor(_Sealed):
+    """In place of `torch._utils._rebuild_tensor_v2`."""
+
+    def __call__(self, storage: object, offset: object, shape: object, strides: object, *_: object) -> _Tensor:
+        numbers = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (-1,)
+        if (
+            not isinstance(storage, _Storage)
+            or not all(type(number) is int and number >= 0 for number in numbers)
+            or len(shape) != len(strides)
+        ):
+            raise Refused("a tensor whose sizes make no sense")
+        count = math.prod(shape)
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if count and (last >= storage.size or count > storage.size):  # a view must not be larger than what it looks at
+            raise Refused("a tensor that is larger than its data")
+        return _Tensor(storage, offset if count else 0, shape, strides)
+
+
+class _RebuildParameter(_Sealed):
+    """In place of `torch._utils._rebuild_parameter`."""
+
+    def __call__(self, data: object, *_: object) -> object:
+        return data
+
+
+class _Namespace:
+    """In place of `argparse.Namespace`, in which training scripts keep their options: they are dropped."""
+
+    def __setstate__(self, state: object = None) -> None:
+        pass
+
+
+_ALLOWED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    ("argparse", "Namespace"): _Namespace,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds what is allowed, and storages by the given function."""
+
+    def __init__(self, file: IO[bytes], storage: Callable[..., _Storage]) -> None:
+        super().__init__(file, encoding="latin1")
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> object:
+        if module == "torch" and name in _STORAGES:
+            return _StorageType(name)
+        if (module, name) not in _ALLOWED:
+            raise Refused(f"it asks for {module}.{name}, which is neither a tensor nor a plain container")
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid: object) -> _Storage:
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) < 5
+            or pid[0] != "storage"
+            or not isinstance(pid[1], _StorageType)
+            or not isinstance(pid[2], str)
+            or type(pid[4]) is not int
+            or pid[4] < 0
+        ):
+            raise Refused("a storage that makes no sense")
+        return self._storage(np.dtype(_STORAGES[pid[1]]), pid[2], pid[4], *pid[5:])
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The state dict of a PyTorch file: that of "model" or "state_dict" in it, or itself.
+
+    Returns:
+      Name -> array; arrays may look into the same numbers, and cannot be written.
+
+    Raises:
+      Refused: it is damaged, holds no state dict, or asks for anything but tensors and plain containers; nothing of it has run.
+      OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            content = _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file)
+        for key in ("model", "state_dict"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+        if not isinstance(content, dict) or not content:
+            raise Refused("there is no state dict in it")
+        for name, value in content.items():
+            if not isinstance(name, str) or not isinstance(value, _Tensor):
+                raise Refused(f"{str(name)[:80]} in its state dict is no tensor")
+        return {name: value.array() for name, value in content.items()}
+    except (Refused, OSError):
+        raise
+    except Exception as error:  # the unpickler may raise anything at all on bytes that are no pickle
+        raise Refused(f"it is damaged ({errors.first_line(error)})") from error
+
+
+def _read_zip(file: IO[bytes]) -> Any:
+    """The layout since PyTorch 1.6: a zip archive of a pickle and one file for each storage, none of them compressed."""
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise Refused("it is a zip archive, but not one that PyTorch wrote")
+        root = names[0].removesuffix("data.pkl")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise Refused("its archive is compressed, which PyTorch's never are")
+        if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
+            raise Refused("its numbers are big-endian")
+        storages: dict[str, _Storage] = {}
+
+        def storage(dtype: np.dtype, key: str, size: int, *_: object) -> _Storage:
+            if key not in storages:
+                data = np.frombuffer(archive.read(f"{root}data/{key}"), np.uint8)
+                if data.size != size * dtype.itemsize:
+                    raise Refused("a storage of another size than it says")
+                storages[key] = _Storage(dtype, size, data.view(dtype))
+            return storages[key]
+
+        return _Unpickler(io.BytesIO(archive.read(names[0])), storage).load()
+
+
+def _read_legacy(file: IO[bytes]) -> Any:
+    """The layout before PyTorch 1.6: pickles one after the other, then the numbers of all storages."""
+    file.seek(0)
+    storages: dict[str, _Storage] = {}
+
+    def storage(dtype: np.dtype, key: str, size: int, *view: object) -> _Storage:
+        if view and view[0] is not None:
+            raise Refused("a storage that is a view of another one")
+        return storages.setdefault(key, _Storage(dtype, size))
+
+    def load() -> Any:
+        return _Unpickler(file, storage).load()
+
+    if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
+        raise Refused("it is not a file that PyTorch wrote")
+    system, content, keys = load(), load(), load()
+    if not isinstance(system, dict) or not system.get("little_endian"):
+        raise Refused("its numbers are big-endian")
+    for key in keys:
+        one = storages[key]
+        size = int.from_bytes(file.read(8), "little")
+        data = file.read(size * one.dtype.itemsize) if size == one.size else b""
+        if len(data) != one.size * one.dtype.itemsize:
+            raise Refused("a storage of another size than it says")
+        one.data = np.frombuffer(data, one.dtype)
+    return content
