@@ -31,6 +31,7 @@ _RANGES = {
     "affine.shear": (0, 89),
     "model.depth": (1, None),
     "model.mlp_ratio": (1e-3, None),
+    "model.norm_eps": (1e-20, 1),
     "loss.ponder_weight": (0, None),
     "loss.prior_weight": (0, None),
     "loss.prior_width": (1e-3, None),
@@ -51,7 +52,7 @@ _CHOICES = {
     "data.bad_records": ("raise", "skip"),
     "loss.prior_mode": ("paper", "official"),
     "train.nonfinite": ("stop", "skip"),
-    "eval.checkpoint": ("last", "best"),
+    "eval.checkpoint": ("last", "best", "init"),
 }
 # What a run may go on with another value of: none of it changes a number that training or evaluation gives.
 _FREE = {
@@ -68,7 +69,11 @@ _FARTHEST = 50.0  # value of a token's gate channel that no network reaches
 
 def default() -> ConfigDict:
     """Returns the configuration all recipes start from, locked: a misspelt key is an error."""
-    return ConfigDict({"seed": 0, **_input(), **_network(), **_training()}).lock()
+    start = {
+        "init": "",  # weight file to start from, see avit_jax/weight_files.py; empty: random
+        "init_new_head": False,  # where it has another number of classes: the classifier starts at zero
+    }
+    return ConfigDict({"seed": 0, **start, **_input(), **_network(), **_training()}).lock()
 
 
 def _input() -> dict[str, dict[str, Any]]:
@@ -116,6 +121,7 @@ def _network() -> dict[str, dict[str, Any]]:
             "depth": 12,
             "num_heads": 3,
             "mlp_ratio": 4.0,
+            "norm_eps": 1e-6,  # 1e-12 for Hugging Face's weights
             "num_classes": 1000,
             "distilled": False,
             "drop_path": 0.0,
@@ -160,7 +166,7 @@ def _training() -> dict[str, dict[str, Any]]:
         "eval": {
             "batch_size": 512,
             "adaptive": True,  # halted tokens are removed; False: masked, for comparison
-            "checkpoint": "last",  # --mode=eval: "last" or "best"
+            "checkpoint": "last",  # --mode=eval: "last", "best", or "init", the weight file without any training
             "pictures": 8,  # images drawn in depth.png
         },
         "debug": {"nans": False},  # finds the operation that gives the first nan; slow
@@ -184,13 +190,16 @@ def check(config: ConfigDict) -> None:
             raise errors.UserError(f"config.{key} must be {limits}; got {values[key]}.")
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
-            raise errors.UserError(f'config.{key} must be "{choices[0]}" or "{choices[1]}"; got "{values[key]}".')
+            names = " or ".join(f'"{choice}"' for choice in choices)
+            raise errors.UserError(f'config.{key} must be {names}; got "{values[key]}".')
     _check_combinations(config)
     if config.halting.enabled:
         _check_halting(config)
 
 
 def _check_combinations(config: ConfigDict) -> None:
+    if config.eval.checkpoint == "init" and not config.init:
+        raise errors.UserError("config.eval.checkpoint=init evaluates a weight file: name it with --config.init.")
     if config.train.adaptive and config.loss.prior_mode == "official":
         raise errors.UserError(
             'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'

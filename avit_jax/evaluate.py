@@ -87,8 +87,8 @@ class Evaluator:
         values = {name: float(value) for name, value in results.items() if value.ndim == 0}
         return values | {"macs_ratio": values["macs"] / flops.static_macs(self._model)}
 
-    def report(self, workdir: epath.Path, params: Any, results: Results, *, train_seconds: float) -> None:
-        """Writes `summary.json` and `depth.png`, on the first process; `params` are replicated as in a call."""
+    def report(self, workdir: epath.Path, params: Any, results: Results, **more: float) -> None:
+        """Writes `summary.json`, with `more` in it, and `depth.png`, on the first process; `params` as in a call."""
         if not distributed.is_first():
             return
         values = self.scalars(results)
@@ -98,8 +98,7 @@ class Evaluator:
             "macs_ratio": values["macs_ratio"],
             "mean_depth": values["depth_patch"],
             "images": int(values["images"]),
-            "train_seconds": train_seconds,
-        }
+        } | more
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         count = min(self._config.eval.pictures, len(self.source.records))
         images, labels, logits, depth = self._predict(jax_utils.unreplicate(params), count)

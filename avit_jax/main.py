@@ -13,7 +13,12 @@ from avit_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, a Python file such as configs/digits.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: runs/<name of the recipe>")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate a checkpoint of the workdir")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "predict"], "train, evaluate a checkpoint of the workdir, or predict the pictures named"
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "--mode=predict: a workdir or a weight file; default: the workdir")
+_JSONL = flags.DEFINE_string("jsonl", None, "--mode=predict: writes the predictions there, a JSON line for each picture")
+_PICTURES = flags.DEFINE_string("pictures", None, "--mode=predict: folder for pictures of the depth of the tokens")
 _ALLOW = flags.DEFINE_bool("allow_changed_config", False, "goes on from a checkpoint of another configuration too")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; not needed on Cloud TPU")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes")
@@ -24,19 +29,19 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; every mistake, of the recipe too, ends in one sentence."""
     try:
         rest = flags.FLAGS(argv)[1:]
-        if rest:
-            errors.stop(f"unexpected argument {rest[0]!r}: all options start with --.")
+        if rest and _MODE.value != "predict":
+            errors.stop(f"unexpected argument {rest[0]!r}: all options start with --, and only --mode=predict takes pictures.")
         if _CONFIG.value is None:
             errors.stop("name a recipe, for example --config=configs/digits.py.")
         # ml_collections tells that there is no such file only when one looks into the recipe.
         _CONFIG.value.train.steps  # noqa: B018
     except Exception as error:
         errors.stop(errors.sentence(error))
-    return argv[:1]
+    return [argv[0], *rest]
 
 
-def _main(_: list[str]) -> None:
-    from avit_jax import distributed, train
+def _main(argv: list[str]) -> None:
+    from avit_jax import distributed, predict, train
 
     absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell of errors comes as exceptions too
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
@@ -54,8 +59,11 @@ def _main(_: list[str]) -> None:
         sys.unraisablehook = lambda args: None
         if _MODE.value == "train":
             train.train(_CONFIG.value, workdir, allow_changed_config=_ALLOW.value)
-        else:
+        elif _MODE.value == "eval":
             train.restore_and_evaluate(_CONFIG.value, workdir)
+        else:
+            predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
+            predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)
     except errors.UserError as error:
         errors.stop(error)
 

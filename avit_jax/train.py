@@ -17,7 +17,7 @@ from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import checkpoint, distributed, errors, evaluate, halting, losses, optimizer, progress, removal, vit
+from avit_jax import checkpoint, distributed, errors, evaluate, halting, losses, optimizer, progress, removal, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import augment, loader, sources, transforms
 
@@ -227,8 +227,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
         if distributed.is_first():
             stack.enter_context(checkpoint.claim(workdir))
             checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-        state, past = _begin(config, functools.partial(create_state, model, tx), checkpoints, allow_changed_config)
+        state, past = _begin(config, model, tx, checkpoints, allow_changed_config)
         start = int(state.step)
+        kept = {"config": json.loads(config.to_json_best_effort()), "label_names": source.label_names}
+        kept["parent"] = past["parent"] if past else _evaluate_parent(config, model, state.params)
         log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
         batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
         state = evaluate.replicate(state)
@@ -252,11 +254,12 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
                     log.evaluated(step, evaluator.scalars(results))
             finally:  # what has been trained is saved, even where it cannot be evaluated
                 if evaluates or (new and (stopping or step % config.train.save_every == 0)):
-                    seconds = _save(checkpoints, step, state, log, config, results)
+                    seconds = _save(checkpoints, step, state, log, kept, results)
             if stopping:
                 _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
                 return
-        evaluator.report(workdir, state.eval_params, results or evaluator(state.eval_params), train_seconds=seconds)
+        results = results or evaluator(state.eval_params)
+        evaluator.report(workdir, state.eval_params, results, train_seconds=seconds, **kept["parent"])
 
 
 @contextlib.contextmanager
@@ -276,12 +279,13 @@ def _evaluates_after(step: int, config: ConfigDict) -> bool:
 
 def _begin(
     config: ConfigDict,
-    create: Callable[..., TrainState],
+    model: vit.AViT,
+    tx: optax.GradientTransformation,
     checkpoints: checkpoint.Checkpoints | None,
     allow_changed_config: bool,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none."""
-    create = functools.partial(create, seed=config.seed, ema=config.optimizer.ema_decay > 0)
+    create = functools.partial(create_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
     past: dict[str, Any] = {}
     if checkpoints is not None and checkpoints.step() is not None:
@@ -290,7 +294,25 @@ def _begin(
             config_lib.check_same(config, past["config"])
         _logger.info("going on from the checkpoint of step %d", int(state.step))
     past = distributed.from_first_json(past)
-    return (distributed.from_first(state) if past else jax.jit(create)()), past
+    if past:
+        return distributed.from_first(state), past
+    if not config.init:
+        return jax.jit(create)(), {}
+    params = weight_files.load(config.init, model, new_head=config.init_new_head)
+    state = jax.jit(create)()
+    return state.replace(params=params, ema_params=None if state.ema_params is None else jax.tree.map(jnp.copy, params)), {}
+
+
+def _evaluate_parent(config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, float]:
+    """Accuracy of the static network that a halting one starts from, which is what its own is to be measured against."""
+    if not config.init or config.init_new_head or model.halting is None:
+        return {}
+    static = model.clone(halting=None, removal=None)
+    params = {name: value for name, value in params.items() if name != "halting"}
+    evaluator = evaluate.Evaluator(config, static)
+    top1 = float(evaluator(evaluate.replicate(params))["top1"])
+    _logger.info("the static network of %s, before training: top-1 %.2f%%", config.init, 100 * top1)
+    return {"parent_top1": top1}
 
 
 def _save(
@@ -298,11 +320,11 @@ def _save(
     step: int,
     state: TrainState,
     log: progress.Log,
-    config: ConfigDict,
+    kept: dict[str, Any],
     results: evaluate.Results | None,
 ) -> float:
     """Saves all that the run is made of, once its losses are known to be finite; returns the seconds of training until then."""
-    past = log.past() | {"evaluated": results is not None, "config": json.loads(config.to_json_best_effort())}
+    past = log.past() | kept | {"evaluated": results is not None}
     if checkpoints is not None:
         top1 = None if results is None else float(results["top1"])
         checkpoints.save(step, jax_utils.unreplicate(state), top1=top1, extra=past)
@@ -310,11 +332,15 @@ def _save(
 
 
 def restore_params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike) -> tuple[Any, dict[str, Any]]:
-    """The parameters that are evaluated, of a checkpoint of `workdir` (`config.eval.checkpoint`), and what was saved beside it.
+    """The parameters that are evaluated, of a checkpoint of `workdir` or `config.init`, and what was saved beside them.
+
+    `config.eval.checkpoint` tells which.
 
     Raises:
       errors.UserError: no such checkpoint, or it does not fit the configuration.
     """
+    if config.eval.checkpoint == "init":
+        return weight_files.load(config.init, model, new_head=config.init_new_head), {"train_seconds": 0.0}
     tx, _ = build_optimizer(config)
     create = functools.partial(create_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
     state, past = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create)), {}
@@ -341,4 +367,5 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
         results = evaluator(params)
         for name, value in evaluator.scalars(results).items():
             _logger.info("%s: %.6g", name, value)
-        evaluator.report(workdir, params, results, train_seconds=past["train_seconds"])
+        workdir.mkdir(parents=True, exist_ok=True)  # of a weight file there is none yet
+        evaluator.report(workdir, params, results, train_seconds=past["train_seconds"], **past.get("parent", {}))

@@ -53,3 +53,25 @@ def depth_figure(
     scores.set(xlabel="layer", ylabel="mean halting score", xticks=layers)
     scores.set_ylim(bottom=0.0)
     return figure
+
+
+def depth_map(image: np.ndarray, depth: np.ndarray, *, num_layers: int, title: str) -> Figure:
+    """One image beside the depth of its tokens.
+
+    Args:
+      image: `(H, W, C)` uint8, grey or RGB.
+      depth: `(rows, columns)` layers used by each patch token.
+      num_layers: L, the top of the colour scale.
+      title: of the image.
+    """
+    width = 3.5 * min(max(image.shape[1] / image.shape[0], 0.4), 2.5)
+    figure = Figure(figsize=(2 * width + 1.2, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(image, cmap="gray", vmin=0, vmax=255)
+    left.set_title(title, fontsize=10)
+    drawn = right.imshow(depth, cmap=_COLORS, vmin=1, vmax=num_layers, extent=(0, image.shape[1], image.shape[0], 0))
+    right.set_title(f"depth {depth.mean():.1f} of {num_layers}", fontsize=10)
+    for axis in (left, right):
+        axis.set_axis_off()
+    figure.colorbar(drawn, ax=right, label="layers used", ticks=np.arange(1, num_layers + 1), shrink=0.8)
+    return figure

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from avit_jax import errors, halting, torch_files, vit, weights
 
@@ -213,6 +214,22 @@ def _from_big_vision(tensors: Tensors) -> Tensors:
         ours[f"{here}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].reshape(width, width).T
         ours[f"{here}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
     return ours
+
+
+def load(path: epath.PathLike, model: vit.AViT, *, new_head: bool = False) -> dict[str, Any]:
+    """Parameters of a model from a weight file, see `read` and `fit`; where the file tells another gate, a warning says so.
+
+    Raises:
+      errors.UserError: it cannot be read, or does not fit; also where its layer norms have another epsilon.
+    """
+    file = read(pathlib.Path(path))
+    if file.norm_eps is not None and file.norm_eps != model.norm_eps:
+        raise errors.UserError(
+            f"the layer norms of {path} have an epsilon of {file.norm_eps}: set --config.model.norm_eps={file.norm_eps}."
+        )
+    if file.gate and model.halting and any(getattr(model.halting, key) != value for key, value in file.gate.items()):
+        _logger.warning("%s was trained with another gate, %s, than config.halting tells", path, file.gate)
+    return fit(file.tensors, model, new_head=new_head)
 
 
 def fit(tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = False) -> dict[str, Any]:

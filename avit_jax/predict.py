@@ -1,0 +1,174 @@
+"""What a trained network sees in pictures, and where it spends its thought on them."""
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from avit_jax import adaptive, errors, flops, train, visualize, vit, weight_files
+from avit_jax import config as config_lib
+from avit_jax.data import augment, pictures, transforms
+
+_BATCH = 16  # pictures at once, the last batch filled up
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the network makes of one picture.
+
+    Attributes:
+      path: of the picture.
+      top5: names of the likeliest classes, or their numbers where the names are not known.
+      probabilities: of these; over all classes they sum to 1.
+      depth: `(rows, columns)` layers that each patch token has used.
+      macs: multiply-accumulates the picture has cost.
+      macs_ratio: the same as a share of the static network's.
+      image: `(H, W, C)` uint8, what the network was shown.
+    """
+
+    path: str
+    top5: list[str]
+    probabilities: list[float]
+    depth: np.ndarray
+    macs: float
+    macs_ratio: float
+    image: np.ndarray
+
+    def to_json(self) -> str:
+        """All but the image, in one line."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "image"}
+        return json.dumps(fields | {"depth": self.depth.tolist()})
+
+
+def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epath.PathLike]) -> Iterator[Prediction]:
+    """Predicts pictures, in the order of the paths; halted tokens are removed.
+
+    Args:
+      config: the recipe the network was trained with.
+      checkpoint: workdir of a run, of which `config.eval.checkpoint` is taken, or a weight file.
+      paths: pictures, and folders that are searched for pictures.
+
+    Yields:
+      A prediction for each picture that can be read; the others are named in a warning.
+
+    Raises:
+      errors.UserError: a path does not exist, there is no picture, or the checkpoint cannot be used.
+    """
+    config_lib.check(config)
+    model = train.build_model(config).clone(removal=None)
+    files = [file for path in paths for file in _files(pathlib.Path(path))]
+    if not files:
+        raise errors.UserError("name pictures to predict, or folders that hold some.")
+    params, names = _restore(config, model, checkpoint)
+    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
+    apply = functools.partial(adaptive.apply, model) if model.halting is not None else model.apply
+    run = jax.jit(lambda params, images: apply({"params": params}, images))
+    shown: list[tuple[pathlib.Path, np.ndarray]] = []
+    for file in files:
+        try:
+            picture = pictures.decode(file.read_bytes())
+        except (pictures.BadPicture, OSError) as error:
+            _logger.warning("cannot read %s: %s", file, errors.first_line(error))
+            continue
+        shown.append((file, _with_channels(transform(picture), model.channels)))
+        if len(shown) == _BATCH:
+            yield from _predict_batch(run, params, shown, model, config, names)
+            shown = []
+    if shown:
+        yield from _predict_batch(run, params, shown, model, config, names)
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    if not path.exists():
+        raise errors.UserError(f"there is no picture {path}.")
+    return [path]
+
+
+def _restore(config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike) -> tuple[Any, list[str]]:
+    """Parameters, and the names of the classes as far as they are known."""
+    if epath.Path(checkpoint).is_dir():
+        params, past = train.restore_params(config, model, checkpoint)
+        return params, past.get("label_names", [])
+    return weight_files.load(checkpoint, model, new_head=False), []
+
+
+def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """An RGB picture with the channels of the network; grey ones for one channel."""
+    return image if channels == 3 else np.asarray(Image.fromarray(image).convert("L"))[..., None]
+
+
+def _predict_batch(
+    run: Any,
+    params: Any,
+    shown: list[tuple[pathlib.Path, np.ndarray]],
+    model: vit.AViT,
+    config: ConfigDict,
+    names: list[str],
+) -> Iterator[Prediction]:
+    images = np.stack([image for _, image in shown] + [shown[0][1]] * (_BATCH - len(shown)))
+    logits, aux = jax.device_get(run(params, augment.normalize(images, config.data.mean, config.data.std)))
+    probabilities = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
+    depth = flops.computing(aux.active, model.num_readout).sum(axis=0)[:, model.num_readout :]
+    macs = flops.image_macs(model, aux.active)
+    for i, (path, image) in enumerate(shown):
+        best = np.argsort(-probabilities[i], kind="stable")[:5]
+        yield Prediction(
+            path=str(path),
+            top5=[names[k] if names else str(k) for k in best],
+            probabilities=[float(p) for p in probabilities[i][best]],
+            depth=np.asarray(depth[i]).reshape(model.grid),
+            macs=float(macs[i]),
+            macs_ratio=float(macs[i]) / flops.static_macs(model),
+            image=image,
+        )
+
+
+def tell(
+    predictions: Iterator[Prediction], *, num_layers: int, jsonl: epath.PathLike | None, folder: epath.PathLike | None
+) -> int:
+    """Prints a table; writes JSON lines and pictures of the depth where asked to; raises errors.UserError without any picture.
+
+    Args:
+      predictions: are consumed.
+      num_layers: of the network.
+      jsonl: file of JSON lines.
+      folder: of pictures, `<name>.png` each, numbered where names repeat.
+
+    Returns:
+      How many pictures there were.
+    """
+    lines, taken = [], set()
+    print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes")
+    for one in predictions:
+        classes = ", ".join(f"{name} {p:.1%}" for name, p in zip(one.top5, one.probabilities, strict=True))
+        print(f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {one.path}: {classes}")
+        lines.append(one.to_json() + "\n")
+        if folder is not None:
+            name = pathlib.Path(one.path).stem
+            while name in taken:
+                name = f"{name}-{len(taken)}"
+            taken.add(name)
+            target = epath.Path(folder)
+            target.mkdir(parents=True, exist_ok=True)
+            title = f"{one.top5[0]} {one.probabilities[0]:.0%}"
+            visualize.depth_map(one.image, one.depth, num_layers=num_layers, title=title).savefig(
+                target / f"{name}.png", dpi=120
+            )
+    if not lines:
+        raise errors.UserError("not one of the pictures could be read.")
+    if jsonl is not None:
+        epath.Path(jsonl).write_text("".join(lines))
+    return len(lines)

@@ -1,0 +1,86 @@
+"""Training that starts from a weight file: its numbers, the accuracy of the parent, resumption."""
+
+import json
+import pathlib
+
+import chex
+import fixtures
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from avit_jax import checkpoint, evaluate, train, weight_files
+
+
+@pytest.fixture
+def parent(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A weight file of the small network."""
+    config = fixtures.small_config()
+    model, (tx, _) = train.build_model(config), train.build_optimizer(config)
+    state = train.create_state(model, tx, seed=5, ema=False)
+    weight_files.write(tmp_path / "parent.safetensors", state.params, model)
+    return tmp_path / "parent.safetensors"
+
+
+def _config(parent: pathlib.Path, **overrides: object) -> ConfigDict:
+    still = {"learning_rate": 1e-9, "warmup_learning_rate": 0.0, "min_learning_rate": 0.0}
+    start = {"init": str(parent), "train.steps": 2} | {f"optimizer.{key}": value for key, value in still.items()}
+    return fixtures.small_config(**start | overrides)
+
+
+def _summary(workdir: pathlib.Path) -> dict[str, float]:
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_a_run_starts_from_the_file_and_knows_its_parent(parent: pathlib.Path, tmp_path: pathlib.Path, monkeypatch) -> None:
+    config = _config(parent)
+    train.train(config, tmp_path / "run")
+    model = train.build_model(config)
+    params = weight_files.load(parent, model)
+    state = fixtures.restored_state(config, tmp_path / "run")
+    for tree in (state.params, state.ema_params):
+        chex.assert_trees_all_close(tree, params, atol=1e-6)
+    static = model.clone(halting=None)
+    expected = float(evaluate.Evaluator(config, static)(evaluate.replicate(params))["top1"])
+    assert _summary(tmp_path / "run")["parent_top1"] == expected
+
+    # Evaluated from the run, and without one.
+    (tmp_path / "run/summary.json").unlink()
+    train.restore_and_evaluate(config, tmp_path / "run")
+    assert _summary(tmp_path / "run")["parent_top1"] == expected
+    config.eval.checkpoint = "init"
+    train.restore_and_evaluate(config, tmp_path / "none")
+    assert _summary(tmp_path / "none")["top1"] == pytest.approx(_summary(tmp_path / "run")["top1"], abs=0.01)
+
+
+def test_a_resumed_run_takes_its_checkpoint_and_remembers(parent: pathlib.Path, tmp_path: pathlib.Path, monkeypatch) -> None:
+    config = _config(parent, **{"train.save_every": 1, "optimizer.learning_rate": 1e-3})
+    train.train(config, tmp_path / "whole")
+
+    save = checkpoint.Checkpoints.save
+
+    def save_once(self: checkpoint.Checkpoints, step: int, *args: object, **kwargs: object) -> None:
+        if step > 1:
+            raise ZeroDivisionError
+        save(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(checkpoint.Checkpoints, "save", save_once)
+        train.train(config, tmp_path / "parts")
+    parent.unlink()
+    train.train(config, tmp_path / "parts")
+    chex.assert_trees_all_equal(*(fixtures.restored_state(config, tmp_path / name) for name in ("whole", "parts")))
+    assert _summary(tmp_path / "parts")["parent_top1"] == _summary(tmp_path / "whole")["parent_top1"]
+
+
+def test_another_number_of_classes(parent: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = fixtures.small_config()
+    config.model.num_classes = 7
+    model = train.build_model(config)
+    tx, _ = train.build_optimizer(config)
+    other = tmp_path / "other.safetensors"
+    weight_files.write(other, train.create_state(model, tx, seed=5, ema=False).params, model)
+    train.train(_config(other, init_new_head=True), tmp_path / "run")
+    assert "parent_top1" not in _summary(tmp_path / "run")
+    head = fixtures.restored_state(_config(other), tmp_path / "run").params["head"]["kernel"]
+    assert head.shape == (16, 10) and np.abs(head).max() < 1e-6

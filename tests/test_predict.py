@@ -1,0 +1,97 @@
+"""Predictions of pictures: the numbers of the model itself, as table, JSON lines and pictures; and what cannot be read."""
+
+import json
+import pathlib
+
+import fixtures
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from avit_jax import config as config_lib
+from avit_jax import errors, flops, predict, train, weight_files
+from avit_jax.data import pictures, transforms
+
+_WEIGHTS = pathlib.Path(__file__).parent / "data/weights/timm.safetensors"
+
+
+def _config() -> ConfigDict:
+    config = config_lib.default()
+    config.model.update({"image_size": (16, 16), "patch_size": 8, "width": 12, "depth": 2, "num_heads": 3, "num_classes": 5})
+    config.halting.update({"gamma": 5.0, "beta": 1.0})
+    config.loss.target_depth = 1.5
+    return config
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Twenty good pictures, oblong ones among them, one that is torn and one that is none."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "pictures"
+    (root / "more").mkdir(parents=True)
+    for i in range(20):
+        data = fixtures.png(rng.integers(0, 256, (20 + 3 * i, 40, 3), dtype=np.uint8))
+        (root / ("more" if i % 3 else "") / f"{i % 10}.png").write_bytes(data)
+    (root / "torn.png").write_bytes(data[:100])
+    (root / "notes.txt").write_text("not a picture")
+    return root
+
+
+def test_predictions_are_the_models_own(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = _config()
+    with caplog.at_level("WARNING", logger="avit_jax"):
+        predictions = list(predict.predict(config, _WEIGHTS, [folder, folder / "0.png"]))
+    assert f"cannot read {folder}/torn.png" in caplog.text
+    paths = sorted(str(path) for path in folder.rglob("[0-9].png"))
+    assert [one.path for one in predictions] == [*paths, str(folder / "0.png")]
+    assert len(paths) > 16  # more than one batch
+
+    model = train.build_model(config)
+    params = weight_files.load(_WEIGHTS, model)
+    transform = transforms.Evaluate(image_size=(16, 16), crop_ratio=config.data.crop_ratio)
+    images = np.stack([transform(pictures.decode(pathlib.Path(one.path).read_bytes())) for one in predictions])
+    normal = (images / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
+    logits, aux = model.apply({"params": params}, normal.astype(np.float32))
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    depth = np.asarray(flops.computing(aux.active, 1).sum(axis=0))[:, 1:]
+    assert len(np.unique(depth)) > 1
+    for i, one in enumerate(predictions):
+        assert one.top5 == [str(k) for k in np.argsort(-probabilities[i])]
+        np.testing.assert_allclose(one.probabilities, np.sort(probabilities[i])[::-1], atol=1e-5)
+        np.testing.assert_array_equal(one.depth, depth[i].reshape(2, 2))
+        assert one.macs == pytest.approx(float(flops.image_macs(model, aux.active)[i]))
+        assert one.macs_ratio == pytest.approx(one.macs / flops.static_macs(model))
+        np.testing.assert_array_equal(one.image, images[i])
+
+
+def test_table_lines_and_pictures(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    predictions = predict.predict(_config(), _WEIGHTS, [folder])
+    count = predict.tell(predictions, num_layers=2, jsonl=tmp_path / "out.jsonl", folder=tmp_path / "drawn")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert count == len(lines) == len(rows) == len(list((tmp_path / "drawn").glob("*.png"))) == 17
+    assert head.split()[:3] == ["depth", "GMACs", "share"]
+    for line, row in zip(lines, rows, strict=True):
+        assert f"{line['path']}: {line['top5'][0]} {line['probabilities'][0]:.1%}" in row
+        assert line.keys() == {"path", "top5", "probabilities", "depth", "macs", "macs_ratio"}
+    assert (tmp_path / "drawn/0.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = fixtures.small_config(**{"train.steps": 2})
+    train.train(config, tmp_path / "run")
+    (one,) = predict.predict(config, tmp_path / "run", [folder / "0.png"])
+    assert set(one.top5) <= set("0123456789")
+    assert one.image.shape == (16, 16, 1) and one.depth.shape == (4, 4)
+
+
+def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
+    for paths, told in (([], "name pictures"), ([tmp_path], "name pictures"), ([tmp_path / "no.png"], r"no picture .*no\.png")):
+        with pytest.raises(errors.UserError, match=told):
+            list(predict.predict(_config(), _WEIGHTS, paths))
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    with pytest.raises(errors.UserError, match="not one of the pictures could be read"):
+        predict.tell(predict.predict(_config(), _WEIGHTS, [tmp_path / "bad.png"]), num_layers=2, jsonl=None, folder=None)
+    with pytest.raises(errors.UserError, match=r"nowhere\.pth cannot be read"):
+        list(predict.predict(_config(), tmp_path / "nowhere.pth", [tmp_path / "bad.png"]))
