@@ -175,13 +175,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path: pat
         train.train(config, tmp_path)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.step() == 1  # the last good one
-    config.debug.nans = True
-    with pytest.raises(errors.UserError, match=r"nan.*debug\.nans"):
-        train.train(config, tmp_path / "nans")
-    config.debug.nans = False
     config.train.nonfinite = "skip"
     with pytest.raises(errors.UserError, match=r"not finite in any of the 2 steps up to step \d+"):
         train.train(config, tmp_path / "skip")
+
+
+def test_the_operation_of_a_nan_is_found(tmp_path: pathlib.Path) -> None:
+    small = {"model.depth": 1, "halting.enabled": False, "affine.rotate": 0.0, "affine.translate": 0.0, "model.drop_path": 0.0}
+    config = fixtures.small_config(**small | {"optimizer.learning_rate": 1e30, "optimizer.warmup": 0.0, "debug.nans": True})
+    with pytest.raises(errors.UserError, match=r"nan.*debug\.nans"):
+        train.train(config, tmp_path)
 
 
 @pytest.fixture
