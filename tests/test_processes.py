@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def start(tmp_path: pathlib.Path) -> Iterator[object]:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         command = [sys.executable, "-m", "avit_jax.main", f"--config={recipe}", f"--workdir={tmp_path / workdir}", *options]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         running.append(process)
         return process
 
@@ -112,6 +113,16 @@ def test_a_dead_process_ends_the_other(start, victim: int) -> None:
     *_, last = _end(pair[1 - victim], status=2).splitlines()
     assert time.monotonic() - killed < 60
     assert last.startswith("error: another process of the run has ended")
+
+
+def test_ctrl_c_reaches_the_workers_too(start, tmp_path: pathlib.Path) -> None:
+    run = start("run", 1, "--config.data.num_workers=2")
+    _wait_for(run, "step 6/24")
+    os.killpg(run.pid, signal.SIGINT)
+    said = _end(run)
+    assert "stopped by SIGINT after step" in said
+    assert "Traceback" not in said
+    assert fixtures.restored_state(fixtures.small_config(), tmp_path / "run").step >= 6
 
 
 def test_wrong_flags_of_processes(start) -> None:

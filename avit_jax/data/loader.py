@@ -8,6 +8,7 @@ batch; in evaluation also `weight` float32, 0 for padding and for what could not
 import dataclasses
 import functools
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -155,5 +156,10 @@ def _on_devices(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_leave_signals)
     return jax_utils.prefetch_to_device(iter(batches), _PREFETCH)
+
+
+def _leave_signals(*_: int) -> None:
+    """Ctrl-C reaches the workers too; it is the training process that stops them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
