@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -20,3 +21,10 @@ jax.config.update("jax_compilation_cache_dir", _cache.name)
 def _compile_quickly(request: pytest.FixtureRequest) -> None:
     """Programs are optimised less, but for the comparison with the released implementation."""
     jax.config.update("jax_disable_most_optimizations", "golden" not in request.module.__name__)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Every program takes memory maps, of which a process may have 65,530: those of a file of tests go when it is done."""
+    yield
+    jax.clear_caches()
