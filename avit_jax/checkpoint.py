@@ -112,6 +112,8 @@ class Checkpoints:
         with self._told():
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
+                if len(self._manager.all_steps()) == 1:  # it differs in its evaluation only, and must not be lost on the way
+                    return
                 self._manager.delete(step)
             self._saving = step
             self._manager.save(step, args=args, metrics=None if top1 is None else {"top1": top1})

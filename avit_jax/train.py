@@ -253,7 +253,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
                 if results:
                     log.evaluated(step, evaluator.scalars(results))
             finally:  # what has been trained is saved, even where it cannot be evaluated
-                if evaluates or (new and (stopping or step % config.train.save_every == 0)):
+                if results or (new and (evaluates or stopping or step % config.train.save_every == 0)):
                     seconds = _save(checkpoints, step, state, log, kept, results)
             if stopping:
                 _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
