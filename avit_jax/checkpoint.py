@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from avit_jax import errors
 
 _managers = ocp.checkpoint_managers
 _DIGESTS = "sha256.json"
+_REPLACED = "replaced_checkpoint_"
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # JSON that Orbax completes when the checkpoint has appeared
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +44,12 @@ def claim(workdir: epath.Path) -> Iterator[None]:
         raise errors.UserError(f"{error}: training has stopped; the checkpoints in {workdir}, if any, stand.") from error
 
 
+def folder(workdir: epath.PathLike) -> epath.Path:
+    """Where the checkpoints of a workdir are; an absolute path, as Orbax wants it."""
+    path = epath.Path(workdir)
+    return (path if "://" in str(path) else path.absolute()) / "checkpoints"  # absolute() makes a local folder of a bucket
+
+
 def _top1(metrics: dict[str, float]) -> float:
     return metrics["top1"]
 
@@ -50,24 +58,26 @@ class Checkpoints:
     """The checkpoints of one workdir, in its folder `checkpoints`; a context manager that waits for the last write.
 
     Used by one process, the first where there are several. A checkpoint appears under its name when all of it has been
-    written, and one whose files have changed since is never restored: if it is the last, the one before takes its place, with
-    a warning, and it is moved out of the folder.
+    written, and one whose files have changed since is never restored: it is moved out of the folder, with a warning, and the
+    one before takes its place.
 
     Args:
       workdir: a local path or one that etils reads, such as `gs://`.
       read_only: nothing is written, moved or cleaned up.
 
     Raises:
-      errors.UserError: there are checkpoints, and the last one and all before it are damaged.
+      errors.UserError: there are checkpoints, and all of them are damaged.
     """
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False) -> None:
-        self._workdir = epath.Path(workdir).absolute()
-        self._directory = self._workdir / "checkpoints"
+        self._directory = folder(workdir)
+        self._workdir = self._directory.parent
         self._saving: int | None = None
-        self._ignored = self._damaged()
         if not read_only:
             self._directory.mkdir(parents=True, exist_ok=True)
+            self._put_back()
+        self._ignored = self._damaged()
+        if not read_only:
             for step in self._ignored:
                 self._set_aside(step)
         best = _managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)
@@ -111,12 +121,15 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(jax.device_get(state)), extra=ocp.args.JsonSave(extra))
         with self._told():
             self._manager.wait_until_finished()
+            replaced = self._workdir / f"{_REPLACED}{step}"
             if step in self._manager.all_steps():
-                if len(self._manager.all_steps()) == 1:  # it differs in its evaluation only, and must not be lost on the way
-                    return
-                self._manager.delete(step)
+                (self._directory / str(step)).rename(replaced)  # it is not gone before the other is there, see `_put_back`
+                self._manager.reload()
             self._saving = step
             self._manager.save(step, args=args, metrics=None if top1 is None else {"top1": top1})
+            if replaced.exists():
+                self._manager.wait_until_finished()
+                replaced.rmtree()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -147,18 +160,27 @@ class Checkpoints:
         step = self.step(which)
         if step is None:
             raise errors.UserError(
-                f"there is no checkpoint in {self._directory}: train first, or set --workdir to the folder of a run."
+                f"there is no checkpoint in {self._directory}{' that was evaluated' if self.step() is not None else ''}: "
+                + (
+                    "use --config.eval.checkpoint=last."
+                    if self.step() is not None
+                    else "train first, or set --workdir to a run's."
+                )
             )
-        if which == "best" and (damage := self._damage(step)):
+        if step in self._ignored:
             raise errors.UserError(
-                f"the best checkpoint in {self._directory}, of step {step}, is damaged ({damage}): "
-                "use --config.eval.checkpoint=last."
+                f"the best checkpoint in {self._directory}, of step {step}, is damaged: use --config.eval.checkpoint=last."
             )
         self._check_fit(step, state)
         # Orbax looks at arrays of its own where they are to lie on a device; here they are NumPy's, for any number of devices.
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # its files are as they were written, so another version wrote them, or a stranger
+            raise errors.UserError(
+                f"the checkpoint of step {step} in {self._directory} cannot be read ({errors.first_line(error)})."
+            ) from error
         return restored["state"], restored["extra"]
 
     def _write_digests(self) -> None:
@@ -167,23 +189,28 @@ class Checkpoints:
             if folder.name.split(".")[0] == str(self._saving):
                 (folder / _DIGESTS).write_text(json.dumps(_digests(folder), indent=1))
 
+    def _put_back(self) -> None:
+        """After a run that ended while it replaced a checkpoint: the old one takes its place again, unless the new one has."""
+        for old in self._workdir.glob(f"{_REPLACED}*"):
+            target = self._directory / old.name.removeprefix(_REPLACED)
+            if target.exists():
+                old.rmtree()
+            else:
+                old.rename(target)
+
     def _damaged(self) -> list[int]:
-        """Checkpoints that are newer than the newest whole one, which is where a run goes on."""
+        """Steps of the checkpoints that are not as they were written; each is told."""
         there = self._directory.iterdir() if self._directory.exists() else ()
-        steps = sorted((int(path.name) for path in there if path.name.isdigit()), reverse=True)
-        damages = []
-        for step in steps:
-            damage = self._damage(step)
-            if not damage:
-                break
+        steps = sorted((int(path.name) for path in there if re.fullmatch("0|[1-9][0-9]*", path.name)), reverse=True)
+        damages = {step: damage for step in steps if (damage := self._damage(step))}
+        for step, damage in damages.items():
             _logger.warning("the checkpoint of step %d in %s is damaged: %s", step, self._directory, damage)
-            damages.append(step)
-        if steps and damages == steps:
+        if steps and len(damages) == len(steps):
             raise errors.UserError(
-                f"the last checkpoint in {self._directory} is damaged ({damage}), and there is no whole one before it: "
-                "remove the folder to start anew."
+                f"the last checkpoint in {self._directory} is damaged ({damages[steps[0]]}), and there is no whole one before "
+                "it: remove the folder to start anew."
             )
-        return damages
+        return list(damages)
 
     def _damage(self, step: int) -> str:
         """What has changed in the files of a checkpoint since they were written; empty where nothing has."""
@@ -202,7 +229,7 @@ class Checkpoints:
         if target.exists():
             target.rmtree()
         (self._directory / str(step)).rename(target)
-        _logger.warning("moved it to %s, and going back to the checkpoint before", target)
+        _logger.warning("moved it to %s", target)
 
     def _check_fit(self, step: int, state: Any) -> None:
         """Compares shapes before anything is read: Orbax would leave an array out, or fail halfway with a page of text."""

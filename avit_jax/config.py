@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,15 +12,15 @@ from avit_jax import errors
 
 # Key -> least and largest value; what model and gate check themselves is not here.
 _RANGES = {
-    "seed": (0, None),
-    "data.num_threads": (1, None),
-    "data.num_workers": (0, None),
+    "seed": (0, 2**63 - 1),
+    "data.num_threads": (1, 256),
+    "data.num_workers": (0, 256),
     "data.max_bad_share": (0, 1),
     "data.crop_ratio": (0.01, 1),
     "augment.flip": (0, 1),
     "augment.magnitude": (0, 10),
     "augment.deviation": (0, None),
-    "augment.repeats": (1, None),
+    "augment.repeats": (1, 1000),
     "augment.erase": (0, 1),
     "augment.mixup": (0, None),
     "augment.cutmix": (0, None),
@@ -30,7 +31,7 @@ _RANGES = {
     "affine.scale": (0, None),
     "affine.shear": (0, 89),
     "model.depth": (1, None),
-    "model.mlp_ratio": (1e-3, None),
+    "model.mlp_ratio": (0.01, 100),
     "model.norm_eps": (1e-20, 1),
     "loss.ponder_weight": (0, None),
     "loss.prior_weight": (0, None),
@@ -42,11 +43,13 @@ _RANGES = {
     "optimizer.clip_norm": (0, None),
     "optimizer.warmup": (0, 0.999),
     "optimizer.ema_decay": (0, 1),
-    "train.steps": (1, None),
+    "train.steps": (1, 2**31 - 1),
+    "train.batch_size": (1, 2**24),
     "train.log_every": (1, None),
     "train.eval_every": (0, None),
     "train.save_every": (1, None),
-    "eval.pictures": (1, None),
+    "eval.batch_size": (1, 2**24),
+    "eval.pictures": (1, 1000),
 }
 _CHOICES = {
     "data.bad_records": ("raise", "skip"),
@@ -64,6 +67,8 @@ _FREE = {
     "eval.checkpoint",
     "debug.nans",
 }
+_BY_CHANNEL = ("mean", "std")
+_LARGEST_SIDE = 100_000  # pixels
 _FARTHEST = 50.0  # value of a token's gate channel that no network reaches
 
 
@@ -185,8 +190,9 @@ def check(config: ConfigDict) -> None:
     """Raises errors.UserError, naming the key, where a value is none that training knows what to do with."""
     values = flat(config)
     for key, (least, largest) in _RANGES.items():
-        if not (values[key] >= least and values[key] <= (math.inf if largest is None else largest)):  # nan is refused too
-            limits = f"at least {least}" if largest is None else f"between {least} and {largest}"
+        limit = sys.float_info.max if largest is None else largest
+        if not least <= values[key] <= limit:  # nan is refused too, and infinity
+            limits = f"at least {least}, and finite" if largest is None else f"between {least} and {largest}"
             raise errors.UserError(f"config.{key} must be {limits}; got {values[key]}.")
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
@@ -204,12 +210,22 @@ def _check_combinations(config: ConfigDict) -> None:
         raise errors.UserError(
             'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'
         )
+    for key, numbers in (
+        ("augment.crop_scale", config.augment.crop_scale),
+        *((f"data.{k}", config.data[k]) for k in _BY_CHANNEL),
+    ):
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise errors.UserError(f"config.{key} must hold numbers; got {numbers}.")
+    if not all(isinstance(side, int) and 1 <= side <= _LARGEST_SIDE for side in config.model.image_size):
+        raise errors.UserError(f"config.model.image_size must be (height, width) in pixels; got {config.model.image_size}.")
+    if config.model.width * config.model.mlp_ratio < 1:
+        raise errors.UserError("config.model.mlp_ratio is so small that the MLP would have no width.")
     scale = config.augment.crop_scale
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise errors.UserError(f"config.augment.crop_scale must be two rising shares up to 1; got {scale}.")
     if not all(std > 0 for std in config.data.std):
         raise errors.UserError(f"config.data.std must be above 0; got {config.data.std}.")
-    for key in ("mean", "std"):
+    for key in _BY_CHANNEL:
         if len(config.data[key]) not in (1, config.model.channels):
             raise errors.UserError(f"config.data.{key} must hold one number for each of the {config.model.channels} channels.")
     for key in ("warmup_learning_rate", "min_learning_rate"):

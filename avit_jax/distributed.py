@@ -46,7 +46,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             return
     elif None in arguments:
         raise errors.UserError("give all of --coordinator, --num_processes and --process_id, or none of them.")
-    elif ":" not in coordinator or not 0 <= process_id < num_processes:
+    elif not _is_address(coordinator) or not 0 <= process_id < num_processes:
         raise errors.UserError("--coordinator is host:port of the first process, and --process_id lies below --num_processes.")
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     try:
@@ -58,6 +58,11 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             f"this process cannot join the others ({errors.first_line(error)}): all of them have to be started within "
             f"{START_SECONDS} seconds, and to reach the first one at its --coordinator."
         ) from error
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
 
 
 def is_first() -> bool:
@@ -122,10 +127,18 @@ class Stop:
 
 @contextlib.contextmanager
 def ended_together() -> Iterator[None]:
-    """Ends the process in a sentence where an operation over all processes failed, which is how one sees that another ended."""
+    """Ends the process in a sentence where an operation over all processes failed, which is how one sees that another ended.
+
+    Or where the memory of the devices is too small.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise errors.UserError(
+                f"the devices' memory is too small for the run ({errors.first_line(error)}): lower config.train.batch_size and "
+                "config.eval.batch_size, or set --config.model.remat=True."
+            ) from error
         if jax.process_count() == 1:
             raise
         raise errors.UserError(_ENDED) from error

@@ -64,8 +64,10 @@ def _main(argv: list[str]) -> None:
         else:
             predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
             predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)
-    except errors.UserError as error:
+    except (errors.UserError, OSError, ImportError, MemoryError) as error:  # output that cannot be written, gs:// without gcsfs
         errors.stop(error)
+    except KeyboardInterrupt:  # before training has begun, or in another mode
+        errors.stop("interrupted.")
 
 
 if __name__ == "__main__":

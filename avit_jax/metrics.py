@@ -33,7 +33,9 @@ def eval_sums(model: vit.AViT, logits: jax.Array, aux: vit.Aux | adaptive.Aux, l
       `images`, `loss` (nats), `top1`, `top5`, `depth_patch` and `depth_class` (layers), `macs`, and two vectors `(L,)`:
       `patch_depth`, the share of patch tokens that halt at each layer, and `score`, the mean score of each layer.
     """
-    rank = (logits > jnp.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    first = jnp.arange(logits.shape[1])[None, :] < labels[:, None]  # of equal logits the first wins, as in argmax
+    rank = jnp.where(first, ~(logits < label_logits), ~(logits <= label_logits)).sum(axis=1)  # and nan is above all
     ran = flops.computing(aux.active, model.num_readout)
     depth = ran.sum(axis=0)
     patches = depth[:, model.num_readout :]
@@ -102,6 +104,7 @@ def _reopen(path: epath.Path, size: int) -> IO[str]:
     rows = path.read_bytes() if path.exists() else b""
     if len(rows) < size:
         _logger.warning("%s has lost %d bytes since the checkpoint was saved; it goes on without them", path, size - len(rows))
+        size = rows.rfind(b"\n") + 1
     if len(rows) > size:
         whole = path.with_name(path.name + ".tmp")
         whole.write_bytes(rows[:size])

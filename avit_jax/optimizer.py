@@ -13,7 +13,7 @@ def schedule(
     return optax.warmup_cosine_decay_schedule(
         init_value=warmup_learning_rate,
         peak_value=learning_rate,
-        warmup_steps=round(warmup * steps),
+        warmup_steps=min(round(warmup * steps), steps - 1),
         decay_steps=steps,
         end_value=min_learning_rate,
     )

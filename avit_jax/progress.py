@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 from avit_jax import errors, metrics
 
 _logger = logging.getLogger(__name__)
-_FINITE = ("task_loss", "ponder_loss", "prior_loss", "loss", "grad_norm")  # in this order: what comes first is named
+_FINITE = (
+    "task_loss",
+    "ponder_loss",
+    "prior_loss",
+    "loss",
+    "grad_norm",
+    "param_norm",
+)  # in this order: what comes first is named
 Row = dict[str, float]
 
 
@@ -151,4 +158,15 @@ class Log:
         _logger.info(
             "step %d  evaluation of %d images: top-1 %.2f%%  MACs ratio %.3f  depth of patch tokens %.2f, of class token %.2f",
             *(step, values["images"], 100 * values["top1"], values["macs_ratio"], values["depth_patch"], values["depth_class"]),
+        )
+
+
+def check_past(past: Any) -> None:
+    """Raises errors.UserError where what lies beside a checkpoint's arrays is not what a run of this version puts there."""
+    kinds = {"config": dict, "parent": dict, "label_names": list, "evaluated": bool, "train_seconds": float}
+    kinds |= {"rows": list, "skipped": int, "steps": int, "sizes": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(past, dict) or not isinstance(past.get(key), kind)]
+    if wrong:
+        raise errors.UserError(
+            f"the checkpoint was written by another version of this program ({', '.join(wrong)}): set another --workdir."
         )

@@ -57,6 +57,8 @@ def build_model(config: ConfigDict) -> vit.AViT:
             sizes |= {"removal": removal.Plan(group=8, step=32), "remat": False}
         model = vit.AViT(**sizes, halting=halts)
         model.check()
+        if not jnp.issubdtype(model.dtype, jnp.floating) or jnp.finfo(model.dtype).bits > 32:
+            raise ValueError(f"dtype must be a floating-point type of at most 32 bits; got {model.dtype}.")
     except (ValueError, TypeError) as error:
         raise errors.UserError(f"config.model or config.halting: {error}") from error
     return model
@@ -141,17 +143,18 @@ def make_train_step(
         grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
         grads, values = jax.lax.pmean((grads, values), AXIS)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(values["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = None
         if state.ema_params is not None:
             ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay)
-        new = TrainState(step=state.step, params=params, ema_params=ema_params, opt_state=opt_state)
-        if config.train.nonfinite == "skip":
-            new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+        new = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
+        norms = {"grad_norm": grad_norm, "param_norm": optax.tree.norm(params)}
+        finite = jnp.isfinite(jnp.stack([values["loss"], *norms.values()])).all()
+        if config.train.nonfinite == "skip":  # steps, and with them the learning rate, go on all the same
+            new = jax.tree.map(lambda a, b: a if a.dtype == jnp.int32 else jnp.where(finite, a, b), new, state)
         counts = {"skipped": jax.lax.psum(batch["skipped"].sum(), AXIS), "nonfinite": ~finite}
-        return new.replace(step=state.step + 1), values | counts | {"grad_norm": grad_norm}
+        return new, values | counts | norms
 
     return train_step
 
@@ -192,7 +195,7 @@ def check_batch_sizes(config: ConfigDict) -> None:
     """Raises errors.UserError where a batch cannot be spread evenly over all devices."""
     for name in ("train", "eval"):
         size = config[name].batch_size
-        if size < 1 or size % jax.device_count():
+        if size % jax.device_count():
             raise errors.UserError(
                 f"config.{name}.batch_size {size} must be a multiple of the number of devices, {jax.device_count()}."
             )
@@ -258,7 +261,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
             if stopping:
                 _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
                 return
-        results = results or evaluator(state.eval_params)
+        results = results or evaluator(state.eval_params, stop)
+        if results is None:
+            _logger.info("stopped by %s before the report; the same command writes it", stop.name)
+            return
         evaluator.report(workdir, state.eval_params, results, train_seconds=seconds, **kept["parent"])
 
 
@@ -285,13 +291,18 @@ def _begin(
     allow_changed_config: bool,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none."""
-    create = functools.partial(create_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
+    create, state = _creation(config, model, tx)
     past: dict[str, Any] = {}
     if checkpoints is not None and checkpoints.step() is not None:
         state, past = checkpoints.restore(state)
+        progress.check_past(past)
         if not allow_changed_config:
             config_lib.check_same(config, past["config"])
+        if int(state.step) > config.train.steps:
+            raise errors.UserError(
+                f"the checkpoint is of step {int(state.step)}, beyond config.train.steps, {config.train.steps}: raise it, "
+                "or set another --workdir."
+            )
         _logger.info("going on from the checkpoint of step %d", int(state.step))
     past = distributed.from_first_json(past)
     if past:
@@ -301,6 +312,14 @@ def _begin(
     params = weight_files.load(config.init, model, new_head=config.init_new_head)
     state = jax.jit(create)()
     return state.replace(params=params, ema_params=None if state.ema_params is None else jax.tree.map(jnp.copy, params)), {}
+
+
+def _creation(
+    config: ConfigDict, model: vit.AViT, tx: optax.GradientTransformation
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """What makes the state before the first step, and a state of its shapes."""
+    create = functools.partial(create_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
+    return create, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
 
 
 def _evaluate_parent(config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, float]:
@@ -341,12 +360,12 @@ def restore_params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike)
     """
     if config.eval.checkpoint == "init":
         return weight_files.load(config.init, model, new_head=config.init_new_head), {"train_seconds": 0.0}
-    tx, _ = build_optimizer(config)
-    create = functools.partial(create_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
-    state, past = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create)), {}
+    _, state = _creation(config, model, build_optimizer(config)[0])
+    past: dict[str, Any] = {}
     if distributed.is_first():
         with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
             state, past = checkpoints.restore(state, config.eval.checkpoint)
+        progress.check_past(past)
     return distributed.from_first(state.eval_params), distributed.from_first_json(past)
 
 

@@ -64,13 +64,11 @@ def read(path: pathlib.Path) -> WeightFile:
     Raises:
       errors.UserError: it cannot be read, asks for more than numbers, or holds no vision transformer.
     """
-    readers = {".pth": torch_files.read, ".pt": torch_files.read, ".bin": torch_files.read, ".npz": _read_npz}
-    readers[".safetensors"] = lambda path: _read_safetensors(path)[0]
+    readers = dict.fromkeys((".pth", ".pt", ".bin"), _read_torch) | {".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.suffix not in readers:
         raise errors.UserError(f"{path} is no weight file by its name: they end in {', '.join(readers)}.")
     try:
-        tensors = readers[path.suffix](path)
-        metadata = _read_safetensors(path)[1] if path.suffix == ".safetensors" else {}
+        tensors, metadata = readers[path.suffix](path)
     except torch_files.Refused as error:
         raise errors.UserError(f"{path} is refused: {error}.") from error
     except Exception as error:
@@ -97,14 +95,20 @@ def _read_safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
         return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _read_npz(path: pathlib.Path) -> Tensors:
+def _read_torch(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
+    return torch_files.read(path), {}
+
+
+def _read_npz(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise torch_files.Refused("its archive is compressed, and may be of any size")
     with np.load(path, allow_pickle=False) as arrays:
         tensors = {name: arrays[name] for name in arrays.files}
     prefixes = {name.split("/")[0] for name in tensors}
-    return {name.removeprefix("params/"): array for name, array in tensors.items()} if prefixes == {"params"} else tensors
+    if prefixes == {"params"}:
+        tensors = {name.removeprefix("params/"): array for name, array in tensors.items()}
+    return tensors, {}
 
 
 def _gate(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, float] | None:

@@ -1,8 +1,10 @@
 """Checkpoints come back exactly, or the one before does; the last two and the best are kept; failures end in a sentence."""
 
 import errno
+import json
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -76,6 +78,53 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: pathl
     assert extra == {"again": True}
 
 
+def test_a_replaced_checkpoint_is_not_lost_on_the_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _saved(tmp_path, (2, None))
+
+    def killed(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(errors.UserError, match="step 2 cannot be written"),
+        checkpoint.Checkpoints(tmp_path) as checkpoints,
+    ):
+        patch.setattr(checkpoints._manager, "save", killed)
+        checkpoints.save(2, _state(9), top1=0.6, extra={})
+    assert _steps(tmp_path) == set()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:  # put back
+        _equal(checkpoints.restore(_state())[0], _state(2))
+        checkpoints.save(2, _state(9), top1=0.6, extra={})
+    shutil.copytree(tmp_path / "checkpoints/2", tmp_path / "replaced_checkpoint_2")
+    (tmp_path / "replaced_checkpoint_2/sha256.json").unlink()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:  # the new one was whole
+        _equal(checkpoints.restore(_state())[0], _state(9))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_bucket_stays_a_bucket() -> None:
+    for path, expected in (("gs://bucket/run", "gs://bucket/run/checkpoints"), ("run", str(pathlib.Path("run").absolute()))):
+        assert str(checkpoint.epath.Path(path)) == path
+        assert expected in str(checkpoint.folder(path))
+
+
+def test_folders_that_are_no_checkpoints(tmp_path: pathlib.Path) -> None:
+    _saved(tmp_path, (1, 0.1))
+    for name in ("050", "²", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        _equal(checkpoints.restore(_state())[0], _state(1))
+
+
+def test_what_others_have_written_with_its_digests(tmp_path: pathlib.Path) -> None:
+    _saved(tmp_path, (1, 0.1))
+    step = tmp_path / "checkpoints/1"
+    (step / "extra/metadata").write_bytes(b"\xff{")
+    (step / "sha256.json").write_text(json.dumps(checkpoint._digests(checkpoint.epath.Path(step))))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(errors.UserError, match=r"step 1 .* cannot be read"):
+        checkpoints.restore(_state())
+
+
 # A file of a checkpoint, and the share of it that is left; None: the file is gone.
 _DAMAGES = [
     ("state/manifest.ocdbt", 0.5),
@@ -131,8 +180,8 @@ def test_no_whole_checkpoint(tmp_path: pathlib.Path) -> None:
     _saved(tmp_path, (1, 0.1), (2, 0.2), (3, 0.0), (4, 0.0))
     (tmp_path / "checkpoints/2/state/manifest.ocdbt").unlink()
     with (
-        checkpoint.Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(errors.UserError, match=r"best .* step 2, is damaged .*manifest\.ocdbt.*checkpoint=last"),
+        checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(errors.UserError, match=r"best .* step 2, is damaged.*checkpoint=last"),
     ):
         checkpoints.restore(_state(), "best")
     for step in (3, 4):

@@ -38,7 +38,7 @@ def as_the_program_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in set(flags.FLAGS) - names:  # an override is a flag of its own
         delattr(flags.FLAGS, name)
-    for name in ("config", "workdir", "mode", "process_id"):
+    for name in ("config", "workdir", "mode", "process_id", "num_processes", "coordinator"):
         flags.FLAGS[name].value = flags.FLAGS[name].default
     flags.FLAGS.unparse_flags()
 
@@ -131,7 +131,7 @@ def test_recipes_parse_and_build(name: str) -> None:
     ("arguments", "expected"),
     [
         ([_DIGITS, "--config.train.batch_size=30"], "multiple of the number of devices, 8"),
-        ([_DIGITS, "--config.eval.batch_size=0"], "multiple of the number of devices, 8"),
+        ([_DIGITS, "--config.eval.batch_size=0"], "config.eval.batch_size must be between 1"),
         ([_DIGITS, "--config.model.patch_size=5"], "patch_size 5 must divide"),
         ([_DIGITS, "--config.model.patch_size=0"], "patch_size must be at least 1"),
         ([_DIGITS, "--config.model.image_size=32"], "(height, width)"),
@@ -141,10 +141,10 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.model.num_classes=7"], "--config.model.num_classes=10"),
         ([_DIGITS, "--config.halting.epsilon=1.5"], "epsilon must lie between 0 and 1"),
         ([_DIGITS, "--config.model.channels=3"], "--config.model.channels=1"),
-        ([_DIGITS, "--config.train.steps=0"], "config.train.steps must be at least 1"),
+        ([_DIGITS, "--config.train.steps=0"], "config.train.steps must be between 1"),
         ([_DIGITS, "--config.train.log_every=0"], "config.train.log_every"),
         ([_DIGITS, "--config.eval.pictures=0"], "config.eval.pictures"),
-        ([_DIGITS, "--config.seed=-1"], "config.seed must be at least 0"),
+        ([_DIGITS, "--config.seed=-1"], "config.seed must be between 0"),
         ([_DIGITS, "--config.augment.magnitude=nan"], "between 0 and 10; got nan"),
         ([_DIGITS, "--config.augment.crop_scale=(0.5,)"], "config.augment.crop_scale"),
         ([_DIGITS, "--config.augment.crop_scale=(0.5,0.3)"], "config.augment.crop_scale"),
@@ -160,7 +160,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.loss.target_depth=7"], "network's depth, 6; got 7"),
         ([_DIGITS, "--config.loss.target_depth=nan"], "network's depth, 6; got nan"),
         ([_DIGITS, "--config.loss.ponder_weight=-1"], "config.loss.ponder_weight must be at least 0"),
-        ([_DIGITS, "--config.loss.prior_weight=nan"], "config.loss.prior_weight must be at least 0; got nan"),
+        ([_DIGITS, "--config.loss.prior_weight=nan"], "config.loss.prior_weight must be at least 0, and finite; got nan"),
         ([_DIGITS, "--config.halting.gamma=0"], "no token can ever halt"),
         ([_DIGITS, "--config.halting.beta=-1e6"], "reach 2e+05"),
         ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),
@@ -182,6 +182,24 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.eval.checkpoint=init", "--mode=eval"], "name it with --config.init"),
         ([_DIGITS, "--mode=predict"], "name pictures to predict"),
         ([_DIGITS, "--process_id=0"], "give all of --coordinator"),
+        ([_DIGITS, "--coordinator=here:x", "--num_processes=1", "--process_id=0"], "host:port"),
+        ([_DIGITS, "--coordinator=here:99999", "--num_processes=1", "--process_id=0"], "host:port"),
+        ([_DIGITS, "--coordinator=:80", "--num_processes=1", "--process_id=0"], "host:port"),
+        ([_DIGITS, "--config.seed=9223372036854775808"], "config.seed must be between 0"),
+        ([_DIGITS, "--config.model.image_size=(0,0)"], "(height, width) in pixels"),
+        ([_DIGITS, "--config.model.image_size=(-16,-16)"], "(height, width) in pixels"),
+        ([_DIGITS, "--config.model.mlp_ratio=inf"], "config.model.mlp_ratio"),
+        ([_DIGITS, "--config.model.mlp_ratio=0.01"], "the MLP would have no width"),
+        ([_DIGITS, "--config.model.dtype=int32"], "dtype must be a floating-point type"),
+        ([_DIGITS, "--config.model.dtype=complex64"], "dtype must be a floating-point type"),
+        ([_DIGITS, "--config.model.dtype=float64"], "dtype must be a floating-point type"),
+        ([_DIGITS, "--config.optimizer.learning_rate=inf"], "at least 0, and finite; got inf"),
+        ([_DIGITS, "--config.train.steps=3000000000"], "config.train.steps must be between 1"),
+        ([_DIGITS, "--config.data.num_threads=1000000"], "config.data.num_threads must be between"),
+        ([_DIGITS, "--config.data.std=(None,)"], "config.data.std must hold numbers"),
+        ([_DIGITS, "--config.data.mean=('a',)"], "config.data.mean must hold numbers"),
+        ([_DIGITS, "--config.augment.crop_scale=(0.5,None)"], "config.augment.crop_scale must hold numbers"),
+        ([_DIGITS, "--config.train.batch_size=100000000000"], "config.train.batch_size must be between"),
         ([_DIGITS, "--config.data.eval_split=validation"], '"train" and "test"'),
         (["--config=configs/deit_tiny.py"], "configs/digits.py"),
         ([_DIGITS, "--mode=eval"], "no checkpoint"),

@@ -93,10 +93,14 @@ def test_top_5(model: vit.AViT, aux: vit.Aux, rank: int) -> None:
     assert (sums["top1"], sums["top5"]) == (rank == 0, rank < 5)
 
 
-def test_ties_count_for_the_label(model: vit.AViT, aux: vit.Aux, labels: np.ndarray) -> None:
-    sums = _eval_sums(model, np.zeros((_IMAGES, _CLASSES)), aux, labels, np.ones(_IMAGES))
-    assert sums["top1"] == sums["top5"] == _IMAGES
+def test_of_equal_logits_the_first_wins_and_nan_is_never_right(model: vit.AViT, aux: vit.Aux, labels: np.ndarray) -> None:
+    zeros = np.zeros((_IMAGES, _CLASSES))
+    sums = _eval_sums(model, zeros, aux, labels, np.ones(_IMAGES))
+    assert sums["top1"] == (labels == 0).sum()
+    assert sums["top5"] == (labels < 5).sum()
     np.testing.assert_allclose(sums["loss"], _IMAGES * np.log(_CLASSES), rtol=1e-6)
+    sums = _eval_sums(model, zeros + np.nan, aux, labels, np.ones(_IMAGES))
+    assert sums["top1"] == sums["top5"] == 0
 
 
 def test_means_add_up_in_float64() -> None:
