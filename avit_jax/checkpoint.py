@@ -155,6 +155,19 @@ class Checkpoints:
         Raises:
           errors.UserError: there is none, the best one is damaged, or it does not fit.
         """
+        step = self._choose(which)
+        self._check_fit(step, state)
+        # Orbax looks at arrays of its own where they are to lie on a device; here they are NumPy's, for any number of devices.
+        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
+        restored = self._read(step, state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore())
+        return restored["state"], restored["extra"]
+
+    def extra(self, which: str = "last") -> dict[str, Any]:
+        """What `restore` returns beside the state, read alone; raises errors.UserError as it does."""
+        return self._read(self._choose(which), extra=ocp.args.JsonRestore())["extra"]
+
+    def _choose(self, which: str) -> int:
+        """Step of the checkpoint to restore."""
         with self._told():
             self._manager.wait_until_finished()
         step = self.step(which)
@@ -171,17 +184,15 @@ class Checkpoints:
             raise errors.UserError(
                 f"the best checkpoint in {self._directory}, of step {step}, is damaged: use --config.eval.checkpoint=last."
             )
-        self._check_fit(step, state)
-        # Orbax looks at arrays of its own where they are to lie on a device; here they are NumPy's, for any number of devices.
-        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore())
+        return step
+
+    def _read(self, step: int, **parts: Any) -> Any:
         try:
-            restored = self._manager.restore(step, args=args)
+            return self._manager.restore(step, args=ocp.args.Composite(**parts))
         except Exception as error:  # its files are as they were written, so another version wrote them, or a stranger
             raise errors.UserError(
                 f"the checkpoint of step {step} in {self._directory} cannot be read ({errors.first_line(error)})."
             ) from error
-        return restored["state"], restored["extra"]
 
     def _write_digests(self) -> None:
         """Before Orbax makes the checkpoint appear: the folder still has its temporary name, where there are such."""

@@ -43,6 +43,9 @@ _RANGES = {
     "optimizer.clip_norm": (0, None),
     "optimizer.warmup": (0, 0.999),
     "optimizer.ema_decay": (0, 1),
+    "optimizer.layer_decay": (0.01, 1),
+    "distill.weight": (0, 1),
+    "distill.temperature": (0.01, 1000),
     "train.steps": (1, 2**31 - 1),
     "train.batch_size": (1, 2**24),
     "train.log_every": (1, None),
@@ -55,6 +58,7 @@ _CHOICES = {
     "data.bad_records": ("raise", "skip"),
     "loss.prior_mode": ("paper", "official"),
     "train.nonfinite": ("stop", "skip"),
+    "distill.targets": ("hard", "soft"),
     "eval.checkpoint": ("last", "best", "init"),
 }
 # What a run may go on with another value of: none of it changes a number that training or evaluation gives.
@@ -75,7 +79,7 @@ _FARTHEST = 50.0  # value of a token's gate channel that no network reaches
 def default() -> ConfigDict:
     """Returns the configuration all recipes start from, locked: a misspelt key is an error."""
     start = {
-        "init": "",  # weight file to start from, see avit_jax/weight_files.py; empty: random
+        "init": "",  # weight file, hub name (hf-hub:owner/name) or workdir of a run to start from; empty: random
         "init_new_head": False,  # where it has another number of classes: the classifier starts at zero
     }
     return ConfigDict({"seed": 0, **start, **_input(), **_network(), **_training()}).lock()
@@ -144,6 +148,13 @@ def _network() -> dict[str, dict[str, Any]]:
             "prior_width": 1.0,  # layers
             "prior_mode": "paper",  # or "official", to compare with released numbers
         },
+        # What a teacher says of the augmented picture: for the distillation token where there is one, else the class token.
+        "distill": {
+            "teacher": "",  # weight file, hub name, or workdir of a run; empty: none
+            "targets": "hard",  # its likeliest class; or "soft": its probabilities
+            "weight": 0.5,  # share of its loss; the labels have the rest
+            "temperature": 1.0,  # of soft targets
+        },
     }
 
 
@@ -156,6 +167,7 @@ def _training() -> dict[str, dict[str, Any]]:
             "warmup_learning_rate": 1e-6,
             "min_learning_rate": 1e-5,
             "weight_decay": 0.05,
+            "layer_decay": 1.0,  # of the learning rate, from the head to the embedding, layer by layer; for fine-tuning: 0.75
             "clip_norm": 0.0,  # of the global gradient; 0: no clip
             "ema_decay": 0.99996,  # the averaged parameters are what is evaluated; 0: no average
         },
@@ -176,6 +188,19 @@ def _training() -> dict[str, dict[str, Any]]:
         },
         "debug": {"nans": False},  # finds the operation that gives the first nan; slow
     }
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """A configuration from what JSON holds of it; raises errors.UserError where it is of another version of this program."""
+    config = default()
+    try:
+        config.update(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise errors.UserError(
+            f"a run of another version of this program cannot be used ({errors.first_line(error)})."
+        ) from error
+    check(config)
+    return config
 
 
 def flat(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:

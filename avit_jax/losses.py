@@ -24,6 +24,34 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, *, label_smoothing: flo
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing)).mean()
 
 
+def distillation_loss(logits: jax.Array, teacher: jax.Array, *, targets: str = "hard", temperature: float = 1.0) -> jax.Array:
+    """Mean loss of a student against a teacher; no gradient goes to the teacher.
+
+    Args:
+      logits: `(B, C)` of the student, any float dtype; the loss is at least float32.
+      teacher: `(B, C)` logits.
+      targets: "hard": cross entropy with the teacher's likeliest class. "soft": Kullback-Leibler divergence from the teacher's
+        probabilities, both at the temperature, times its square, which keeps the size of the gradient.
+      temperature: of soft targets.
+
+    Returns:
+      Scalar, in nats.
+
+    Raises:
+      ValueError: unknown targets.
+
+    Reference: Touvron et al., arXiv 2012.12877, section 4 (hard); Hinton et al., arXiv 1503.02531 (soft).
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+    if targets == "hard":
+        return cross_entropy(logits, teacher.argmax(-1))
+    if targets != "soft":
+        raise ValueError(f'targets of distillation must be "hard" or "soft"; got "{targets}".')
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    log_p, log_q = (jax.nn.log_softmax(x.astype(dtype) / temperature) for x in (teacher, logits))
+    return optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean() * temperature**2
+
+
 def ponder_loss(aux: vit.Aux) -> jax.Array:
     """Mean ponder cost N + r over all tokens and images; a scalar, in layers.
 

@@ -3,7 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+
+_LAST = ("head", "head_dist", "norm", "gate")
 
 
 def schedule(
@@ -24,9 +27,30 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def layer_scales(params: Any, decay: float) -> Any:
+    """Factors of the learning rate: 1 for heads, last norm and gate, `decay` ** distance from them for the rest.
+
+    The distance of the last layer is 1, that of the first L, that of patch, position and token embeddings L + 1.
+
+    Reference: Bao et al., BEiT, arXiv 2106.08254, appendix; the layers are stacked along the first axis.
+    """
+    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+
+    def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        if path[0].key == "layers":
+            return (decay ** (depth - jnp.arange(depth, dtype=jnp.float32))).reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.float32(1.0 if path[0].key in _LAST else decay ** (depth + 1))
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
 def create(
-    learning_rate: optax.Schedule, *, weight_decay: float, clip_norm: float, beta1: float = 0.9, beta2: float = 0.999
+    learning_rate: optax.Schedule, *, weight_decay: float, clip_norm: float, layer_decay: float = 1.0
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm, where `clip_norm` is above 0."""
-    adamw = optax.adamw(learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=decays)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm > 0 else adamw
+    """AdamW behind a clip of the global gradient norm, where `clip_norm` is above 0; `layer_decay` as in `layer_scales`."""
+    chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    chain.append(optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays))
+    if layer_decay < 1:
+        scaled = lambda updates, _: jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay))  # noqa: E731
+        chain.append(optax.stateless(scaled))
+    return optax.chain(*chain) if len(chain) > 1 else chain[0]

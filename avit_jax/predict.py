@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from avit_jax import adaptive, errors, flops, train, visualize, vit, weight_files
+from avit_jax import adaptive, build, errors, flops, restore, visualize, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import augment, pictures, transforms
 
@@ -66,7 +66,7 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
       errors.UserError: a path does not exist, there is no picture, or the checkpoint cannot be used.
     """
     config_lib.check(config)
-    model = train.build_model(config).clone(removal=None)
+    model = build.model(config).clone(removal=None)
     files = [file for path in paths for file in _files(pathlib.Path(path))]
     if not files:
         raise errors.UserError("name pictures to predict, or folders that hold some.")
@@ -100,7 +100,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
 def _restore(config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike) -> tuple[Any, list[str]]:
     """Parameters, and the names of the classes as far as they are known."""
     if epath.Path(checkpoint).is_dir():
-        params, past = train.restore_params(config, model, checkpoint)
+        params, past = restore.params(config, model, checkpoint)
         return params, past.get("label_names", [])
     return weight_files.load(checkpoint, model, new_head=False), []
 

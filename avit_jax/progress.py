@@ -15,6 +15,7 @@ from avit_jax import errors, metrics
 _logger = logging.getLogger(__name__)
 _FINITE = (
     "task_loss",
+    "distill_loss",
     "ponder_loss",
     "prior_loss",
     "loss",

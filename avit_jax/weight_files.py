@@ -4,6 +4,7 @@ Read are timm's and DeiT's `.pth` and `.safetensors`, Hugging Face's `model.safe
 released A-ViT, and `.npz` of big_vision and AugReg. A file is a stranger's: nothing of it is run, and it is taken whole or not.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,27 +21,11 @@ from etils import epath
 
 from avit_jax import errors, halting, torch_files, vit, weights
 
+HUB = "hf-hub:"
 _logger = logging.getLogger(__name__)
-Tensors = dict[str, np.ndarray]
 
-# Inside a layer: Hugging Face's name -> timm's; query, key and value are joined.
-_HUGGING_FACE = {
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "attention.output.dense": "attn.proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-}
-_HUGGING_FACE_OUTSIDE = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.distillation_token": "dist_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
-    "classifier": "head",
-    "cls_classifier": "head",
-    "distillation_classifier": "head_dist",
-}
+
+_SIZES = {"norm_eps": float, "num_heads": int}  # what our metadata tells beside the tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,21 +34,24 @@ class WeightFile:
 
     Attributes:
       tensors: by timm's names, in PyTorch's layouts.
-      norm_eps: epsilon of the layer norms, where the file's company tells; else None.
+      norm_eps: epsilon of the layer norms, where the file or its company tells; else None.
+      num_heads: of the attention, likewise.
       gate: gamma, beta and so on of the halting gate, where the file or its name tells; else None.
     """
 
-    tensors: Tensors
+    tensors: weights.Tensors
     norm_eps: float | None = None
+    num_heads: int | None = None
     gate: dict[str, float] | None = None
 
 
-def read(path: pathlib.Path) -> WeightFile:
-    """Reads a weight file of any of the kinds above.
+def read(path: epath.PathLike) -> WeightFile:
+    """Reads a weight file of any of the kinds above; `hf-hub:owner/name` is fetched from the Hugging Face hub.
 
     Raises:
       errors.UserError: it cannot be read, asks for more than numbers, or holds no vision transformer.
     """
+    path = _from_hub(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else pathlib.Path(path)
     readers = dict.fromkeys((".pth", ".pt", ".bin"), _read_torch) | {".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.suffix not in readers:
         raise errors.UserError(f"{path} is no weight file by its name: they end in {', '.join(readers)}.")
@@ -80,26 +68,46 @@ def read(path: pathlib.Path) -> WeightFile:
             raise errors.UserError(f"{path} is refused: {name} holds nan or infinity.")
     try:
         if any(name.startswith("Transformer/") for name in tensors):
-            return WeightFile(tensors=_from_big_vision(tensors))
+            return WeightFile(tensors=weights.from_big_vision(tensors))
         if any(".encoder.layer." in f".{name}" for name in tensors):
-            return WeightFile(tensors=_from_hugging_face(tensors), norm_eps=_hugging_face_eps(path))
+            sizes = _hugging_face_sizes(path)
+            return WeightFile(tensors=weights.from_hugging_face(tensors), gate=_gate(path, metadata), **sizes)
     except (KeyError, ValueError, IndexError) as error:
         raise errors.UserError(f"{path} holds no whole vision transformer: {errors.first_line(error)}.") from error
-    return WeightFile(tensors=tensors, gate=_gate(path, metadata))
+    try:
+        sizes = {name: kind(metadata[name]) for name, kind in _SIZES.items() if name in metadata}
+    except ValueError as error:
+        raise errors.UserError(f"{path} is refused: its metadata makes no sense ({errors.first_line(error)}).") from error
+    return WeightFile(tensors=tensors, gate=_gate(path, metadata), **sizes)
 
 
-def _read_safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
+def _from_hub(name: str) -> pathlib.Path:
+    """The weights of a model on the hub, in its local cache, with `config.json` beside them where there is one."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+    except ImportError as error:
+        raise errors.UserError(f"{HUB}{name} has to be fetched: pip install huggingface_hub, or name a file.") from error
+    try:
+        with contextlib.suppress(RemoteEntryNotFoundError):
+            hf_hub_download(name, "config.json")
+        return pathlib.Path(hf_hub_download(name, "model.safetensors"))
+    except Exception as error:  # no such model, no safetensors, no network
+        raise errors.UserError(f"{HUB}{name} cannot be fetched ({errors.first_line(error)}): name a file instead.") from error
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
     import safetensors.flax
 
     with safetensors.safe_open(path, framework="flax") as file:
         return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _read_torch(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
+def _read_torch(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
     return torch_files.read(path), {}
 
 
-def _read_npz(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
+def _read_npz(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise torch_files.Refused("its archive is compressed, and may be of any size")
@@ -126,114 +134,71 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, float] |
     return {"gamma": gamma, "beta": beta}
 
 
-def _hugging_face_eps(path: pathlib.Path) -> float:
+def _hugging_face_sizes(path: pathlib.Path) -> dict[str, float]:
     config = path.with_name("config.json")
     if not config.exists():
         raise errors.UserError(f"{config} is missing: it tells the epsilon of the layer norms of {path}.")
     try:
-        eps = float(json.loads(config.read_text())["layer_norm_eps"])
+        told = json.loads(config.read_text())
+        sizes = {"norm_eps": float(told["layer_norm_eps"]), "num_heads": int(told["num_attention_heads"])}
     except (KeyError, TypeError, ValueError) as error:
-        raise errors.UserError(f"{config} does not tell a layer_norm_eps ({errors.first_line(error)}).") from error
-    if not 0 < eps < 1:
-        raise errors.UserError(f"{config} tells a layer_norm_eps of {eps}, which makes no sense.")
-    return eps
-
-
-def _from_hugging_face(tensors: Tensors) -> Tensors:
-    """Timm's names for Hugging Face's; what is not known keeps its name, and is told when it does not fit."""
-    ours: Tensors = {}
-    qkv: dict[str, dict[str, np.ndarray]] = {}
-    for full_name, array in tensors.items():
-        name = re.sub(r"^(vit|deit)\.", "", full_name)
-        if name.startswith("pooler."):  # of a model without a head
-            continue
-        layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
-        if layer:
-            index, module, kind = layer.groups()
-            part = re.fullmatch(r"attention\.attention\.(query|key|value)", module)
-            if part:
-                qkv.setdefault(f"blocks.{index}.attn.qkv.{kind}", {})[part[1]] = array
-            else:
-                ours[f"blocks.{index}.{_HUGGING_FACE.get(module, module)}.{kind}"] = array
-            continue
-        module, _, kind = name.rpartition(".")
-        if name in _HUGGING_FACE_OUTSIDE:
-            ours[_HUGGING_FACE_OUTSIDE[name]] = array
-        else:
-            ours[f"{_HUGGING_FACE_OUTSIDE.get(module, module)}.{kind}"] = array
-    return ours | {name: np.concatenate([parts[key] for key in ("query", "key", "value")]) for name, parts in qkv.items()}
-
-
-def _to_hugging_face(tensors: Tensors) -> Tensors:
-    distilled = "dist_token" in tensors
-    layer_names = {ours: theirs for theirs, ours in _HUGGING_FACE.items()}
-    outside = {ours: theirs for theirs, ours in _HUGGING_FACE_OUTSIDE.items() if distilled or theirs != "cls_classifier"}
-    if not distilled:
-        outside["head"] = "classifier"
-    prefix, theirs = "deit." if distilled else "vit.", {}
-    for name, array in tensors.items():
-        module, _, kind = name.rpartition(".")
-        if name in outside:
-            theirs[prefix + outside[name]] = array
-        elif module.startswith("blocks."):
-            _, index, inner = module.split(".", 2)
-            start = f"{prefix}encoder.layer.{index}."
-            if inner == "attn.qkv":
-                for key, part in zip(("query", "key", "value"), np.split(array, 3), strict=True):
-                    theirs[f"{start}attention.attention.{key}.{kind}"] = part
-            else:
-                theirs[f"{start}{layer_names[inner]}.{kind}"] = array
-        else:
-            there = outside[module]
-            theirs[("" if "classifier" in there else prefix) + f"{there}.{kind}"] = array
-    return theirs
-
-
-def _from_big_vision(tensors: Tensors) -> Tensors:
-    """Timm's names and layouts for those of big_vision and AugReg."""
-    ours: Tensors = {"cls_token": tensors["cls"], "pos_embed": tensors["Transformer/posembed_input/pos_embedding"]}
-    ours["patch_embed.proj.weight"] = tensors["embedding/kernel"].transpose(3, 2, 0, 1)
-    ours["patch_embed.proj.bias"] = tensors["embedding/bias"]
-    ours["head.weight"], ours["head.bias"] = tensors["head/kernel"].T, tensors["head/bias"]
-
-    def norm(there: str, here: str) -> None:
-        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors[f"{there}/scale"], tensors[f"{there}/bias"]
-
-    def dense(there: str, here: str) -> None:
-        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors[f"{there}/kernel"].T, tensors[f"{there}/bias"]
-
-    norm("Transformer/encoder_norm", "norm")
-    depth = len({name.split("/")[1] for name in tensors if name.startswith("Transformer/encoderblock_")})
-    for i in range(depth):
-        there, here = f"Transformer/encoderblock_{i}", f"blocks.{i}"
-        norm(f"{there}/LayerNorm_0", f"{here}.norm1")
-        norm(f"{there}/LayerNorm_2", f"{here}.norm2")
-        dense(f"{there}/MlpBlock_3/Dense_0", f"{here}.mlp.fc1")
-        dense(f"{there}/MlpBlock_3/Dense_1", f"{here}.mlp.fc2")
-        attention = f"{there}/MultiHeadDotProductAttention_1"
-        width = tensors[f"{attention}/out/bias"].shape[0]
-        parts = [f"{attention}/{key}" for key in ("query", "key", "value")]
-        ours[f"{here}.attn.qkv.weight"] = np.concatenate([tensors[f"{part}/kernel"].reshape(width, width).T for part in parts])
-        ours[f"{here}.attn.qkv.bias"] = np.concatenate([tensors[f"{part}/bias"].reshape(width) for part in parts])
-        ours[f"{here}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].reshape(width, width).T
-        ours[f"{here}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
-    return ours
+        raise errors.UserError(
+            f"{config} does not tell layer_norm_eps and num_attention_heads ({errors.first_line(error)})."
+        ) from error
+    if not (0 < sizes["norm_eps"] < 1 and sizes["num_heads"] > 0):
+        raise errors.UserError(f"{config} tells {sizes}, which makes no sense.")
+    return sizes
 
 
 def load(path: epath.PathLike, model: vit.AViT, *, new_head: bool = False) -> dict[str, Any]:
-    """Parameters of a model from a weight file, see `read` and `fit`; where the file tells another gate, a warning says so.
+    """Parameters of a model from a weight file, see `read` and `adopt`."""
+    return adopt(read(path), model, name=str(path), new_head=new_head)
+
+
+def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = False) -> dict[str, Any]:
+    """Parameters of a model from what a file holds, see `fit`; where that has another gate, a warning says so.
 
     Raises:
-      errors.UserError: it cannot be read, or does not fit; also where its layer norms have another epsilon.
+      errors.UserError: it does not fit; also where it has another number of heads, or another epsilon in the layer norms.
     """
-    file = read(pathlib.Path(path))
-    if file.norm_eps is not None and file.norm_eps != model.norm_eps:
-        raise errors.UserError(
-            f"the layer norms of {path} have an epsilon of {file.norm_eps}: set --config.model.norm_eps={file.norm_eps}."
-        )
-    if file.gate and model.halting and any(getattr(model.halting, key) != value for key, value in file.gate.items()):
-        _logger.warning("%s was trained with another gate, %s, than config.halting tells", path, file.gate)
+    for key, value in (("norm_eps", file.norm_eps), ("num_heads", file.num_heads)):
+        if value is not None and value != getattr(model, key):
+            raise errors.UserError(f"{name} has a {key} of {value}: set --config.model.{key}={value}.")
+    gate = {key: value for key, value in (file.gate or {}).items() if key != "learnable"}
+    if model.halting and any(getattr(model.halting, key) != value for key, value in gate.items()):
+        _logger.warning("%s was trained with another gate, %s, than config.halting tells", name, gate)
     return fit(file.tensors, model, new_head=new_head)
+
+
+def infer(file: WeightFile, *, image_size: tuple[int, int], name: str) -> tuple[vit.AViT, dict[str, Any]]:
+    """The model that the tensors of a file are of, and its parameters, for images of the given size.
+
+    The number of heads is not in the tensors: where the file does not tell, it is that of heads of 64 channels, as all usual
+    vision transformers have them.
+
+    Raises:
+      errors.UserError: it holds no whole vision transformer.
+    """
+    tensors = file.tensors
+    try:
+        width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+        model = vit.AViT(
+            image_size=image_size,
+            patch_size=patch_size,
+            channels=channels,
+            width=width,
+            depth=len([key for key in tensors if key.endswith("attn.qkv.weight")]),
+            num_heads=file.num_heads or width // 64,
+            mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / width,
+            num_classes=len(tensors["head.weight"]),
+            distilled="dist_token" in tensors,
+            norm_eps=file.norm_eps or vit.AViT.norm_eps,
+            halting=halting.HaltingConfig(**file.gate) if file.gate else None,
+        )
+        model.check()
+    except (KeyError, ValueError, TypeError) as error:
+        raise errors.UserError(f"{name} holds no vision transformer that can be run: {errors.first_line(error)}") from error
+    return model, adopt(file, model, name=name)
 
 
 def fit(tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = False) -> dict[str, Any]:
@@ -253,7 +218,6 @@ def fit(tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = 
     tensors = dict(tensors)
     images = jax.ShapeDtypeStruct((1, *model.pixels, model.channels), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    gate = shapes.get("halting")  # its own parameters, where it learns, are in no file
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     patch_shape = (model.patch_size, model.patch_size, model.channels)
     expected = weights.to_torch(zeros, patch_shape=patch_shape)
@@ -275,7 +239,9 @@ def fit(tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = 
             + ("." if new_head else ", or --config.init_new_head=True where only the classes differ.")
         )
     params = weights.from_torch({name: np.asarray(tensors[name], np.float32) for name in expected})
-    return params if gate is None else params | {"halting": gate}
+    if "gate" in shapes:  # its own parameters, where it learns, are in no file
+        params["gate"] = {name: np.float32(getattr(model.halting, name)) for name in shapes["gate"]}
+    return params
 
 
 def resize_positions(embedding: np.ndarray, grid: tuple[int, int], num_readout: int) -> np.ndarray:
@@ -316,17 +282,51 @@ def _bicubic(size: int, new_size: int) -> np.ndarray:
 
 
 def write(path: pathlib.Path, params: Mapping[str, Any], model: vit.AViT, *, names: str = "timm") -> None:
-    """Writes safetensors in the names of "timm" or "huggingface"; the gate is in the metadata.
+    """Writes safetensors; the gate, as it has been learnt, and what the tensors do not tell are in the metadata.
 
-    The gate's own parameters, where it learns, have to be folded into gamma and beta by the caller.
+    Args:
+      path: of the file.
+      params: of the model.
+      model: for its sizes.
+      names: "timm", or "huggingface", which gets a `config.json` beside the file.
     """
     import safetensors.numpy
 
-    patch_shape = (model.patch_size, model.patch_size, model.channels)
-    tensors = weights.to_torch(jax.device_get(params), patch_shape=patch_shape)
+    file = to_file(params, model)
+    tensors = file.tensors
+    metadata = {"format": "pt", "norm_eps": str(file.norm_eps), "num_heads": str(file.num_heads)}
+    if file.gate is not None:
+        metadata["halting"] = json.dumps(file.gate)
     if names == "huggingface":
-        tensors = _to_hugging_face(tensors)
-    metadata = {"format": "pt"}
-    if model.halting is not None:
-        metadata["halting"] = json.dumps(dataclasses.asdict(model.halting))
+        tensors = weights.to_hugging_face(tensors)
+        pathlib.Path(path).with_name("config.json").write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
     safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, metadata)
+
+
+def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
+    """What a file of these parameters holds; a gate that learns is fixed where it is."""
+    params = jax.device_get(params)
+    gate = None
+    if model.halting is not None:
+        learnt = {name: float(value) for name, value in params.get("gate", {}).items()}
+        gate = dataclasses.asdict(model.halting) | learnt | {"learnable": False}
+    tensors = weights.to_torch(params, patch_shape=(model.patch_size, model.patch_size, model.channels))
+    return WeightFile(tensors=tensors, norm_eps=model.norm_eps, num_heads=model.num_heads, gate=gate)
+
+
+def _hugging_face_config(model: vit.AViT) -> dict[str, Any]:
+    kind = "deit" if model.distilled else "vit"
+    return {
+        "architectures": ["DeiTForImageClassificationWithTeacher" if model.distilled else "ViTForImageClassification"],
+        "model_type": kind,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.mlp_width,
+        "layer_norm_eps": model.norm_eps,
+        "image_size": model.pixels[0] if len(set(model.pixels)) == 1 else list(model.pixels),
+        "patch_size": model.patch_size,
+        "num_channels": model.channels,
+        "id2label": {str(i): str(i) for i in range(model.num_classes)},
+        "label2id": {str(i): i for i in range(model.num_classes)},
+    }

@@ -1,8 +1,10 @@
 """Names and layouts of weights: PyTorch state dicts to and from our parameter tree, without torch.
 
-The naming is that of timm, DeiT and the released A-ViT: `blocks.3.attn.qkv.weight` and so on.
+The naming is that of timm, DeiT and the released A-ViT: `blocks.3.attn.qkv.weight` and so on; those of Hugging Face,
+big_vision and AugReg are translated into it.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +12,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Tensors = dict[str, np.ndarray]
+
 # Our layer module -> PyTorch name inside `blocks.{i}`.
 _LAYER_MODULES = {
     "norm1": "norm1", "qkv": "attn.qkv", "proj": "attn.proj", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
 }  # fmt: skip
 _TOKENS = ("cls_token", "dist_token", "pos_embed")
 _HEADS = ("head", "head_dist")
+# Inside a layer: Hugging Face's name -> timm's; query, key and value are joined.
+_HUGGING_FACE = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_HUGGING_FACE_OUTSIDE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.distillation_token": "dist_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "classifier": "head",
+    "cls_classifier": "head",
+    "distillation_classifier": "head_dist",
+}
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -104,3 +126,85 @@ def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
     return array.T if array.ndim == 2 else array
+
+
+def from_hugging_face(tensors: Tensors) -> Tensors:
+    """Timm's names for Hugging Face's; what is not known keeps its name, and is told when it does not fit."""
+    ours: Tensors = {}
+    qkv: dict[str, dict[str, np.ndarray]] = {}
+    for full_name, array in tensors.items():
+        name = re.sub(r"^(vit|deit)\.", "", full_name)
+        if name.startswith("pooler."):  # of a model without a head
+            continue
+        layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
+        if layer:
+            index, module, kind = layer.groups()
+            part = re.fullmatch(r"attention\.attention\.(query|key|value)", module)
+            if part:
+                qkv.setdefault(f"blocks.{index}.attn.qkv.{kind}", {})[part[1]] = array
+            else:
+                ours[f"blocks.{index}.{_HUGGING_FACE.get(module, module)}.{kind}"] = array
+            continue
+        module, _, kind = name.rpartition(".")
+        if name in _HUGGING_FACE_OUTSIDE:
+            ours[_HUGGING_FACE_OUTSIDE[name]] = array
+        else:
+            ours[f"{_HUGGING_FACE_OUTSIDE.get(module, module)}.{kind}"] = array
+    return ours | {name: np.concatenate([parts[key] for key in ("query", "key", "value")]) for name, parts in qkv.items()}
+
+
+def to_hugging_face(tensors: Tensors) -> Tensors:
+    """Hugging Face's names for timm's, the inverse of `from_hugging_face`."""
+    distilled = "dist_token" in tensors
+    layer_names = {ours: theirs for theirs, ours in _HUGGING_FACE.items()}
+    outside = {ours: theirs for theirs, ours in _HUGGING_FACE_OUTSIDE.items() if distilled or theirs != "cls_classifier"}
+    if not distilled:
+        outside["head"] = "classifier"
+    prefix, theirs = "deit." if distilled else "vit.", {}
+    for name, array in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if name in outside:
+            theirs[prefix + outside[name]] = array
+        elif module.startswith("blocks."):
+            _, index, inner = module.split(".", 2)
+            start = f"{prefix}encoder.layer.{index}."
+            if inner == "attn.qkv":
+                for key, part in zip(("query", "key", "value"), np.split(array, 3), strict=True):
+                    theirs[f"{start}attention.attention.{key}.{kind}"] = part
+            else:
+                theirs[f"{start}{layer_names[inner]}.{kind}"] = array
+        else:
+            there = outside[module]
+            theirs[("" if "classifier" in there else prefix) + f"{there}.{kind}"] = array
+    return theirs
+
+
+def from_big_vision(tensors: Tensors) -> Tensors:
+    """Timm's names and layouts for those of big_vision and AugReg."""
+    ours: Tensors = {"cls_token": tensors["cls"], "pos_embed": tensors["Transformer/posembed_input/pos_embedding"]}
+    ours["patch_embed.proj.weight"] = tensors["embedding/kernel"].transpose(3, 2, 0, 1)
+    ours["patch_embed.proj.bias"] = tensors["embedding/bias"]
+    ours["head.weight"], ours["head.bias"] = tensors["head/kernel"].T, tensors["head/bias"]
+
+    def norm(there: str, here: str) -> None:
+        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors[f"{there}/scale"], tensors[f"{there}/bias"]
+
+    def dense(there: str, here: str) -> None:
+        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors[f"{there}/kernel"].T, tensors[f"{there}/bias"]
+
+    norm("Transformer/encoder_norm", "norm")
+    depth = len({name.split("/")[1] for name in tensors if name.startswith("Transformer/encoderblock_")})
+    for i in range(depth):
+        there, here = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        norm(f"{there}/LayerNorm_0", f"{here}.norm1")
+        norm(f"{there}/LayerNorm_2", f"{here}.norm2")
+        dense(f"{there}/MlpBlock_3/Dense_0", f"{here}.mlp.fc1")
+        dense(f"{there}/MlpBlock_3/Dense_1", f"{here}.mlp.fc2")
+        attention = f"{there}/MultiHeadDotProductAttention_1"
+        width = tensors[f"{attention}/out/bias"].shape[0]
+        parts = [f"{attention}/{key}" for key in ("query", "key", "value")]
+        ours[f"{here}.attn.qkv.weight"] = np.concatenate([tensors[f"{part}/kernel"].reshape(width, width).T for part in parts])
+        ours[f"{here}.attn.qkv.bias"] = np.concatenate([tensors[f"{part}/bias"].reshape(width) for part in parts])
+        ours[f"{here}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].reshape(width, width).T
+        ours[f"{here}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
+    return ours

@@ -1,9 +1,9 @@
 """A-ViT-B on ImageNet-1k; the authors published none: gate and learning rate are those of A-ViT-S.
 
-python -m avit_jax.main --config=configs/deit_base.py --workdir=runs/deit_base
+python -m avit_jax.main --config=configs/deit_base.py --workdir=runs/deit_base \
+  --config.init=hf-hub:timm/deit_base_patch16_224.fb_in1k
 
 Hardware: meant for 8 accelerators, 48 images each. Expected: unknown; DeiT-B is published at 81.8% top-1 for 17.6 GMACs.
-What is missing is what configs/deit_tiny.py says.
 """
 
 from ml_collections import ConfigDict

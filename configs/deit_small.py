@@ -1,9 +1,9 @@
 """A-ViT-S on ImageNet-1k: the released recipe (DeiT-S fine-tuned for 100 epochs).
 
-python -m avit_jax.main --config=configs/deit_small.py --workdir=runs/deit_small
+python -m avit_jax.main --config=configs/deit_small.py --workdir=runs/deit_small \
+  --config.init=hf-hub:timm/deit_small_patch16_224.fb_in1k
 
 Hardware: meant for 8 accelerators, 48 images each. Expected (paper, not yet ours): 78.6% top-1 at 3.6 GMACs, 0.78 of DeiT-S's.
-What is missing is what configs/deit_tiny.py says.
 """
 
 from ml_collections import ConfigDict

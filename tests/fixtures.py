@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from avit_jax import checkpoint, train
+from avit_jax import build, checkpoint
 from avit_jax import config as config_lib
 
 
@@ -35,8 +35,8 @@ def small_config(**overrides: object) -> ConfigDict:
     return config
 
 
-def restored_state(config: ConfigDict, workdir: pathlib.Path) -> train.TrainState:
+def restored_state(config: ConfigDict, workdir: pathlib.Path) -> build.TrainState:
     """The last checkpoint of a run."""
-    tx, _ = train.build_optimizer(config)
+    tx, _ = build.optimizer(config)
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(train.create_state(train.build_model(config), tx, seed=0, ema=True))[0]
+        return checkpoints.restore(build.new_state(build.model(config), tx, seed=0, ema=True))[0]

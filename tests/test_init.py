@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import checkpoint, evaluate, train, weight_files
+from avit_jax import build, checkpoint, evaluate, train, weight_files
 
 
 @pytest.fixture
 def parent(tmp_path: pathlib.Path) -> pathlib.Path:
     """A weight file of the small network."""
     config = fixtures.small_config()
-    model, (tx, _) = train.build_model(config), train.build_optimizer(config)
-    state = train.create_state(model, tx, seed=5, ema=False)
+    model, (tx, _) = build.model(config), build.optimizer(config)
+    state = build.new_state(model, tx, seed=5, ema=False)
     weight_files.write(tmp_path / "parent.safetensors", state.params, model)
     return tmp_path / "parent.safetensors"
 
@@ -35,7 +35,7 @@ def _summary(workdir: pathlib.Path) -> dict[str, float]:
 def test_a_run_starts_from_the_file_and_knows_its_parent(parent: pathlib.Path, tmp_path: pathlib.Path, monkeypatch) -> None:
     config = _config(parent)
     train.train(config, tmp_path / "run")
-    model = train.build_model(config)
+    model = build.model(config)
     params = weight_files.load(parent, model)
     state = fixtures.restored_state(config, tmp_path / "run")
     for tree in (state.params, state.ema_params):
@@ -76,10 +76,10 @@ def test_a_resumed_run_takes_its_checkpoint_and_remembers(parent: pathlib.Path, 
 def test_another_number_of_classes(parent: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = fixtures.small_config()
     config.model.num_classes = 7
-    model = train.build_model(config)
-    tx, _ = train.build_optimizer(config)
+    model = build.model(config)
+    tx, _ = build.optimizer(config)
     other = tmp_path / "other.safetensors"
-    weight_files.write(other, train.create_state(model, tx, seed=5, ema=False).params, model)
+    weight_files.write(other, build.new_state(model, tx, seed=5, ema=False).params, model)
     train.train(_config(other, init_new_head=True), tmp_path / "run")
     assert "parent_top1" not in _summary(tmp_path / "run")
     head = fixtures.restored_state(_config(other), tmp_path / "run").params["head"]["kernel"]

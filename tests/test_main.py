@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from avit_jax import main, train
+from avit_jax import build, main
 
 # How ml_collections loads a recipe.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -123,8 +123,8 @@ def test_recipes_parse_and_build(name: str) -> None:
     config = _parse(f"--config=configs/{name}", "--config.seed=5")
     assert config.is_locked
     assert config.seed == 5
-    train.build_model(config)
-    train.build_optimizer(config)
+    build.model(config)
+    build.optimizer(config)
 
 
 @pytest.mark.parametrize(

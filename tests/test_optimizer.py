@@ -57,3 +57,25 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm: float, scale: flo
     # Adam's steps forget the scale of a gradient; its first moment, 0.1 of it after one step, does not.
     moment = optax.tree_utils.tree_get(state, "mu")
     jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * scale * g, rtol=1e-5), moment, gradient)
+
+
+def test_learning_rates_fall_from_the_head_to_the_embedding(params: dict) -> None:
+    scales = optimizer.layer_scales(params, 0.5)
+    expected = {"head": 1, "head_dist": 1, "norm": 1, "gate": 1, "patch_embed": 1 / 8}
+    expected |= {"cls_token": 1 / 8, "dist_token": 1 / 8, "pos_embed": 1 / 8}
+    for name, value in expected.items():
+        assert {float(x) for x in jax.tree.leaves(scales[name])} == {value}
+    for leaf, param in zip(jax.tree.leaves(scales["layers"]), jax.tree.leaves(params["layers"]), strict=True):
+        assert leaf.shape == (2,) + (1,) * (param.ndim - 1)
+        assert leaf.ravel().tolist() == [0.25, 0.5]
+
+
+def test_layer_decay_scales_the_whole_update(params: dict) -> None:
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    updates = {}
+    for decay in (1.0, 0.5):
+        tx = optimizer.create(optax.constant_schedule(0.1), weight_decay=0.05, clip_norm=1.0, layer_decay=decay)
+        updates[decay], _ = jax.jit(tx.update)(gradient, tx.init(params), params)
+    expected = jax.tree.map(jnp.multiply, updates[1.0], optimizer.layer_scales(params, 0.5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates[0.5], expected)

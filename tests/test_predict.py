@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from avit_jax import build, errors, flops, predict, train, weight_files
 from avit_jax import config as config_lib
-from avit_jax import errors, flops, predict, train, weight_files
 from avit_jax.data import pictures, transforms
 
 _WEIGHTS = pathlib.Path(__file__).parent / "data/weights/timm.safetensors"
@@ -47,7 +47,7 @@ def test_predictions_are_the_models_own(folder: pathlib.Path, caplog: pytest.Log
     assert [one.path for one in predictions] == [*paths, str(folder / "0.png")]
     assert len(paths) > 16  # more than one batch
 
-    model = train.build_model(config)
+    model = build.model(config)
     params = weight_files.load(_WEIGHTS, model)
     transform = transforms.Evaluate(image_size=(16, 16), crop_ratio=config.data.crop_ratio)
     images = np.stack([transform(pictures.decode(pathlib.Path(one.path).read_bytes())) for one in predictions])

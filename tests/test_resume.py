@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import checkpoint, distributed, errors, evaluate, train
+from avit_jax import build, checkpoint, distributed, errors, evaluate, train, train_step
 
 _OVERRIDES = {"train.steps": 9, "train.log_every": 4, "train.eval_every": 6, "train.save_every": 3}
 
@@ -190,22 +190,22 @@ def test_the_operation_of_a_nan_is_found(tmp_path: pathlib.Path) -> None:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The loss of a batch that holds an image of class 7 is nan."""
-    total_loss = train.total_loss
+    total_loss = train_step.total_loss
 
-    def patched(model, logits, aux, targets, config, axis_name) -> tuple[jax.Array, dict[str, jax.Array]]:
-        total, values = total_loss(model, logits, aux, targets, config, axis_name)
+    def patched(model, logits, aux, targets, *rest) -> tuple[jax.Array, dict[str, jax.Array]]:
+        total, values = total_loss(model, logits, aux, targets, *rest)
         total *= jnp.where((targets == 7).any(), jnp.nan, 1.0)
         return total, values | {"loss": total}
 
-    monkeypatch.setattr(train, "total_loss", patched)
+    monkeypatch.setattr(train_step, "total_loss", patched)
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_skipped_updates_leave_no_trace() -> None:
     config = fixtures.small_config(**{"model.drop_path": 0.0, "affine.rotate": 0.0, "affine.translate": 0.0})
     config.train.nonfinite = "skip"
-    model, (tx, _) = train.build_model(config), train.build_optimizer(config)
-    step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, devices=jax.devices()[:2])
+    model, (tx, _) = build.model(config), build.optimizer(config)
+    step_fn = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, devices=jax.devices()[:2])
     rng = np.random.default_rng(0)
 
     def batch(label: int) -> dict[str, np.ndarray]:
@@ -216,8 +216,8 @@ def test_skipped_updates_leave_no_trace() -> None:
             "skipped": np.zeros((2, 4), np.int32),
         }
 
-    def run(*batches: dict[str, np.ndarray]) -> tuple[train.TrainState, list[bool]]:
-        state = train.create_state(model, tx, seed=0, ema=True)
+    def run(*batches: dict[str, np.ndarray]) -> tuple[build.TrainState, list[bool]]:
+        state = build.new_state(model, tx, seed=0, ema=True)
         state, skipped = evaluate.replicate(state, jax.devices()[:2]), []
         for one in batches:
             state, values = step_fn(state, one)

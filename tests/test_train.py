@@ -15,7 +15,7 @@ import pytest
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import checkpoint, errors, evaluate, flops, train
+from avit_jax import build, checkpoint, errors, evaluate, flops, train, train_step
 
 
 def batch_of(step: int, size: int, num_devices: int) -> dict[str, np.ndarray]:
@@ -30,14 +30,16 @@ def batch_of(step: int, size: int, num_devices: int) -> dict[str, np.ndarray]:
     return {name: x.reshape(num_devices, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
-def run_steps(config: ConfigDict, num_devices: int, steps: int = 5) -> tuple[train.TrainState, list[dict]]:
+def run_steps(config: ConfigDict, num_devices: int, steps: int = 5) -> tuple[build.TrainState, list[dict]]:
     """State and metrics after some steps on the first `num_devices` devices."""
     devices = jax.devices()[:num_devices]
-    model = train.build_model(config)
-    tx, _ = train.build_optimizer(config)
-    state = jax.jit(lambda: train.create_state(model, tx, seed=config.seed, ema=True))()
+    model = build.model(config)
+    tx, _ = build.optimizer(config)
+    state = jax.jit(lambda: build.new_state(model, tx, seed=config.seed, ema=True))()
     state = evaluate.replicate(state, devices)
-    step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, devices=devices, donate_argnums=0)
+    step_fn = jax.pmap(
+        train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, devices=devices, donate_argnums=0
+    )
     rows = []
     for step in range(steps):
         state, values = step_fn(state, batch_of(step, config.train.batch_size, num_devices))
@@ -89,9 +91,9 @@ def test_distilled_model_trains_both_heads() -> None:
 
 def test_no_compilation_after_the_first_step() -> None:
     config = fixtures.small_config()
-    model, (tx, _) = train.build_model(config), train.build_optimizer(config)
-    step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0)
-    state = evaluate.replicate(jax.jit(lambda: train.create_state(model, tx, seed=0, ema=True))())
+    model, (tx, _) = build.model(config), build.optimizer(config)
+    step_fn = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0)
+    state = evaluate.replicate(jax.jit(lambda: build.new_state(model, tx, seed=0, ema=True))())
     batches = train.input_batches(config, model, train.load_source(config, model))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -112,7 +114,7 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["images"] == 360
     assert 0.0 <= summary["top1"] <= 1.0 and 0.0 < summary["macs_ratio"] <= 1.0 and 1.0 <= summary["mean_depth"] <= 3.0
-    assert summary["macs_per_image"] == pytest.approx(summary["macs_ratio"] * flops.static_macs(train.build_model(config)))
+    assert summary["macs_per_image"] == pytest.approx(summary["macs_ratio"] * flops.static_macs(build.model(config)))
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").iterdir())
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -171,7 +173,7 @@ def test_bad_records_stop_training_or_are_counted(tmp_path, caplog: pytest.LogCa
     rows = train_rows(tmp_path / "skip")
     assert [row["step"] for row in rows] == [2, 4, 6]
     config = folder_config(folder, **skip)
-    model = train.build_model(config)
+    model = build.model(config)
     batches = train.input_batches(config, model, train.load_source(config, model))
     expected = [sum(int(next(batches)["skipped"].sum()) for _ in range(2)) for _ in range(3)]
     assert [row["skipped"] for row in rows] == expected
@@ -201,7 +203,7 @@ def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(tmp_path, c
     folder = pictures_folder(tmp_path, good=8, bad=0)
     (tmp_path / "val/a/0.png").write_bytes(b"torn")
     config = folder_config(folder, **{"data.bad_records": "skip", "data.max_bad_share": 0.2})
-    model = train.build_model(config)
+    model = build.model(config)
     evaluator = evaluate.Evaluator(config, model)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 3)))["params"]
     with caplog.at_level("WARNING", logger="avit_jax"):
@@ -229,12 +231,12 @@ def test_removal_in_training_ends_where_masking_does(tmp_path) -> None:
     states = {}
     for adaptive in (False, True):
         config = fixtures.small_config(**overrides, **{"train.adaptive": adaptive})
-        assert (train.build_model(config).removal is not None) == adaptive
+        assert (build.model(config).removal is not None) == adaptive
         train.train(config, tmp_path / str(adaptive))
         states[adaptive] = fixtures.restored_state(config, tmp_path / str(adaptive))
         assert float(json.loads((tmp_path / str(adaptive) / "summary.json").read_text())["macs_ratio"]) < 0.95
     chex.assert_trees_all_close(states[True].params, states[False].params, atol=1e-5)
-    assert train.build_model(fixtures.small_config(**{"train.adaptive": True, "halting.enabled": False})).removal is None
+    assert build.model(fixtures.small_config(**{"train.adaptive": True, "halting.enabled": False})).removal is None
     with pytest.raises(errors.UserError, match=r"official.*config\.train\.adaptive=False"):
         train.train(fixtures.small_config(**{"train.adaptive": True, "loss.prior_mode": "official"}), tmp_path)
 
@@ -244,7 +246,7 @@ def test_evaluation_counts_every_image_once(batch_size: int, adaptive: bool, mon
     removed = mock.Mock(side_effect=evaluate.adaptive.apply)
     monkeypatch.setattr(evaluate.adaptive, "apply", removed)
     config = fixtures.small_config(**{"eval.batch_size": batch_size, "eval.adaptive": adaptive})
-    model = train.build_model(config)
+    model = build.model(config)
     evaluator = evaluate.Evaluator(config, model)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
     scalars = evaluator.scalars(evaluator(evaluate.replicate(params)))
@@ -268,9 +270,9 @@ def test_configuration_mistakes_are_user_errors() -> None:
         ({"model.dtype": "float13"}, "float13"),
     ):
         with pytest.raises(errors.UserError, match=words):
-            train.build_model(fixtures.small_config(**overrides))
+            build.model(fixtures.small_config(**overrides))
     with pytest.raises(errors.UserError, match="multiple of the number of devices, 8"):
         train.check_batch_sizes(fixtures.small_config(**{"train.batch_size": 12}))
     with pytest.raises(errors.UserError, match="num_classes=10"):
         config = fixtures.small_config(**{"model.num_classes": 7})
-        evaluate.Evaluator(config, train.build_model(config))
+        evaluate.Evaluator(config, build.model(config))

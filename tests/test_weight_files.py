@@ -70,9 +70,35 @@ def test_what_is_written_equals_what_was_read(tmp_path: pathlib.Path, name: str,
     ours, theirs = (safetensors.numpy.load_file(folder) for folder in (tmp_path / "model.safetensors", _DATA / name))
     assert ours.keys() == theirs.keys()
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    if names == "timm":
-        gate = weight_files.read(tmp_path / "model.safetensors").gate
-        assert halting.HaltingConfig(**gate) == model.halting
+    file = weight_files.read(tmp_path / "model.safetensors")
+    assert halting.HaltingConfig(**file.gate) == model.halting
+    assert (file.norm_eps, file.num_heads) == (1e-6, 3)
+    if names == "huggingface":
+        config, expected = (json.loads((path.with_name("config.json")).read_text()) for path in (tmp_path / "x", _DATA / name))
+        for key in config.keys() - {"id2label", "label2id", "layer_norm_eps"}:
+            assert config[key] == expected[key], key
+        assert len(config["id2label"]) == 5
+
+
+def test_a_learnt_gate_is_written_as_it_is_and_starts_from_the_configuration(tmp_path: pathlib.Path) -> None:
+    model = _model(halting=halting.HaltingConfig(gamma=4.0, beta=-2.5, learnable=True))
+    params = weight_files.load(_DATA / "timm.safetensors", model)
+    assert params["gate"] == {"gamma": 4.0, "beta": -2.5}
+    params["gate"] = {"gamma": jnp.float32(3.5), "beta": jnp.float32(-2.0)}
+    weight_files.write(tmp_path / "model.safetensors", params, model)
+    gate = weight_files.read(tmp_path / "model.safetensors").gate
+    assert halting.HaltingConfig(**gate) == halting.HaltingConfig(gamma=3.5, beta=-2.0)
+
+
+def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:
+    model = _model(norm_eps=1e-5)
+    weight_files.write(tmp_path / "model.safetensors", weight_files.fit(_tensors(), model), model)
+    for changes, told in (({}, "norm_eps of 1e-05"), ({"norm_eps": 1e-5, "num_heads": 2}, "num_heads of 3")):
+        with pytest.raises(errors.UserError, match=told):
+            weight_files.load(tmp_path / "model.safetensors", _model(**changes))
+    inferred, params = weight_files.infer(weight_files.read(tmp_path / "model.safetensors"), image_size=(16, 16), name="it")
+    assert inferred == model.clone(image_size=(16, 16))
+    np.testing.assert_array_equal(params["head"]["kernel"], _tensors()["head.weight"].T)
 
 
 def test_the_gate_of_a_released_file_is_in_its_name(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,6 +222,8 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         safetensors.numpy.save_file(_tensors(norm__bias=np.zeros(12, np.int32)), path)
     elif kind == "gate":
         safetensors.numpy.save_file(_tensors(), path, {"halting": '{"gamma": "x"}'})
+    elif kind == "heads":
+        safetensors.numpy.save_file(_tensors(), path, {"num_heads": "many"})
     elif kind == "gate's keys":
         safetensors.numpy.save_file(_tensors(), path, {"halting": '{"__class__": 1}'})
     elif kind == "no config":
@@ -205,7 +233,7 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         (tmp_path / "config.json").write_text('{"layer_norm_eps": "many"}')
     elif kind == "config's eps":
         shutil.copy(_DATA / "vit/model.safetensors", path)
-        (tmp_path / "config.json").write_text('{"layer_norm_eps": -1}')
+        (tmp_path / "config.json").write_text('{"layer_norm_eps": -1, "num_attention_heads": 3}')
     elif kind == "layer":
         tensors = safetensors.numpy.load_file(_DATA / "vit/model.safetensors")
         del tensors["vit.encoder.layer.1.attention.attention.key.bias"]
@@ -236,8 +264,9 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         ("integers", r"norm\.bias is of dtype int32"),
         ("gate", "gate makes no sense"),
         ("gate's keys", "gate makes no sense"),
+        ("heads", "metadata makes no sense"),
         ("no config", r"config\.json is missing"),
-        ("config", "does not tell a layer_norm_eps"),
+        ("config", "does not tell layer_norm_eps"),
         ("config's eps", "makes no sense"),
         ("layer", "no whole vision transformer: 'key'"),
         ("npz of objects", "cannot be read"),

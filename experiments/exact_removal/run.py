@@ -15,7 +15,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from avit_jax import adaptive, evaluate, flops, train
+from avit_jax import adaptive, build, evaluate, flops, restore
 from avit_jax.data import augment, loader
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
@@ -25,8 +25,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "of the trained model", required
 def main(_: list[str]) -> None:
     """Compares, prints and writes."""
     config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
-    model = train.build_model(config).clone(removal=None)
-    variables = {"params": train.restore_params(config, model, workdir)[0]}
+    model = build.model(config).clone(removal=None)
+    variables = {"params": restore.params(config, model, workdir)[0]}
     masked, removed = jax.jit(model.apply), jax.jit(functools.partial(adaptive.apply, model))
     reader = evaluate.Evaluator(config, model).reader
     difference = scale = 0.0

@@ -25,7 +25,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from avit_jax import evaluate, train
+from avit_jax import build, evaluate, train, train_step
 from avit_jax.data import randaugment, sources
 from experiments import timing
 
@@ -117,9 +117,9 @@ def torch_rows(records: list[sources.Record], config: ConfigDict, count: int) ->
 
 def step_rows(config: ConfigDict, batches: Callable[[], Iterator[Any]]) -> dict[str, Callable[[], float]]:
     """The training step alone, and fed by the pipeline; compiled beforehand."""
-    model, (tx, _) = train.build_model(config), train.build_optimizer(config)
-    step_fn = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0)
-    state = evaluate.replicate(jax.jit(lambda: train.create_state(model, tx, seed=0, ema=config.optimizer.ema_decay > 0))())
+    model, (tx, _) = build.model(config), build.optimizer(config)
+    step_fn = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0)
+    state = evaluate.replicate(jax.jit(lambda: build.new_state(model, tx, seed=0, ema=config.optimizer.ema_decay > 0))())
     first = next(batches())
 
     def run(fed: Iterator[Any]) -> float:
@@ -138,7 +138,7 @@ def step_rows(config: ConfigDict, batches: Callable[[], Iterator[Any]]) -> dict[
 def main(_: list[str]) -> None:
     """Measures all rows, prints and writes."""
     config = _CONFIG.value
-    model = train.build_model(config)
+    model = build.model(config)
     source = train.load_source(config, model)
     batches = lambda: train.input_batches(config, model, source)  # noqa: E731
     count = max(1, _IMAGES.value // config.train.batch_size)

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from avit_jax import build, evaluate, train_step
 from avit_jax import config as config_lib
-from avit_jax import evaluate, train
 from experiments import timing
 
 _BATCH = flags.DEFINE_integer("batch", 16, "images a step")
@@ -24,11 +24,11 @@ def build_step(*, halting: bool, batch_size: int) -> Callable[[], None]:
     """A function that does one training step on random images, on one device, and waits for it."""
     config = config_lib.default()
     config.halting.enabled = halting
-    model = train.build_model(config)
-    tx, _ = train.build_optimizer(config)
+    model = build.model(config)
+    tx, _ = build.optimizer(config)
     devices = jax.local_devices()[:1]
-    state = evaluate.replicate(train.create_state(model, tx, seed=0, ema=True), devices)
-    step = jax.pmap(train.make_train_step(model, tx, config), axis_name=train.AXIS, donate_argnums=0, devices=devices)
+    state = evaluate.replicate(build.new_state(model, tx, seed=0, ema=True), devices)
+    step = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0, devices=devices)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (1, batch_size, *model.pixels, model.channels), np.uint8),

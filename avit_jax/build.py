@@ -1,0 +1,73 @@
+"""What a configuration asks for: the network, its optimizer, and the state a training begins with."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from avit_jax import errors, halting, removal, vit
+from avit_jax import optimizer as optimizer_lib
+
+
+@flax.struct.dataclass(kw_only=True)
+class TrainState:
+    """All that a training step changes. Random keys follow from the seed and the step.
+
+    Attributes:
+      step: int32, updates done.
+      params: parameter tree.
+      ema_params: moving average of it, None without one.
+      opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+    @property
+    def eval_params(self) -> Any:
+        """What is evaluated: the moving average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def model(config: ConfigDict) -> vit.AViT:
+    """The model of a configuration; raises errors.UserError where its sizes do not fit together."""
+    gate = dict(config.halting)
+    try:
+        halts = halting.HaltingConfig(**gate) if gate.pop("enabled") else None
+        sizes = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
+        if config.train.adaptive and halts:  # its backward pass recomputes anyway
+            sizes |= {"removal": removal.Plan(group=8, step=32), "remat": False}
+        network = vit.AViT(**sizes, halting=halts)
+        network.check()
+        if not jnp.issubdtype(network.dtype, jnp.floating) or jnp.finfo(network.dtype).bits > 32:
+            raise ValueError(f"dtype must be a floating-point type of at most 32 bits; got {network.dtype}.")
+    except (ValueError, TypeError) as error:
+        raise errors.UserError(f"config.model or config.halting: {error}") from error
+    return network
+
+
+def optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a configuration, and its learning rate by step."""
+    c = config.optimizer
+    learning_rate = optimizer_lib.schedule(
+        steps=config.train.steps,
+        learning_rate=c.learning_rate,
+        warmup=c.warmup,
+        warmup_learning_rate=c.warmup_learning_rate,
+        min_learning_rate=c.min_learning_rate,
+    )
+    tx = optimizer_lib.create(learning_rate, weight_decay=c.weight_decay, clip_norm=c.clip_norm, layer_decay=c.layer_decay)
+    return tx, learning_rate
+
+
+def new_state(network: vit.AViT, tx: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
+    """The state before the first step; random, by the seed alone."""
+    images = jnp.zeros((1, *network.pixels, network.channels))
+    params = network.init(jax.random.key(seed), images)["params"]
+    ema_params = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params=ema_params, opt_state=tx.init(params))

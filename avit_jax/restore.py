@@ -1,0 +1,155 @@
+"""What a run starts from: random weights, a weight file, or its last checkpoint."""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from avit_jax import build, checkpoint, distributed, errors, evaluate, progress, vit, weight_files
+from avit_jax import config as config_lib
+
+_logger = logging.getLogger(__name__)
+
+
+class Teacher(NamedTuple):
+    """A network that does not learn: its model, its parameters, and their SHA-256."""
+
+    model: vit.AViT
+    params: Any
+    fingerprint: str
+
+
+def begin(
+    config: ConfigDict,
+    model: vit.AViT,
+    tx: optax.GradientTransformation,
+    checkpoints: checkpoint.Checkpoints | None,
+    allow_changed_config: bool,
+) -> tuple[build.TrainState, dict[str, Any]]:
+    """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none."""
+    create, state = _creation(config, model, tx)
+    past: dict[str, Any] = {}
+    if checkpoints is not None and checkpoints.step() is not None:
+        state, past = checkpoints.restore(state)
+        progress.check_past(past)
+        if not allow_changed_config:
+            config_lib.check_same(config, past["config"])
+        if int(state.step) > config.train.steps:
+            raise errors.UserError(
+                f"the checkpoint is of step {int(state.step)}, beyond config.train.steps, {config.train.steps}: raise it, "
+                "or set another --workdir."
+            )
+        _logger.info("going on from the checkpoint of step %d", int(state.step))
+    past = distributed.from_first_json(past)
+    if past:
+        return distributed.from_first(state), past
+    if not config.init:
+        return jax.jit(create)(), {}
+    params = weight_files.adopt(weights_of(config.init), model, name=config.init, new_head=config.init_new_head)
+    state = jax.jit(create)()
+    return state.replace(params=params, ema_params=None if state.ema_params is None else jax.tree.map(jnp.copy, params)), {}
+
+
+def _creation(
+    config: ConfigDict, model: vit.AViT, tx: optax.GradientTransformation
+) -> tuple[Callable[[], build.TrainState], build.TrainState]:
+    """What makes the state before the first step, and a state of its shapes."""
+    create = functools.partial(build.new_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
+    return create, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
+
+
+def evaluate_before(config: ConfigDict, model: vit.AViT, params: Any, teacher: Teacher | None) -> dict[str, float]:
+    """Accuracies that are known before training, which its own is to be measured against.
+
+    `parent_top1` of the static network that a halting one starts from, and `teacher_top1`, where there are such.
+    """
+    before = {}
+    if config.init and not config.init_new_head and model.halting is not None:
+        static = model.clone(halting=None, removal=None)
+        weights = {name: value for name, value in params.items() if name != "gate"}
+        before["parent_top1"] = _top1(config, static, weights, f"the static network of {config.init}, before training")
+    if teacher is not None:
+        before["teacher_top1"] = _top1(config, teacher.model, teacher.params, f"the teacher {config.distill.teacher}")
+    return before
+
+
+def _top1(config: ConfigDict, model: vit.AViT, params: Any, name: str) -> float:
+    top1 = float(evaluate.Evaluator(config, model)(evaluate.replicate(params))["top1"])
+    _logger.info("%s: top-1 %.2f%%", name, 100 * top1)
+    return top1
+
+
+def weights_of(path: epath.PathLike) -> weight_files.WeightFile:
+    """The weights of a file, of a name on the hub, or of the last checkpoint of a run's workdir; the same on all processes.
+
+    Raises:
+      errors.UserError: it cannot be read.
+    """
+    if str(path).startswith(weight_files.HUB) or not epath.Path(path).is_dir():
+        return weight_files.read(path)
+    past: dict[str, Any] = {}
+    if distributed.is_first():
+        with checkpoint.Checkpoints(path, read_only=True) as checkpoints:
+            past = checkpoints.extra()
+        progress.check_past(past)
+    past = distributed.from_first_json(past)
+    config = config_lib.from_json(past["config"])
+    model = build.model(config).clone(removal=None)
+    config.eval.checkpoint = "last"
+    return weight_files.to_file(params(config, model, path)[0], model)
+
+
+def teacher(config: ConfigDict, model: vit.AViT, past: dict[str, Any]) -> Teacher | None:
+    """The teacher that `config.distill.teacher` names, if any.
+
+    Args:
+      config: of the run.
+      model: that is to be taught.
+      past: what was saved of the run so far; empty at its start.
+
+    Raises:
+      errors.UserError: it cannot be read, does not fit the model, or is not the one the run began with.
+    """
+    name = config.distill.teacher
+    if not name:
+        return None
+    network, weights = weight_files.infer(weights_of(name), image_size=model.pixels, name=name)
+    for key in ("num_classes", "channels"):
+        if getattr(network, key) != getattr(model, key):
+            raise errors.UserError(
+                f"the teacher {name} has a {key} of {getattr(network, key)}, and the model {getattr(model, key)}: take another."
+            )
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(weights):
+        digest.update(np.ascontiguousarray(leaf))
+    if past and past.get("teacher") not in (None, digest.hexdigest()):
+        raise errors.UserError(f"the teacher {name} has changed since the run began: bring it back, or set another --workdir.")
+    return Teacher(network.clone(dtype=model.dtype), weights, digest.hexdigest())
+
+
+def params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike) -> tuple[Any, dict[str, Any]]:
+    """The parameters that are evaluated, of a checkpoint of `workdir` or `config.init`, and what was saved beside them.
+
+    `config.eval.checkpoint` tells which.
+
+    Raises:
+      errors.UserError: no such checkpoint, or it does not fit the configuration.
+    """
+    if config.eval.checkpoint == "init":
+        file = weights_of(config.init)
+        return weight_files.adopt(file, model, name=config.init, new_head=config.init_new_head), {"train_seconds": 0.0}
+    _, state = _creation(config, model, build.optimizer(config)[0])
+    past: dict[str, Any] = {}
+    if distributed.is_first():
+        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+            state, past = checkpoints.restore(state, config.eval.checkpoint)
+        progress.check_past(past)
+    return distributed.from_first(state.eval_params), distributed.from_first_json(past)

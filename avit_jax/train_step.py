@@ -1,0 +1,112 @@
+"""One training step: augmentation, losses, update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from avit_jax import evaluate, losses, vit
+from avit_jax.build import TrainState
+from avit_jax.data import augment, loader
+
+AXIS = evaluate.AXIS
+
+
+def augment_batch(
+    batch: loader.Batch, key: jax.Array, config: ConfigDict, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Normalised, augmented images of a device's share of the batch; their labels, or probabilities where they are mixed."""
+    c = config.augment
+    ranges, mixing = augment.Affine(**config.affine), augment.Mix(mixup=c.mixup, cutmix=c.cutmix, switch=c.switch)
+    affine_key, erase_key, mix_key = jax.random.split(key, 3)
+    images, targets = batch["image"], batch["label"]
+    if any(vars(ranges).values()):
+        images = augment.random_affine(images, affine_key, batch["index"], ranges)
+    images = augment.normalize(images, config.data.mean, config.data.std)
+    if c.erase:
+        images = augment.random_erase(images, erase_key, batch["index"], c.erase)
+    if c.mixup or c.cutmix:
+        targets = jax.nn.one_hot(targets, config.model.num_classes)
+        images, targets = augment.mix(images, targets, mix_key, mixing, axis_name)
+    return images, targets
+
+
+def task_loss(
+    logits: Any, targets: jax.Array, teacher_logits: jax.Array | None, config: ConfigDict
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What labels and teacher ask for, weighted; without a teacher a distilled model's two heads share the labels."""
+    smoothing, c = config.loss.label_smoothing, config.distill
+    heads = logits if isinstance(logits, tuple) else (logits,)
+    if teacher_logits is None:
+        task = sum(losses.cross_entropy(head, targets, label_smoothing=smoothing) for head in heads) / len(heads)
+        return task, {"task_loss": task}
+    task = losses.cross_entropy(heads[0], targets, label_smoothing=smoothing)
+    taught = losses.distillation_loss(heads[-1], teacher_logits, targets=c.targets, temperature=c.temperature)
+    return (1.0 - c.weight) * task + c.weight * taught, {"task_loss": task, "distill_loss": taught}
+
+
+def total_loss(
+    model: vit.AViT,
+    logits: Any,
+    aux: vit.Aux,
+    targets: jax.Array,
+    config: ConfigDict,
+    axis_name: str | None,
+    teacher_logits: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Task, distillation, ponder and prior loss, weighted, and each by itself; targets are labels or probabilities."""
+    c = config.loss
+    total, parts = task_loss(logits, targets, teacher_logits, config)
+    if model.halting is not None:
+        parts["ponder_loss"] = losses.ponder_loss(aux)
+        parts["prior_loss"] = losses.prior_loss(
+            aux, target_depth=c.target_depth, width=c.prior_width, mode=c.prior_mode, axis_name=axis_name
+        )
+        total += c.ponder_weight * parts["ponder_loss"] + c.prior_weight * parts["prior_loss"]
+    return total, parts | {"loss": total}
+
+
+def make_train_step(
+    model: vit.AViT, tx: optax.GradientTransformation, config: ConfigDict, teacher: vit.AViT | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step as a function of one device's state and share of the batch, to run under `pmap` over `AXIS`.
+
+    With a teacher its parameters are the function's third argument.
+    """
+    seed, ema_decay = config.seed, config.optimizer.ema_decay
+
+    def train_step(
+        state: TrainState, batch: loader.Batch, teacher_params: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        images, targets = augment_batch(batch, augment_key, config, AXIS)
+        teacher_logits = None if teacher is None else teacher.apply({"params": teacher_params}, images)[0]
+
+        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            logits, aux = model.apply(
+                {"params": params}, images, train=True, image_index=batch["index"], rngs={"dropout": dropout_key}
+            )
+            loss, values = total_loss(model, logits, aux, targets, config, AXIS, teacher_logits)
+            heads = logits if isinstance(logits, tuple) else (logits,)
+            return loss, values | {"top1": (heads[0].argmax(-1) == batch["label"]).mean()}
+
+        grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
+        grads, values = jax.lax.pmean((grads, values), AXIS)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = None
+        if state.ema_params is not None:
+            ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay)
+        new = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
+        norms = {"grad_norm": grad_norm, "param_norm": optax.tree.norm(params)}
+        finite = jnp.isfinite(jnp.stack([values["loss"], *norms.values()])).all()
+        if config.train.nonfinite == "skip":  # steps, and with them the learning rate, go on all the same
+            new = jax.tree.map(lambda a, b: a if a.dtype == jnp.int32 else jnp.where(finite, a, b), new, state)
+        counts = {"skipped": jax.lax.psum(batch["skipped"].sum(), AXIS), "nonfinite": ~finite}
+        return new, values | counts | norms
+
+    return train_step

@@ -1,0 +1,1 @@
+"""Where a trained network spends its thought on a data set: pictures, and a page that shows them."""

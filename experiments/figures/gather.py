@@ -1,0 +1,84 @@
+"""What the figures are drawn from: what a network does with each image of a data set."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from avit_jax import adaptive, build, evaluate, flops, halting, vit
+from avit_jax.data import augment, loader
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """One entry for each image; `n` images, `L` layers.
+
+    Attributes:
+      index: `(n,)` place in the data set.
+      label: `(n,)` int.
+      guess: `(n,)` int, the likeliest class.
+      macs_ratio: `(n,)` share of the static network's MACs.
+      depth: `(n, rows, columns)` layers that each patch token has used.
+      score: `(n, L)` mean halting score of each layer, over the tokens that compute there.
+      halting: `(n, L)` share of the patch tokens that halt at each layer.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    guess: np.ndarray
+    macs_ratio: np.ndarray
+    depth: np.ndarray
+    score: np.ndarray
+    halting: np.ndarray
+
+
+def gather(config: ConfigDict, model: vit.AViT, params: Any, reader: loader.Reader) -> Images:
+    """Runs the network, with removal of halted tokens, over all images that can be read."""
+
+    @jax.jit
+    def run(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        logits, aux = functools.partial(adaptive.apply, model)({"params": params}, images)
+        ran = flops.computing(aux.active, model.num_readout)
+        depth = ran.sum(axis=0)[:, model.num_readout :]
+        return {
+            "guess": logits.argmax(-1),
+            "macs_ratio": flops.image_macs(model, aux.active) / flops.static_macs(model),
+            "depth": depth.reshape(-1, *model.grid),
+            "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
+            "halting": jax.nn.one_hot(depth - 1, model.depth).mean(axis=1),
+        }
+
+    rows: dict[str, list[np.ndarray]] = {}
+    size, total, real = config.eval.batch_size, len(reader.source.records), []
+    batches = loader.eval_batches(reader, batch_size=size, num_threads=config.data.num_threads)
+    for batch in tqdm(batches, desc="images", total=-(-total // size), unit="batch"):
+        one = {name: np.concatenate(x) for name, x in jax.device_get(batch).items()}
+        values = jax.device_get(run(params, augment.normalize(one["image"], config.data.mean, config.data.std)))
+        for name, value in (values | {"label": one["label"]}).items():
+            rows.setdefault(name, []).append(value)
+        real.append(one["weight"] > 0)
+    keep = np.concatenate(real)
+    columns = {name: np.concatenate(values)[keep] for name, values in rows.items()}
+    return Images(index=np.flatnonzero(keep), **columns)
+
+
+def sweep(config: ConfigDict, params: Any, shifts: list[float]) -> list[dict[str, float]]:
+    """Top-1 and share of MACs of one network whose gate is shifted, without training.
+
+    Args:
+      config: of the run.
+      params: as they are evaluated.
+      shifts: of beta, in units of gamma.
+    """
+    rows = []
+    for shift in tqdm(shifts, desc="gate shifts"):
+        shifted = config.copy_and_resolve_references()
+        shifted.halting.beta = config.halting.beta + shift * config.halting.gamma
+        evaluator = evaluate.Evaluator(shifted, build.model(shifted))
+        values = evaluator.scalars(evaluator(evaluate.replicate(params)))
+        rows.append({"shift": shift, "top1": values["top1"], "macs_ratio": values["macs_ratio"]})
+    return rows
