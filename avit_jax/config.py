@@ -70,6 +70,7 @@ _FREE = {
     "eval.pictures",
     "eval.checkpoint",
     "debug.nans",
+    "debug.profile",
 }
 _BY_CHANNEL = ("mean", "std")
 _LARGEST_SIDE = 100_000  # pixels
@@ -186,7 +187,10 @@ def _training() -> dict[str, dict[str, Any]]:
             "checkpoint": "last",  # --mode=eval: "last", "best", or "init", the weight file without any training
             "pictures": 8,  # images drawn in depth.png
         },
-        "debug": {"nans": False},  # finds the operation that gives the first nan; slow
+        "debug": {
+            "nans": False,  # finds the operation that gives the first nan; slow
+            "profile": (0, 0),  # first and last step that `jax.profiler` traces, into the workdir's profile/; 0: none
+        },
     }
 
 
@@ -245,6 +249,9 @@ def _check_combinations(config: ConfigDict) -> None:
         raise errors.UserError(f"config.model.image_size must be (height, width) in pixels; got {config.model.image_size}.")
     if config.model.width * config.model.mlp_ratio < 1:
         raise errors.UserError("config.model.mlp_ratio is so small that the MLP would have no width.")
+    profile = config.debug.profile
+    if len(profile) != 2 or not all(isinstance(step, int) for step in profile) or not 0 <= profile[0] <= profile[1]:
+        raise errors.UserError(f"config.debug.profile must be the first and the last step to trace; got {profile}.")
     scale = config.augment.crop_scale
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise errors.UserError(f"config.augment.crop_scale must be two rising shares up to 1; got {scale}.")

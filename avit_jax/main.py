@@ -14,9 +14,18 @@ from avit_jax import errors
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, a Python file such as configs/digits.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: runs/<name of the recipe>")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "predict"], "train, evaluate a checkpoint of the workdir, or predict the pictures named"
+    "mode",
+    "train",
+    ["train", "eval", "predict", "export"],
+    "train, evaluate a checkpoint of the workdir, predict the pictures named, or write a network as one file",
 )
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "--mode=predict: a workdir or a weight file; default: the workdir")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "--mode=predict and export: a workdir or a weight file; default: the workdir"
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "--mode=export: file to write; .safetensors: weights in timm's names, else a program, see avit_jax/serving.py"
+)
+_BATCH = flags.DEFINE_integer("batch", 0, "--mode=export: images at once; 0: any number", lower_bound=0)
 _JSONL = flags.DEFINE_string("jsonl", None, "--mode=predict: writes the predictions there, a JSON line for each picture")
 _PICTURES = flags.DEFINE_string("pictures", None, "--mode=predict: folder for pictures of the depth of the tokens")
 _ALLOW = flags.DEFINE_bool("allow_changed_config", False, "goes on from a checkpoint of another configuration too")
@@ -41,13 +50,18 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _main(argv: list[str]) -> None:
-    from avit_jax import distributed, predict, train
+    import jax
+
+    from avit_jax import distributed, export, predict, train
 
     absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell of errors comes as exceptions too
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
     workdir = _WORKDIR.value or f"runs/{name}"
     try:
         distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if _MODE.value in ("train", "eval") and not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         console = logging.StreamHandler()
         console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger = logging.getLogger("avit_jax")
@@ -61,6 +75,10 @@ def _main(argv: list[str]) -> None:
             train.train(_CONFIG.value, workdir, allow_changed_config=_ALLOW.value)
         elif _MODE.value == "eval":
             train.restore_and_evaluate(_CONFIG.value, workdir)
+        elif _MODE.value == "export":
+            if not _OUT.value:
+                errors.stop("name the file to write, for example --out=network.avit or --out=weights.safetensors.")
+            export.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, batch=_BATCH.value)
         else:
             predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
             predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)

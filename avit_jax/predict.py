@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from avit_jax import adaptive, build, errors, flops, restore, visualize, vit, weight_files
+from avit_jax import adaptive, build, errors, flops, restore, visualize, vit
 from avit_jax import config as config_lib
 from avit_jax.data import augment, pictures, transforms
 
@@ -70,7 +70,7 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
     files = [file for path in paths for file in _files(pathlib.Path(path))]
     if not files:
         raise errors.UserError("name pictures to predict, or folders that hold some.")
-    params, names = _restore(config, model, checkpoint)
+    params, names = restore.trained(config, model, checkpoint)
     transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
     apply = functools.partial(adaptive.apply, model) if model.halting is not None else model.apply
     run = jax.jit(lambda params, images: apply({"params": params}, images))
@@ -95,14 +95,6 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.exists():
         raise errors.UserError(f"there is no picture {path}.")
     return [path]
-
-
-def _restore(config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike) -> tuple[Any, list[str]]:
-    """Parameters, and the names of the classes as far as they are known."""
-    if epath.Path(checkpoint).is_dir():
-        params, past = restore.params(config, model, checkpoint)
-        return params, past.get("label_names", [])
-    return weight_files.load(checkpoint, model, new_head=False), []
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:

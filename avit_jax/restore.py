@@ -13,8 +13,9 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax import build, checkpoint, distributed, errors, evaluate, progress, vit, weight_files
+from avit_jax import build, distributed, errors, evaluate, progress, vit, weight_files
 from avit_jax import config as config_lib
+from avit_jax.checkpoint import Checkpoints
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def begin(
     config: ConfigDict,
     model: vit.AViT,
     tx: optax.GradientTransformation,
-    checkpoints: checkpoint.Checkpoints | None,
+    checkpoints: Checkpoints | None,
     allow_changed_config: bool,
 ) -> tuple[build.TrainState, dict[str, Any]]:
     """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none."""
@@ -97,7 +98,7 @@ def weights_of(path: epath.PathLike) -> weight_files.WeightFile:
         return weight_files.read(path)
     past: dict[str, Any] = {}
     if distributed.is_first():
-        with checkpoint.Checkpoints(path, read_only=True) as checkpoints:
+        with Checkpoints(path, read_only=True) as checkpoints:
             past = checkpoints.extra()
         progress.check_past(past)
     past = distributed.from_first_json(past)
@@ -149,7 +150,19 @@ def params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike) -> tupl
     _, state = _creation(config, model, build.optimizer(config)[0])
     past: dict[str, Any] = {}
     if distributed.is_first():
-        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        with Checkpoints(workdir, read_only=True) as checkpoints:
             state, past = checkpoints.restore(state, config.eval.checkpoint)
         progress.check_past(past)
     return distributed.from_first(state.eval_params), distributed.from_first_json(past)
+
+
+def trained(config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike) -> tuple[Any, list[str]]:
+    """Parameters of a run's workdir or of a weight file, and the names of the classes as far as they are known.
+
+    Raises:
+      errors.UserError: it cannot be read, or does not fit.
+    """
+    if epath.Path(checkpoint).is_dir():
+        weights, past = params(config, model, checkpoint)
+        return weights, past.get("label_names", [])
+    return weight_files.load(checkpoint, model), []

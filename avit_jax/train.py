@@ -106,8 +106,11 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
         for step in range(start, config.train.steps + 1):
             results, new = None, step > start
             if new:
-                batch, waited = _next(batches, values)
-                state, values = step_fn(state, batch, *taught)
+                with _profiled(config.debug.profile, step, workdir):
+                    batch, waited = _next(batches, values)
+                    state, values = step_fn(state, batch, *taught)
+                    if step == config.debug.profile[1]:
+                        jax.block_until_ready(values)
                 log.add(step, values, waited)
             evaluates = _evaluates_after(step, config) and (new or not past["evaluated"])
             if evaluates:
@@ -130,6 +133,17 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
             _logger.info("stopped by %s before the report; the same command writes it", stop.name)
             return
         evaluator.report(workdir, state.eval_params, results, train_seconds=seconds, **kept["parent"])
+
+
+@contextlib.contextmanager
+def _profiled(steps: tuple[int, int], step: int, workdir: epath.Path) -> Iterator[None]:
+    """Traces from the first of the steps to the last."""
+    if step == steps[0]:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    yield
+    if step == steps[1]:
+        jax.profiler.stop_trace()
+        _logger.info("wrote the trace of steps %d to %d into %s", *steps, workdir / "profile")
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ def read(path: epath.PathLike) -> WeightFile:
       errors.UserError: it cannot be read, asks for more than numbers, or holds no vision transformer.
     """
     path = _from_hub(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else pathlib.Path(path)
+    if not path.exists():
+        raise errors.UserError(f"there is no {path}: name a weight file, or the workdir of a run.")
     readers = dict.fromkeys((".pth", ".pt", ".bin"), _read_torch) | {".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.suffix not in readers:
         raise errors.UserError(f"{path} is no weight file by its name: they end in {', '.join(readers)}.")

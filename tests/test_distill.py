@@ -135,7 +135,7 @@ def test_teachers_that_do_not_fit(teacher: pathlib.Path, tmp_path: pathlib.Path)
     for overrides, message in (
         ({"model.num_classes": 7}, "num_classes of 10, and the model 7"),
         ({"model.image_size": (20, 20)}, "patch_size 8 must divide"),
-        ({"distill.teacher": str(tmp_path / "none.pth")}, "none.pth cannot be read"),
+        ({"distill.teacher": str(tmp_path / "none.pth")}, "there is no .*none.pth"),
         ({"distill.teacher": str(tmp_path)}, "no checkpoint"),
     ):
         config = _config(teacher, **overrides)

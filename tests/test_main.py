@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import jax
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
@@ -38,7 +39,7 @@ def as_the_program_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in set(flags.FLAGS) - names:  # an override is a flag of its own
         delattr(flags.FLAGS, name)
-    for name in ("config", "workdir", "mode", "process_id", "num_processes", "coordinator"):
+    for name in ("config", "workdir", "mode", "process_id", "num_processes", "coordinator", "out"):
         flags.FLAGS[name].value = flags.FLAGS[name].default
     flags.FLAGS.unparse_flags()
 
@@ -84,7 +85,7 @@ def _one_line(expected: str) -> Iterator[None]:
         ([_DIGITS + ":argument"], "get_config() takes 0 positional arguments"),
         ([_DIGITS, "stray"], "'stray'"),
         ([_DIGITS, "--no_such_flag=1"], "no_such_flag"),
-        ([_DIGITS, "--mode=test"], "<train|eval|predict>"),
+        ([_DIGITS, "--mode=test"], "<train|eval|predict|export>"),
         ([_DIGITS, "--workdir"], "workdir"),
     ],
 )
@@ -175,7 +176,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.affine.translate=2"], "config.affine.translate"),
         ([_DIGITS, "--config.train.save_every=0"], "config.train.save_every must be at least 1"),
         ([_DIGITS, "--config.train.nonfinite=ignore"], '"stop" or "skip"'),
-        ([_DIGITS, "--config.init=nowhere.pth"], "nowhere.pth cannot be read"),
+        ([_DIGITS, "--config.init=nowhere.pth"], "there is no nowhere.pth"),
         ([_DIGITS, "--config.init=README.md"], "no weight file by its name"),
         ([_DIGITS, "--config.init=tests/data/weights/timm.safetensors"], "the weights do not fit the model"),
         ([_DIGITS, "--config.init=tests/data/weights/vit/model.safetensors"], "--config.model.norm_eps=1e-12"),
@@ -203,12 +204,31 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.data.eval_split=validation"], '"train" and "test"'),
         (["--config=configs/deit_tiny.py"], "configs/digits.py"),
         ([_DIGITS, "--mode=eval"], "no checkpoint"),
+        ([_DIGITS, "--mode=export"], "name the file to write"),
+        ([_DIGITS, "--mode=export", "--out=network.avit"], "name a weight file, or the workdir of a run"),
+        ([_DIGITS, "--config.distill.targets=both"], 'config.distill.targets must be "hard" or "soft"'),
+        ([_DIGITS, "--config.distill.weight=1.5"], "config.distill.weight must be between 0 and 1"),
+        ([_DIGITS, "--config.distill.temperature=0"], "config.distill.temperature must be between"),
+        ([_DIGITS, "--config.distill.teacher=nowhere.pth"], "there is no nowhere.pth"),
+        ([_DIGITS, "--config.optimizer.layer_decay=0"], "config.optimizer.layer_decay must be between"),
+        ([_DIGITS, "--config.debug.profile=(5,3)"], "config.debug.profile must be the first and the last step"),
     ],
 )
 def test_mistakes_that_show_later(tmp_path: pathlib.Path, arguments: list[str], expected: str) -> None:
     _parse(*arguments, f"--workdir={tmp_path / 'run'}", f"--config.data.dir={tmp_path}")
     with _one_line(expected):
         main._main([])
+
+
+def test_compiled_programs_are_kept_in_the_workdir(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    for known, expected in (("elsewhere", {}), (None, {"jax_compilation_cache_dir": f"{tmp_path}/compiled"})):
+        monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", known)
+        _parse(_DIGITS, "--mode=eval", f"--workdir={tmp_path}")
+        with _one_line("no checkpoint"):
+            main._main([])
+        assert changed.items() >= expected.items() and bool(changed) == bool(expected)
 
 
 def _run(*arguments: str, folder: pathlib.Path = _REPOSITORY) -> subprocess.CompletedProcess:

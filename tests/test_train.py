@@ -108,6 +108,12 @@ def test_no_compilation_after_the_first_step() -> None:
     assert not compiled
 
 
+def test_the_steps_asked_for_are_traced(tmp_path: pathlib.Path) -> None:
+    for name, steps, traces in (("none", (0, 0), 0), ("some", (2, 3), 1)):
+        train.train(fixtures.small_config(**{"train.steps": 4, "debug.profile": steps}), tmp_path / name)
+        assert len(list((tmp_path / name).glob("profile/**/*.xplane.pb"))) == traces
+
+
 def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
     config = fixtures.small_config(**{"train.steps": 40, "train.eval_every": 20, "train.batch_size": 64})
     train.train(config, tmp_path)

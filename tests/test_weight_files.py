@@ -250,13 +250,14 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         path.write_bytes(b"PK")
     elif kind == "name":
         path = tmp_path / "model.h5"
+        path.touch()
     return path
 
 
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("missing", "cannot be read"),
+        ("missing", "there is no"),
         ("truncated", "cannot be read"),
         ("huge header", "cannot be read"),
         ("page", "cannot be read"),

@@ -1,0 +1,104 @@
+"""A trained network as one file that runs without this package, see `avit_jax/serving.py`."""
+
+import dataclasses
+import functools
+import io
+import json
+import logging
+import pathlib
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from avit_jax import adaptive, build, flops, restore, serving, vit, weight_files
+from avit_jax import config as config_lib
+from avit_jax.data import augment
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+_logger = logging.getLogger(__name__)
+
+
+def write(
+    path: epath.PathLike,
+    params: Any,
+    model: vit.AViT,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    label_names: Sequence[str] = (),
+    batch: int = 0,
+    platforms: Sequence[str] = PLATFORMS,
+) -> None:
+    """Writes inference with removal of halted tokens, from uint8 pictures to logits and depths.
+
+    Args:
+      path: of the file; takes about as many bytes as the parameters.
+      params: of the model.
+      model: with or without halting.
+      mean: of the pixels from 0 to 1, by channel.
+      std: likewise.
+      label_names: of the classes.
+      batch: images at once; 0 for any number.
+      platforms: where it is to run, in JAX's names.
+    """
+    leaves, tree = jax.tree.flatten(jax.device_get(params))
+    apply = functools.partial(adaptive.apply, model) if model.halting is not None else model.apply
+
+    def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, aux = apply({"params": jax.tree.unflatten(tree, leaves)}, augment.normalize(images, mean, std))
+        depth = flops.computing(aux.active, model.num_readout).sum(axis=0)[:, model.num_readout :]
+        return logits, depth.reshape(-1, *model.grid)
+
+    size = batch or jax.export.symbolic_shape("b")[0]
+    images = jax.ShapeDtypeStruct((size, *model.pixels, model.channels), np.uint8)
+    program = jax.export.export(jax.jit(run), platforms=platforms)(jax.tree.map(_shape, leaves), images)
+    metadata = {
+        "kind": serving.KIND,
+        "image_size": model.pixels,
+        "channels": model.channels,
+        "batch": batch,
+        "num_classes": model.num_classes,
+        "label_names": list(label_names),
+        "mean": list(mean),
+        "std": list(std),
+        "halting": None if model.halting is None else dataclasses.asdict(model.halting),
+        "platforms": list(platforms),
+        "jax": jax.__version__,
+    }
+    weights = io.BytesIO()
+    np.savez(weights, **{str(i): leaf for i, leaf in enumerate(leaves)})
+    with epath.Path(path).open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("metadata.json", json.dumps(metadata))
+        archive.writestr("program", bytes(program.serialize()))
+        archive.writestr("weights.npz", weights.getvalue())
+
+
+def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.PathLike, *, batch: int = 0) -> None:
+    """Writes a network that has been trained: its weights alone where the path ends in .safetensors, else as `write` does.
+
+    Args:
+      path: of the file.
+      config: the recipe the network was trained with.
+      checkpoint: workdir of a run, of which `config.eval.checkpoint` is taken, or a weight file.
+      batch: as in `write`.
+
+    Raises:
+      errors.UserError: the checkpoint cannot be used.
+    """
+    config_lib.check(config)
+    model = build.model(config).clone(removal=None)
+    params, names = restore.trained(config, model, checkpoint)
+    if str(path).endswith(".safetensors"):
+        weight_files.write(pathlib.Path(path), params, model)
+    else:
+        write(path, params, model, mean=config.data.mean, std=config.data.std, label_names=names, batch=batch)
+    _logger.info("wrote %s", path)
+
+
+def _shape(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

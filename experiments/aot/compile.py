@@ -1,0 +1,103 @@
+"""Ahead-of-time compilation for a TPU topology, and what the compiler says of memory."""
+
+import dataclasses
+import functools
+import os
+import time
+from typing import Any
+
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # processes that compile side by side
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from avit_jax import adaptive, build, errors, flops, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU chip, by Google's published figures.
+
+    Attributes:
+      memory: GiB of HBM.
+      peak: bfloat16 TFLOP/s.
+    """
+
+    memory: float
+    peak: float
+
+
+# Source: cloud.google.com/tpu/docs, pages of each version.
+CHIPS = {
+    "v4": Chip(32, 275),
+    "v5e": Chip(16, 197),
+    "v5p": Chip(95, 459),
+    "v6e": Chip(32, 918),
+    "tpu7x": Chip(192, 2307),
+}
+
+
+def devices(topology: str) -> list[Any]:
+    """Devices of a topology such as `v5e:2x2`; raises errors.UserError where libtpu is missing, or does not know it."""
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        raise errors.UserError(f"there is no topology {topology} ({errors.first_line(error)}): is libtpu installed?") from error
+
+
+def compile_training(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles the `pmap` training step of a recipe for all devices of a topology; the batch is spread over them."""
+    on = devices(topology)
+    model, (tx, _) = build.model(config), build.optimizer(config)
+    new_state = functools.partial(build.new_state, model, tx, seed=0, ema=config.optimizer.ema_decay > 0)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(on), *x.shape), x.dtype), jax.eval_shape(new_state))
+    shape = (len(on), config.train.batch_size // len(on))
+    batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("label", "index", "skipped")}
+    batch["image"] = jax.ShapeDtypeStruct((*shape, *model.pixels, model.channels), np.uint8)
+    step = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, devices=on, donate_argnums=0)
+    # Forward once and backward twice; once more where layers are computed again.
+    passes = 4 if config.model.remat else 3
+    return _compile(step, (state, batch), topology, on, passes * flops.static_macs(model) * shape[1])
+
+
+def compile_inference(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles adaptive inference on `config.eval.batch_size` images for one device of a topology."""
+    on = devices(topology)
+    model = build.model(config).clone(removal=None)
+    here = jax.sharding.SingleDeviceSharding(on[0])
+    images = jax.ShapeDtypeStruct((config.eval.batch_size, *model.pixels, model.channels), np.float32, sharding=here)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32))
+    variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    run = jax.jit(functools.partial(adaptive.apply, model))
+    return _compile(run, (variables, images), topology, on, flops.static_macs(model) * config.eval.batch_size)
+
+
+def share_of_chip(on: list[Any]) -> float:
+    """1 where a JAX device is a chip, 1/2 where it is one of the two cores of a chip: of tpu7x, and here of v4.
+
+    JAX on a real v4 joins both cores to one device, which the topology does not tell.
+    """
+    return len({tuple(device.coords) for device in on}) / len(on)
+
+
+def _compile(function: Any, arguments: tuple[Any, ...], topology: str, on: list[Any], macs: float) -> dict[str, Any]:
+    chip, share = CHIPS[topology.split(":")[0]], share_of_chip(on)
+    lowered = function.lower(*arguments)
+    started = time.perf_counter()
+    row: dict[str, Any] = {"topology": topology, "memory_gib": chip.memory * share, "devices": len(on)}
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"fits": False, "error": errors.first_line(error), "compile_seconds": time.perf_counter() - started}
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return row | {
+        "fits": used <= chip.memory * share * 2**30,
+        "compile_seconds": time.perf_counter() - started,
+        "argument_mib": memory.argument_size_in_bytes / 2**20,
+        "temporary_mib": memory.temp_size_in_bytes / 2**20,
+        "output_mib": memory.output_size_in_bytes / 2**20,
+        "shared_mib": memory.alias_size_in_bytes / 2**20,  # of arguments and outputs: donated
+        "roofline_ms": 2 * macs / (chip.peak * share * 1e12) * 1e3,
+    }

@@ -1,0 +1,1 @@
+"""The second start of a run finds its programs compiled."""

@@ -1,0 +1,151 @@
+"""A network as one file: the same logits in a process that has JAX and the loader alone; bad files are refused."""
+
+import io
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import fixtures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avit_jax import build, export, flops, halting, serving, train, vit, weight_files
+from avit_jax.data import augment
+
+_MODEL = vit.AViT(
+    image_size=(24, 16), patch_size=8, width=16, depth=4, num_heads=2, num_classes=5,
+    halting=halting.HaltingConfig(gamma=3.0, beta=-1.0),
+)  # fmt: skip
+_IMAGES = np.random.default_rng(0).integers(0, 256, (9, 24, 16, 3), np.uint8)
+_COLORS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return jax.jit(_MODEL.init)(jax.random.key(0), jnp.zeros((1, 24, 16, 3)))["params"]
+
+
+@pytest.fixture(scope="module")
+def file(params: dict, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("export") / "network.avit"
+    export.write(path, params, _MODEL, label_names=["a", "b", "c", "d", "e"], **_COLORS)
+    return path
+
+
+def _expected(params: dict, images: np.ndarray, model: vit.AViT = _MODEL) -> tuple[np.ndarray, np.ndarray]:
+    logits, aux = model.apply({"params": params}, augment.normalize(images, **_COLORS))
+    depth = flops.computing(aux.active, model.num_readout).sum(axis=0)[:, model.num_readout :]
+    return np.asarray(logits), np.asarray(depth).reshape(len(images), *model.grid)
+
+
+def test_any_batch_in_a_fresh_process_with_the_loader_alone(file: pathlib.Path, params: dict, tmp_path: pathlib.Path) -> None:
+    shutil.copy(serving.__file__, tmp_path / "loader.py")
+    np.save(tmp_path / "images.npy", _IMAGES)
+    code = (
+        "import sys\nsys.modules.update(flax=None, avit_jax=None)\nimport jax, numpy as np, loader\n"
+        "jax.config.update('jax_default_matmul_precision', 'highest')\n"
+        f"network = loader.load({str(file)!r})\nimages = np.load('images.npy')\n"
+        "np.savez('out.npz', **{f'{name}{n}': x for n in (1, 8, 9)"
+        " for name, x in zip(('logits', 'depth'), network(images[:n]))})\nprint(network.metadata['label_names'][4])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True, env=_environment()
+    )
+    assert done.stdout == "e\n"
+    out = np.load(tmp_path / "out.npz")
+    for n in (1, 8, 9):
+        logits, depth = _expected(params, _IMAGES[:n])
+        np.testing.assert_allclose(out[f"logits{n}"], logits, atol=1e-5)
+        np.testing.assert_array_equal(out[f"depth{n}"], depth)
+    assert len(np.unique(depth)) > 1
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}
+
+
+def test_a_fixed_batch_and_what_it_refuses(params: dict, tmp_path: pathlib.Path) -> None:
+    export.write(tmp_path / "network.avit", params, _MODEL, batch=4, **_COLORS)
+    network = serving.load(tmp_path / "network.avit")
+    np.testing.assert_allclose(network(_IMAGES[:4])[0], _expected(params, _IMAGES[:4])[0], atol=1e-5)
+    for images in (_IMAGES[:3], _IMAGES[:4].astype(np.float32), _IMAGES[:4, :16]):
+        with pytest.raises(ValueError, match=r"images must be \(4, 24, 16, 3\) of uint8"):
+            network(images)
+    assert network.metadata["halting"]["gamma"] == 3.0 and network.metadata["mean"] == [0.4, 0.5, 0.6]
+
+
+def test_a_static_network_uses_all_its_layers(params: dict, tmp_path: pathlib.Path) -> None:
+    static = _MODEL.clone(halting=None)
+    export.write(tmp_path / "network.avit", params, static, **_COLORS)
+    logits, depth = serving.load(tmp_path / "network.avit")(_IMAGES)
+    np.testing.assert_allclose(logits, _expected(params, _IMAGES, static)[0], atol=1e-5)
+    assert depth.shape == (9, 3, 2) and (np.asarray(depth) == 4).all()
+
+
+def test_it_is_lowered_for_all_platforms(file: pathlib.Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        program = jax.export.deserialize(bytearray(archive.read("program")))
+    assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+
+
+def _changed(file: pathlib.Path, target: pathlib.Path, **parts: bytes | None) -> pathlib.Path:
+    with zipfile.ZipFile(file) as before, zipfile.ZipFile(target, "w") as after:
+        for name in before.namelist():
+            data = parts.get(name.split(".")[0], before.read(name))
+            if data is not None:
+                after.writestr(name, data)
+    return target
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated", "flipped", "page", "other zip", "other version", "program", "no weights", "objects", "other platform"]
+)
+def test_bad_files_are_refused_in_one_sentence(file: pathlib.Path, tmp_path: pathlib.Path, kind: str, params: dict) -> None:
+    bad, data = tmp_path / "bad.avit", bytearray(file.read_bytes())
+    if kind == "truncated":
+        bad.write_bytes(data[:-1000])
+    elif kind == "flipped":
+        data[len(data) // 2] ^= 1
+        bad.write_bytes(data)
+    elif kind == "page":
+        bad.write_text("<html>")
+    elif kind == "other zip":
+        np.savez(bad.with_suffix(".npz"), x=np.zeros(3))
+        bad = bad.with_suffix(".npz")
+    elif kind == "other version":
+        _changed(file, bad, metadata=json.dumps({"kind": "avit_jax network, version 7"}).encode())
+    elif kind == "program":
+        _changed(file, bad, program=b"\0" * 2000)
+    elif kind == "no weights":
+        _changed(file, bad, weights=None)
+    elif kind == "objects":
+        pickled = io.BytesIO()
+        np.savez(pickled, **{"0": np.array([{}], object)})
+        _changed(file, bad, weights=pickled.getvalue())
+    elif kind == "other platform":
+        export.write(bad, params, _MODEL, platforms=("tpu",), **_COLORS)
+    with pytest.raises(serving.BadArtifact) as refused:
+        serving.load(bad)
+    assert "\n" not in str(refused.value) and str(bad) in str(refused.value)
+
+
+def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
+    config = fixtures.small_config(**{"train.steps": 2})
+    train.train(config, tmp_path / "run")
+    export.from_checkpoint(tmp_path / "network.avit", config, tmp_path / "run")
+    export.from_checkpoint(tmp_path / "weights.safetensors", config, tmp_path / "run")
+    network = serving.load(tmp_path / "network.avit")
+    assert network.metadata["label_names"] == [str(i) for i in range(10)]
+    model, params = build.model(config), fixtures.restored_state(config, tmp_path / "run").ema_params
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
+    expected = model.apply({"params": params}, augment.normalize(images, config.data.mean, config.data.std))[0]
+    np.testing.assert_allclose(network(images)[0], expected, atol=1e-5)
+    loaded = weight_files.load(tmp_path / "weights.safetensors", model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
