@@ -22,7 +22,7 @@ from configs import deit_base, deit_small, deit_tiny
 from experiments.aot import compile as aot
 
 _OUT = flags.DEFINE_string("out", None, "folder for result.json and table.md", required=True)
-_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x2", "v4:2x2x1"], "names that libtpu knows")
+_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x2", "v6e:2x2"], "names that libtpu knows")
 _MODELS = flags.DEFINE_list("models", ["deit_tiny", "deit_small"], "recipes in configs/")
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of the computation")
 _PROGRAMS = flags.DEFINE_list("programs", ["training", "inference"], "what is compiled")
