@@ -23,7 +23,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the prepared data s
 _RUNS = flags.DEFINE_string("runs", "runs/finetune", "folder of the runs")
 _OUT = flags.DEFINE_string("out", None, "result.json", required=True)
 _PARENT_STEPS = 3000
-_STEPS = 500
+_STEPS = 400
 _SEEDS = (0, 1, 2)
 _SHARED = {
     "model.width": 64, "model.num_heads": 2, "model.remat": False, "augment.magnitude": 0.0, "train.eval_every": 0,
