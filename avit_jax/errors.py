@@ -1,7 +1,9 @@
 """The one exception that means: the user can mend this; and what is shown of those of other libraries."""
 
+import functools
 import re
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -13,6 +15,19 @@ def stop(message: object) -> NoReturn:
     """Ends the program with one sentence and exit status 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """A main function whose `UserError` ends the program as `stop` does."""
+
+    @functools.wraps(main)
+    def run(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            stop(error)
+
+    return run
 
 
 def first_line(error: BaseException) -> str:

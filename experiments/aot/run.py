@@ -102,12 +102,5 @@ def main(_: list[str]) -> None:
     (out / "table.md").write_text(table(rows))
 
 
-def _main(argv: list[str]) -> None:
-    try:
-        main(argv)
-    except errors.UserError as error:
-        errors.stop(error)
-
-
 if __name__ == "__main__":
-    app.run(_main)
+    app.run(errors.told(main))

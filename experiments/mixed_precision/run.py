@@ -46,12 +46,5 @@ def main(_: list[str]) -> None:
     print(json.dumps(result, indent=2))
 
 
-def _main(argv: list[str]) -> None:
-    try:
-        main(argv)
-    except errors.UserError as error:
-        errors.stop(error)
-
-
 if __name__ == "__main__":
-    app.run(_main)
+    app.run(errors.told(main))
