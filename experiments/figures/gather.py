@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -23,7 +24,7 @@ class Images:
       guess: `(n,)` int, the likeliest class.
       macs_ratio: `(n,)` share of the static network's MACs.
       depth: `(n, rows, columns)` layers that each patch token has used.
-      score: `(n, L)` mean halting score of each layer, over the tokens that compute there.
+      score: `(n, L)` mean halting score of each layer, over the tokens that compute there; nan where none does.
       halting: `(n, L)` share of the patch tokens that halt at each layer.
     """
 
@@ -48,7 +49,7 @@ def gather(config: ConfigDict, model: vit.AViT, params: Any, reader: loader.Read
             "guess": logits.argmax(-1),
             "macs_ratio": flops.image_macs(model, aux.active) / flops.static_macs(model),
             "depth": depth.reshape(-1, *model.grid),
-            "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
+            "score": jnp.where(ran.any(axis=2).T, jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran), jnp.nan),
             "halting": jax.nn.one_hot(depth - 1, model.depth).mean(axis=1),
         }
 
