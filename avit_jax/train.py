@@ -103,13 +103,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
         one_step = train_step.make_train_step(model, tx, config, teacher and teacher.model)
         step_fn = jax.pmap(one_step, axis_name=train_step.AXIS, donate_argnums=0)
         results, values, seconds = None, None, past.get("train_seconds", 0.0)
+        profile = config.debug.profile if start < config.debug.profile[0] else (0, 0)
         for step in range(start, config.train.steps + 1):
             results, new = None, step > start
             if new:
-                with _profiled(config.debug.profile, step, workdir):
+                with _profiled(profile, step, workdir):
                     batch, waited = _next(batches, values)
                     state, values = step_fn(state, batch, *taught)
-                    if step == config.debug.profile[1]:
+                    if step == profile[1]:
                         jax.block_until_ready(values)
                 log.add(step, values, waited)
             evaluates = _evaluates_after(step, config) and (new or not past["evaluated"])

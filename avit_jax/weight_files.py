@@ -184,6 +184,8 @@ def infer(file: WeightFile, *, image_size: tuple[int, int], name: str) -> tuple[
     tensors = file.tensors
     try:
         width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+        hidden = len(tensors["blocks.0.mlp.fc1.weight"])
+        ratio = hidden / width
         model = vit.AViT(
             image_size=image_size,
             patch_size=patch_size,
@@ -191,7 +193,7 @@ def infer(file: WeightFile, *, image_size: tuple[int, int], name: str) -> tuple[
             width=width,
             depth=len([key for key in tensors if key.endswith("attn.qkv.weight")]),
             num_heads=file.num_heads or width // 64,
-            mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / width,
+            mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
             num_classes=len(tensors["head.weight"]),
             distilled="dist_token" in tensors,
             norm_eps=file.norm_eps or vit.AViT.norm_eps,

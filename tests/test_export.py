@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 
 import fixtures
 import jax
@@ -104,8 +105,16 @@ def _changed(file: pathlib.Path, target: pathlib.Path, **parts: bytes | None) ->
     return target
 
 
+def _npz(save: Callable[..., None], **arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    save(file, **arrays)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
-    "kind", ["truncated", "flipped", "page", "other zip", "other version", "program", "no weights", "objects", "other platform"]
+    "kind",
+    ["truncated", "flipped", "page", "other zip", "other version", "program", "no weights", "objects", "other platform"]
+    + ["other weights", "bomb", "bomb inside"],
 )
 def test_bad_files_are_refused_in_one_sentence(file: pathlib.Path, tmp_path: pathlib.Path, kind: str, params: dict) -> None:
     bad, data = tmp_path / "bad.avit", bytearray(file.read_bytes())
@@ -126,9 +135,14 @@ def test_bad_files_are_refused_in_one_sentence(file: pathlib.Path, tmp_path: pat
     elif kind == "no weights":
         _changed(file, bad, weights=None)
     elif kind == "objects":
-        pickled = io.BytesIO()
-        np.savez(pickled, **{"0": np.array([{}], object)})
-        _changed(file, bad, weights=pickled.getvalue())
+        _changed(file, bad, weights=_npz(np.savez, **{"0": np.array([{}], object)}))
+    elif kind == "other weights":
+        _changed(file, bad, weights=_npz(np.savez, **{"0": np.zeros(3, np.float32)}))
+    elif kind == "bomb inside":
+        _changed(file, bad, weights=_npz(np.savez_compressed, **{"0": np.zeros(10**6)}))
+    elif kind == "bomb":
+        with zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("metadata.json", " " * 10**6)
     elif kind == "other platform":
         export.write(bad, params, _MODEL, platforms=("tpu",), **_COLORS)
     with pytest.raises(serving.BadArtifact) as refused:

@@ -212,6 +212,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.distill.teacher=nowhere.pth"], "there is no nowhere.pth"),
         ([_DIGITS, "--config.optimizer.layer_decay=0"], "config.optimizer.layer_decay must be between"),
         ([_DIGITS, "--config.debug.profile=(5,3)"], "config.debug.profile must be the first and the last step"),
+        ([_DIGITS, "--config.debug.profile=(5,3000)"], "config.debug.profile must be the first and the last step"),
     ],
 )
 def test_mistakes_that_show_later(tmp_path: pathlib.Path, arguments: list[str], expected: str) -> None:

@@ -112,6 +112,10 @@ def test_the_steps_asked_for_are_traced(tmp_path: pathlib.Path) -> None:
     for name, steps, traces in (("none", (0, 0), 0), ("some", (2, 3), 1)):
         train.train(fixtures.small_config(**{"train.steps": 4, "debug.profile": steps}), tmp_path / name)
         assert len(list((tmp_path / name).glob("profile/**/*.xplane.pb"))) == traces
+    # A run that goes on in their midst traces none.
+    config = fixtures.small_config(**{"train.steps": 6, "debug.profile": (2, 5)})
+    train.train(config, tmp_path / "none", allow_changed_config=True)
+    assert not list((tmp_path / "none").glob("profile/**/*"))
 
 
 def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:

@@ -101,6 +101,13 @@ def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(params["head"]["kernel"], _tensors()["head.weight"].T)
 
 
+def test_widths_that_are_no_round_ratio_are_inferred() -> None:
+    model = _model(width=49, num_heads=7, mlp_ratio=1.0000001 / 49)  # 1 / 49 * 49 < 1
+    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    inferred, _ = weight_files.infer(weight_files.to_file(params, model), image_size=(16, 16), name="it")
+    assert inferred.mlp_width == model.mlp_width == 1
+
+
 def test_the_gate_of_a_released_file_is_in_its_name(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="avit_jax"):
         assert weight_files.read(_DATA / "tiny-10-30.pth").gate == {"gamma": 10.0, "beta": -30.0}

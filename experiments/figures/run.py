@@ -25,7 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, or a weight file", required=True)
 _OUT = flags.DEFINE_string("out", None, "folder for the page and the figures", required=True)
 _SHIFTS = flags.DEFINE_list("shifts", ["-1", "-0.5", "-0.25", "0", "0.25", "0.5", "1"], "of beta, in units of gamma")
-_SHOWN = flags.DEFINE_integer("shown", 8, "images in each figure that shows images")
+_SHOWN = flags.DEFINE_integer("shown", 8, "images in each figure that shows images", lower_bound=1)
 
 
 def show(images: gather.Images, chosen: np.ndarray, reader: loader.Reader, model: vit.AViT) -> Figure:
@@ -64,6 +64,10 @@ def figures(
 def main(_: list[str]) -> None:
     """Looks, draws and writes."""
     config, out = _CONFIG.value, pathlib.Path(_OUT.value)
+    try:
+        shifts = [float(shift) for shift in _SHIFTS.value]
+    except ValueError as error:
+        raise errors.UserError(f"--shifts must be numbers: {error}.") from error
     model = build.model(config).clone(removal=None)
     if model.halting is None or model.halting.learnable:
         raise errors.UserError("figures are of a network with a fixed gate: --config.halting.enabled=True, learnable=False.")
@@ -74,7 +78,7 @@ def main(_: list[str]) -> None:
     parent = past.get("parent", {}).get("parent_top1")
     reader = evaluate.Evaluator(config, model).reader
     images = gather.gather(config, model, jax.device_put(params), reader)
-    rows = gather.sweep(config, params, [float(shift) for shift in _SHIFTS.value])
+    rows = gather.sweep(config, params, shifts)
     out.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, heading, text, figure in figures(images, rows, reader, model, parent):
