@@ -251,7 +251,7 @@ def _check_combinations(config: ConfigDict) -> None:
         raise errors.UserError("config.model.mlp_ratio is so small that the MLP would have no width.")
     profile = config.debug.profile
     steps = len(profile) == 2 and all(isinstance(step, int) for step in profile)
-    if not steps or not 0 <= profile[0] <= profile[1] <= config.train.steps:
+    if not steps or (tuple(profile) != (0, 0) and not 1 <= profile[0] <= profile[1] <= config.train.steps):
         raise errors.UserError(f"config.debug.profile must be the first and the last step to trace; got {profile}.")
     scale = config.augment.crop_scale
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:

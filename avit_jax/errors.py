@@ -18,13 +18,13 @@ def stop(message: object) -> NoReturn:
 
 
 def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """A main function whose `UserError` ends the program as `stop` does."""
+    """A main function whose `UserError`, or output that cannot be written, ends the program as `stop` does."""
 
     @functools.wraps(main)
     def run(argv: list[str]) -> None:
         try:
             main(argv)
-        except UserError as error:
+        except (UserError, OSError) as error:
             stop(error)
 
     return run

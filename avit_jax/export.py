@@ -1,11 +1,9 @@
 """A trained network as one file that runs without this package, see `avit_jax/serving.py`."""
 
-import dataclasses
 import functools
 import io
 import json
 import logging
-import pathlib
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +64,7 @@ def write(
         "label_names": list(label_names),
         "mean": list(mean),
         "std": list(std),
-        "halting": None if model.halting is None else dataclasses.asdict(model.halting),
+        "halting": weight_files.to_file(params, model).gate,
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
@@ -94,7 +92,7 @@ def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.
     model = build.model(config).clone(removal=None)
     params, names = restore.trained(config, model, checkpoint)
     if str(path).endswith(".safetensors"):
-        weight_files.write(pathlib.Path(path), params, model)
+        weight_files.write(path, params, model)
     else:
         write(path, params, model, mean=config.data.mean, std=config.data.std, label_names=names, batch=batch)
     _logger.info("wrote %s", path)

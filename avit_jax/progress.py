@@ -133,7 +133,8 @@ class Log:
                 f"loss or gradient was not finite in any of the {len(rows)} steps up to step {steps[-1]}: training has stopped "
                 "and the last checkpoint stands; lower --config.optimizer.learning_rate."
             )
-        mean = {name: float(np.mean([row[name] for row in done])) for name in done[0]}
+        # A run that goes on without its teacher, or with one, has rows of both kinds.
+        mean = {name: float(np.mean([row[name] for row in done if name in row])) for name in done[-1]}
         for name in ("skipped", "nonfinite"):
             mean[name] = int(sum(row[name] for row in rows))
         self._check_skipped(mean["skipped"], len(steps))

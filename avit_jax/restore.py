@@ -1,7 +1,7 @@
 """What a run starts from: random weights, a weight file, or its last checkpoint."""
 
 import functools
-import hashlib
+import json
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Teacher(NamedTuple):
-    """A network that does not learn: its model, its parameters, and their SHA-256."""
+    """A network that does not learn: its model, its parameters, and the SHA-256 of both."""
 
     model: vit.AViT
     params: Any
@@ -67,17 +67,23 @@ def _creation(
     return create, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
 
 
-def evaluate_before(config: ConfigDict, model: vit.AViT, params: Any, teacher: Teacher | None) -> dict[str, float]:
+def evaluate_before(
+    config: ConfigDict, model: vit.AViT, params: Any, teacher: Teacher | None, past: dict[str, Any]
+) -> dict[str, float]:
     """Accuracies that are known before training, which its own is to be measured against.
 
-    `parent_top1` of the static network that a halting one starts from, and `teacher_top1`, where there are such.
+    `parent_top1` of the static network that a halting one starts from, and `teacher_top1`, where there are such; from `past`,
+    what was saved of the run so far, where it is known.
     """
-    before = {}
-    if config.init and not config.init_new_head and model.halting is not None:
+    known = past.get("parent", {})
+    before = {name: value for name, value in known.items() if name == "parent_top1"}
+    if not past and config.init and not config.init_new_head and model.halting is not None:
         static = model.clone(halting=None, removal=None)
         weights = {name: value for name, value in params.items() if name != "gate"}
         before["parent_top1"] = _top1(config, static, weights, f"the static network of {config.init}, before training")
-    if teacher is not None:
+    if teacher is not None and past.get("teacher") == teacher.fingerprint:
+        before["teacher_top1"] = known["teacher_top1"]
+    elif teacher is not None:
         before["teacher_top1"] = _top1(config, teacher.model, teacher.params, f"the teacher {config.distill.teacher}")
     return before
 
@@ -94,8 +100,13 @@ def weights_of(path: epath.PathLike) -> weight_files.WeightFile:
     Raises:
       errors.UserError: it cannot be read.
     """
-    if str(path).startswith(weight_files.HUB) or not epath.Path(path).is_dir():
-        return weight_files.read(path)
+    is_file = str(path).startswith(weight_files.HUB) or not epath.Path(path).is_dir()
+    if distributed.from_first_json(is_file):
+        file = weight_files.read(path)
+        fingerprint = weight_files.fingerprint(file)
+        if distributed.from_first_json(fingerprint) != fingerprint:
+            raise errors.UserError(f"{path} is another file here than on the first process: bring the same one to all hosts.")
+        return file
     past: dict[str, Any] = {}
     if distributed.is_first():
         with Checkpoints(path, read_only=True) as checkpoints:
@@ -108,13 +119,14 @@ def weights_of(path: epath.PathLike) -> weight_files.WeightFile:
     return weight_files.to_file(params(config, model, path)[0], model)
 
 
-def teacher(config: ConfigDict, model: vit.AViT, past: dict[str, Any]) -> Teacher | None:
+def teacher(config: ConfigDict, model: vit.AViT, past: dict[str, Any], allow_changed: bool = False) -> Teacher | None:
     """The teacher that `config.distill.teacher` names, if any.
 
     Args:
       config: of the run.
       model: that is to be taught.
       past: what was saved of the run so far; empty at its start.
+      allow_changed: another teacher than the one the run began with will do too.
 
     Raises:
       errors.UserError: it cannot be read, does not fit the model, or is not the one the run began with.
@@ -122,18 +134,17 @@ def teacher(config: ConfigDict, model: vit.AViT, past: dict[str, Any]) -> Teache
     name = config.distill.teacher
     if not name:
         return None
-    network, weights = weight_files.infer(weights_of(name), image_size=model.pixels, name=name)
+    file = weights_of(name)
+    network, weights = weight_files.infer(file, image_size=model.pixels, name=name)
     for key in ("num_classes", "channels"):
         if getattr(network, key) != getattr(model, key):
             raise errors.UserError(
                 f"the teacher {name} has a {key} of {getattr(network, key)}, and the model {getattr(model, key)}: take another."
             )
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(weights):
-        digest.update(np.ascontiguousarray(leaf))
-    if past and past.get("teacher") not in (None, digest.hexdigest()):
+    fingerprint = weight_files.fingerprint(file)
+    if not allow_changed and past and past.get("teacher") not in (None, fingerprint):
         raise errors.UserError(f"the teacher {name} has changed since the run began: bring it back, or set another --workdir.")
-    return Teacher(network.clone(dtype=model.dtype), weights, digest.hexdigest())
+    return Teacher(network.clone(dtype=model.dtype), weights, fingerprint)
 
 
 def params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike) -> tuple[Any, dict[str, Any]]:
@@ -164,5 +175,16 @@ def trained(config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike) -> 
     """
     if epath.Path(checkpoint).is_dir():
         weights, past = params(config, model, checkpoint)
+        _warn_of_differences(config, past)
         return weights, past.get("label_names", [])
     return weight_files.load(checkpoint, model), []
+
+
+def _warn_of_differences(config: ConfigDict, past: dict[str, Any]) -> None:
+    """Tells where a network is used otherwise than it was trained."""
+    if "config" not in past:
+        return
+    now, then = (config_lib.flat(values) for values in (json.loads(config.to_json_best_effort()), past["config"]))
+    for key in sorted(key for key in now if key.startswith(("model.", "halting.", "data.mean", "data.std"))):
+        if key in then and now[key] != then[key] and key not in ("model.remat", "model.drop_path", "model.dropout"):
+            _logger.warning("config.%s is %s, and the network was trained with %s", key, now[key], then[key])

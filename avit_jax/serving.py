@@ -14,13 +14,15 @@ import dataclasses
 import io
 import json
 import os
+import re
 import zipfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 KIND = "avit_jax network, version 1"
+_CALLS = {"shape_assertion"}  # of a batch of any size
 
 
 class BadArtifact(ValueError):
@@ -39,8 +41,8 @@ class Network:
 
     metadata: dict[str, Any]
     shape: tuple[Any, ...]
-    _run: Any
-    _weights: list[jax.Array]
+    _run: Any = dataclasses.field(repr=False)
+    _weights: list[jax.Array] = dataclasses.field(repr=False)
 
     def __call__(self, images: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Classifies pictures; compiles at the first call of each batch size.
@@ -54,8 +56,10 @@ class Network:
         Raises:
           ValueError: the images are of another dtype or shape.
         """
+        images = images if hasattr(images, "dtype") else np.asarray(images)
         batch, *expected = self.shape
-        fits = images.ndim == 4 and images.shape[1:] == tuple(expected) and (len(images) == batch or not isinstance(batch, int))
+        fits = images.ndim == 4 and images.shape[1:] == tuple(expected)
+        fits = fits and (len(images) == batch if isinstance(batch, int) else len(images) > 0)
         if images.dtype != np.uint8 or not fits:
             wanted = ", ".join(map(str, self.shape))
             raise ValueError(f"images must be ({wanted}) of uint8; got {images.shape} of {images.dtype}.")
@@ -70,32 +74,45 @@ def load(path: os.PathLike | str) -> Network:
       OSError: it cannot be read.
       ImportError: flatbuffers is not installed.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # checks a sum of each part
-            _check_stored(archive, path)
-            metadata = json.loads(archive.read("metadata.json"))
-            if metadata["kind"] != KIND:
-                raise BadArtifact(f"{path} is of another version: {metadata['kind']}.")
-            program = jax.export.deserialize(bytearray(archive.read("program")))
-            with zipfile.ZipFile(io.BytesIO(archive.read("weights.npz"))) as weights_archive:
-                _check_stored(weights_archive, path)
-            with np.load(io.BytesIO(archive.read("weights.npz")), allow_pickle=False) as arrays:
-                weights = [arrays[str(i)] for i in range(len(arrays.files))]
-            *expected, images = program.in_avals
-            if [(x.shape, x.dtype) for x in weights] != [(x.shape, x.dtype) for x in expected]:
-                raise BadArtifact(f"{path} holds other weights than its program asks for.")
-    except (OSError, ImportError, BadArtifact):
-        raise
-    except Exception as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadArtifact(f"{path} is no exported network, or damaged ({line}).") from error
+    with open(path, "rb") as file:
+        try:
+            metadata, program, weights = _read(file)
+        except ImportError:
+            raise
+        except Exception as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadArtifact(f"{path} is no exported network, or damaged ({line}).") from error
     here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
     if here not in program.platforms:
         raise BadArtifact(f"{path} runs on {', '.join(program.platforms)}, and not on {here}.")
-    return Network(metadata=metadata, shape=images.shape, _run=jax.jit(program.call), _weights=jax.device_put(weights))
+    return Network(metadata=metadata, shape=program.in_avals[-1].shape, _run=jax.jit(program.call), _weights=weights)
 
 
-def _check_stored(archive: zipfile.ZipFile, path: os.PathLike | str) -> None:
+def _read(file: BinaryIO) -> tuple[dict[str, Any], jax.export.Exported, list[jax.Array]]:
+    """The parts of a file; raises anything where one of them is not as `export` writes it."""
+    with zipfile.ZipFile(file) as archive:  # checks a sum of each part
+        _check_stored(archive)
+        metadata = json.loads(archive.read("metadata.json"))
+        if metadata["kind"] != KIND:
+            raise ValueError("it is of another version")
+        program = jax.export.deserialize(bytearray(archive.read("program")))
+        weights = io.BytesIO(archive.read("weights.npz"))
+    with zipfile.ZipFile(weights) as archive:
+        _check_stored(archive)
+    with np.load(weights, allow_pickle=False) as arrays:
+        arrays = [arrays[str(i)] for i in range(len(arrays.files))]
+    *expected, images = program.in_avals
+    if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in expected]:
+        raise ValueError("its weights are not those that its program asks for")
+    if len(images.shape) != 4 or images.dtype != np.uint8 or len(program.out_avals) != 2:
+        raise ValueError("its program does not go from pictures to logits and depths")
+    calls = set(re.findall(r"custom_call @?\"?([\w.$-]+)", program.mlir_module())) - _CALLS
+    if calls:
+        raise ValueError(f"its program calls what no network of ours does: {', '.join(sorted(calls))}")
+    return metadata, program, jax.device_put(arrays)
+
+
+def _check_stored(archive: zipfile.ZipFile) -> None:
     """What is compressed may be of any size when it is read."""
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-        raise BadArtifact(f"{path} is no exported network: it is compressed.")
+        raise ValueError("it is compressed")

@@ -93,9 +93,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
         state, past = restore.begin(config, model, tx, checkpoints, allow_changed_config)
         start = int(state.step)
         kept = {"config": json.loads(config.to_json_best_effort()), "label_names": source.label_names}
-        teacher = restore.teacher(config, model, past)
+        teacher = restore.teacher(config, model, past, allow_changed_config)
         kept["teacher"] = teacher and teacher.fingerprint
-        kept["parent"] = past["parent"] if past else restore.evaluate_before(config, model, state.params, teacher)
+        kept["parent"] = restore.evaluate_before(config, model, state.params, teacher, past)
         log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
         batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
         state = evaluate.replicate(state)

@@ -41,7 +41,7 @@ def depth_figure(
     for i, (image, depths, title) in enumerate(zip(images, depth, titles, strict=True)):
         left, right = axes[i // per_row, 2 * (i % per_row) :][:2]
         left.imshow(image, cmap="gray", vmin=0, vmax=255)
-        left.set_title(title, fontsize=9)
+        left.set_title(title, fontsize=9, parse_math=False)
         drawn = right.imshow(depths, cmap=_COLORS, vmin=1, vmax=num_layers)
         right.set_title(f"depth {depths.mean():.1f}", fontsize=9)
     top.colorbar(drawn, ax=axes, label="layers used", shrink=0.8, ticks=np.arange(1, num_layers + 1))
@@ -68,7 +68,7 @@ def depth_map(image: np.ndarray, depth: np.ndarray, *, num_layers: int, title: s
     figure = Figure(figsize=(2 * width + 1.2, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(image, cmap="gray", vmin=0, vmax=255)
-    left.set_title(title, fontsize=10)
+    left.set_title(title, fontsize=10, parse_math=False)
     drawn = right.imshow(depth, cmap=_COLORS, vmin=1, vmax=num_layers, extent=(0, image.shape[1], image.shape[0], 0))
     right.set_title(f"depth {depth.mean():.1f} of {num_layers}", fontsize=10)
     for axis in (left, right):

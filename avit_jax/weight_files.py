@@ -6,6 +6,7 @@ released A-ViT, and `.npz` of big_vision and AugReg. A file is a stranger's: not
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -45,6 +46,15 @@ class WeightFile:
     gate: dict[str, float] | None = None
 
 
+def fingerprint(file: WeightFile) -> str:
+    """SHA-256 of all that a file holds."""
+    digest = hashlib.sha256(json.dumps([file.norm_eps, file.num_heads, file.gate]).encode())
+    for name, array in sorted(file.tensors.items()):
+        digest.update(f"{name}{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
 def read(path: epath.PathLike) -> WeightFile:
     """Reads a weight file of any of the kinds above; `hf-hub:owner/name` is fetched from the Hugging Face hub.
 
@@ -78,9 +88,15 @@ def read(path: epath.PathLike) -> WeightFile:
         raise errors.UserError(f"{path} holds no whole vision transformer: {errors.first_line(error)}.") from error
     try:
         sizes = {name: kind(metadata[name]) for name, kind in _SIZES.items() if name in metadata}
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise errors.UserError(f"{path} is refused: its metadata makes no sense ({errors.first_line(error)}).") from error
-    return WeightFile(tensors=tensors, gate=_gate(path, metadata), **sizes)
+    return WeightFile(tensors=tensors, gate=_gate(path, metadata), **_sane(path, sizes))
+
+
+def _sane(path: pathlib.Path, sizes: dict[str, float]) -> dict[str, float]:
+    if not (0 < sizes.get("norm_eps", 0.5) < 1 and sizes.get("num_heads", 1) > 0):
+        raise errors.UserError(f"{path} tells {sizes}, which makes no sense.")
+    return sizes
 
 
 def _from_hub(name: str) -> pathlib.Path:
@@ -125,8 +141,11 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, float] |
     """The gate from our metadata, or from the name the released A-ViT gives its files, such as tiny-10-30.pth."""
     if "halting" in metadata:
         try:
-            return dataclasses.asdict(halting.HaltingConfig(**json.loads(metadata["halting"])))
-        except (TypeError, ValueError) as error:
+            gate = dataclasses.asdict(halting.HaltingConfig(**json.loads(metadata["halting"])))
+            if [type(gate[key]) for key in ("channel", "learnable")] != [int, bool]:
+                raise ValueError(f"channel {gate['channel']}, learnable {gate['learnable']}")
+            return gate | {key: float(gate[key]) for key in ("gamma", "beta", "epsilon")}
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise errors.UserError(f"{path} is refused: its gate makes no sense ({errors.first_line(error)}).") from error
     by_name = re.fullmatch(r"(?:tiny|small|base)-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", path.stem)
     if by_name is None:
@@ -143,13 +162,14 @@ def _hugging_face_sizes(path: pathlib.Path) -> dict[str, float]:
     try:
         told = json.loads(config.read_text())
         sizes = {"norm_eps": float(told["layer_norm_eps"]), "num_heads": int(told["num_attention_heads"])}
-    except (KeyError, TypeError, ValueError) as error:
+        other = [key for key, value in (("hidden_act", "gelu"), ("qkv_bias", True)) if told.get(key, value) != value]
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
         raise errors.UserError(
             f"{config} does not tell layer_norm_eps and num_attention_heads ({errors.first_line(error)})."
         ) from error
-    if not (0 < sizes["norm_eps"] < 1 and sizes["num_heads"] > 0):
-        raise errors.UserError(f"{config} tells {sizes}, which makes no sense.")
-    return sizes
+    if other:
+        raise errors.UserError(f"{config} tells of another network: its {other[0]} is {told[other[0]]}.")
+    return _sane(config, sizes)
 
 
 def load(path: epath.PathLike, model: vit.AViT, *, new_head: bool = False) -> dict[str, Any]:
@@ -285,7 +305,7 @@ def _bicubic(size: int, new_size: int) -> np.ndarray:
     return matrix
 
 
-def write(path: pathlib.Path, params: Mapping[str, Any], model: vit.AViT, *, names: str = "timm") -> None:
+def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, names: str = "timm") -> None:
     """Writes safetensors; the gate, as it has been learnt, and what the tensors do not tell are in the metadata.
 
     Args:
@@ -296,6 +316,7 @@ def write(path: pathlib.Path, params: Mapping[str, Any], model: vit.AViT, *, nam
     """
     import safetensors.numpy
 
+    path = epath.Path(path)
     file = to_file(params, model)
     tensors = file.tensors
     metadata = {"format": "pt", "norm_eps": str(file.norm_eps), "num_heads": str(file.num_heads)}
@@ -303,8 +324,8 @@ def write(path: pathlib.Path, params: Mapping[str, Any], model: vit.AViT, *, nam
         metadata["halting"] = json.dumps(file.gate)
     if names == "huggingface":
         tensors = weights.to_hugging_face(tensors)
-        pathlib.Path(path).with_name("config.json").write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
-    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, metadata)
+        path.with_name("config.json").write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
+    path.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata))
 
 
 def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:

@@ -114,7 +114,7 @@ def _npz(save: Callable[..., None], **arrays: np.ndarray) -> bytes:
 @pytest.mark.parametrize(
     "kind",
     ["truncated", "flipped", "page", "other zip", "other version", "program", "no weights", "objects", "other platform"]
-    + ["other weights", "bomb", "bomb inside"],
+    + ["other weights", "bomb", "bomb inside", "calls", "other program", "string"],
 )
 def test_bad_files_are_refused_in_one_sentence(file: pathlib.Path, tmp_path: pathlib.Path, kind: str, params: dict) -> None:
     bad, data = tmp_path / "bad.avit", bytearray(file.read_bytes())
@@ -138,6 +138,15 @@ def test_bad_files_are_refused_in_one_sentence(file: pathlib.Path, tmp_path: pat
         _changed(file, bad, weights=_npz(np.savez, **{"0": np.array([{}], object)}))
     elif kind == "other weights":
         _changed(file, bad, weights=_npz(np.savez, **{"0": np.zeros(3, np.float32)}))
+    elif kind == "string":
+        _changed(file, bad, weights=_npz(np.savez, **{str(i): np.array("x") for i in range(40)}))
+    elif kind in ("calls", "other program"):
+        checks = [jax.export.DisabledSafetyCheck.custom_call("a_strangers")]
+        run = lambda x: (jax.ffi.ffi_call("a_strangers", jax.ShapeDtypeStruct((1, 3), np.float32))(x), x)  # noqa: E731
+        run = run if kind == "calls" else jnp.square
+        images = jax.ShapeDtypeStruct((1, 24, 16, 3), np.uint8)
+        program = jax.export.export(jax.jit(run), platforms=("cpu",), disabled_checks=checks)(images)
+        _changed(file, bad, program=bytes(program.serialize()), weights=_npz(np.savez))
     elif kind == "bomb inside":
         _changed(file, bad, weights=_npz(np.savez_compressed, **{"0": np.zeros(10**6)}))
     elif kind == "bomb":
@@ -148,6 +157,8 @@ def test_bad_files_are_refused_in_one_sentence(file: pathlib.Path, tmp_path: pat
     with pytest.raises(serving.BadArtifact) as refused:
         serving.load(bad)
     assert "\n" not in str(refused.value) and str(bad) in str(refused.value)
+    told = {"calls": "calls what no network of ours does: a_strangers", "bomb": "compressed", "other weights": "its weights"}
+    assert told.get(kind, "") in str(refused.value)
 
 
 def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:

@@ -45,11 +45,11 @@ def test_a_gate_that_is_shifted_up_halts_sooner() -> None:
 
 
 def test_every_figure_can_be_drawn(images: gather.Images, tmp_path: pathlib.Path) -> None:
-    names = [f"class {i}" for i in range(10)]
+    names = [f"class $\\frac {i}" for i in range(10)]  # no mathematics
     pixels = [np.zeros((16, 16, 1), np.uint8), np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)]
     rows = [{"shift": shift, "top1": 0.5, "macs_ratio": 0.5 - 0.1 * shift} for shift in (-1.0, 0.0, 1.0)]
     figures = [
-        draw.maps(pixels, images.depth[:3], ["a", "b", "c"], 3),
+        draw.maps(pixels, images.depth[:3], ["a", "$a_b_c$", "c"], 3),
         draw.position(images.depth, 3),
         draw.layers(images),
         draw.classes(images, names),

@@ -229,6 +229,19 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         safetensors.numpy.save_file(_tensors(norm__bias=np.zeros(12, np.int32)), path)
     elif kind == "gate":
         safetensors.numpy.save_file(_tensors(), path, {"halting": '{"gamma": "x"}'})
+    elif kind == "gate's channel":
+        safetensors.numpy.save_file(_tensors(), path, {"halting": '{"channel": 0.5}'})
+    elif kind == "deep gate":
+        safetensors.numpy.save_file(_tensors(), path, {"halting": "[" * 100_000})
+    elif kind == "eps":
+        safetensors.numpy.save_file(_tensors(), path, {"norm_eps": "inf"})
+    elif kind == "config's heads":
+        shutil.copy(_DATA / "vit/model.safetensors", path)
+        (tmp_path / "config.json").write_text('{"layer_norm_eps": 1e-6, "num_attention_heads": 1e999}')
+    elif kind == "config's activation":
+        shutil.copy(_DATA / "vit/model.safetensors", path)
+        text = '{"layer_norm_eps": 1e-6, "num_attention_heads": 3, "hidden_act": "relu"}'
+        (tmp_path / "config.json").write_text(text)
     elif kind == "heads":
         safetensors.numpy.save_file(_tensors(), path, {"num_heads": "many"})
     elif kind == "gate's keys":
@@ -273,6 +286,11 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         ("gate", "gate makes no sense"),
         ("gate's keys", "gate makes no sense"),
         ("heads", "metadata makes no sense"),
+        ("gate's channel", "gate makes no sense"),
+        ("deep gate", "gate makes no sense"),
+        ("eps", "makes no sense"),
+        ("config's heads", "does not tell layer_norm_eps"),
+        ("config's activation", "its hidden_act is relu"),
         ("no config", r"config\.json is missing"),
         ("config", "does not tell layer_norm_eps"),
         ("config's eps", "makes no sense"),

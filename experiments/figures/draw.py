@@ -32,7 +32,7 @@ def maps(images: list[np.ndarray], depth: np.ndarray, titles: list[str], num_lay
     for i, (image, depths, title) in enumerate(zip(images, depth, titles, strict=True)):
         left, right = axes[i // 2, 2 * (i % 2) :][:2]
         left.imshow(image, cmap="gray", vmin=0, vmax=255)
-        left.set_title(title, fontsize=9)
+        left.set_title(title, fontsize=9, parse_math=False)
         height, width = image.shape[:2]
         drawn = right.imshow(depths, cmap=_COLORS, vmin=1, vmax=num_layers, extent=(0, width, height, 0))
         right.set_title(f"depth {depths.mean():.1f}", fontsize=9)
@@ -80,7 +80,7 @@ def classes(images: Images, names: list[str], most: int = 16) -> Figure:
     for place, k in enumerate(shown):
         values = images.macs_ratio[images.label == k]
         axis.errorbar(values.mean(), place, xerr=values.std(), fmt="o", color="tab:green", capsize=3)
-    axis.set_yticks(range(len(shown)), [names[k][:24] for k in shown])
+    axis.set_yticks(range(len(shown)), [names[k][:24] for k in shown], parse_math=False)
     axis.set_xlabel("share of the static network's MACs")
     return figure
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from avit_jax import build, errors, evaluate, restore, vit, weight_files
+from avit_jax import config as config_lib
 from avit_jax.data import loader
 from experiments.figures import draw, gather
 from experiments.figures import page as page_lib
@@ -55,7 +56,7 @@ def figures(
     yield "position", "Depth by position", where, draw.position(images.depth, model.depth)
     band = "Above, where patch tokens halt; below, the mean score of the tokens that compute, the band one standard deviation."
     yield "layers", "Halting by layer", band, draw.layers(images)
-    bars = "Mean cost of a class's images, and their standard deviation."
+    bars = "Mean cost of a class's images, and their standard deviation; of many classes the cheapest and the dearest."
     yield "classes", "Cost by class", bars, draw.classes(images, reader.source.label_names)
     line = "One network whose gate is shifted, without training it anew."
     yield "tradeoff", "Accuracy against work", line, draw.tradeoff(rows, parent)
@@ -68,6 +69,7 @@ def main(_: list[str]) -> None:
         shifts = [float(shift) for shift in _SHIFTS.value]
     except ValueError as error:
         raise errors.UserError(f"--shifts must be numbers: {error}.") from error
+    config_lib.check(config)
     model = build.model(config).clone(removal=None)
     if model.halting is None or model.halting.learnable:
         raise errors.UserError("figures are of a network with a fixed gate: --config.halting.enabled=True, learnable=False.")
@@ -99,4 +101,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
     app.run(errors.told(main))

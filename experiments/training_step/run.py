@@ -34,6 +34,7 @@ def build_step(*, halting: bool, batch_size: int) -> Callable[[], None]:
         "image": rng.integers(0, 256, (1, batch_size, *model.pixels, model.channels), np.uint8),
         "label": rng.integers(0, model.num_classes, (1, batch_size)).astype(np.int32),
         "index": np.arange(batch_size, dtype=np.int32)[None],
+        "skipped": np.zeros((1, batch_size), np.int32),
     }
 
     def run() -> None:
