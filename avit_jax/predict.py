@@ -91,7 +91,10 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+        if not found:
+            raise errors.UserError(f"there is no picture in {path}: they end in {', '.join(_SUFFIXES)}.")
+        return found
     if not path.exists():
         raise errors.UserError(f"there is no picture {path}.")
     return [path]
@@ -143,8 +146,9 @@ def tell(
       How many pictures there were.
     """
     lines, taken = [], set()
-    print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes")
     for one in predictions:
+        if not lines:
+            print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes")
         classes = ", ".join(f"{name} {p:.1%}" for name, p in zip(one.top5, one.probabilities, strict=True))
         print(f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {one.path}: {classes}")
         lines.append(one.to_json() + "\n")

@@ -1,6 +1,8 @@
 """A small A-ViT on the 1,797 handwritten digits that come with scikit-learn; needs no download.
 
 python -m avit_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Hardware: two CPU cores, for a few minutes. Expected (experiments/digits): 95.9% top-1 at half of the static network's MACs.
 """
 
 from ml_collections import ConfigDict

@@ -87,7 +87,7 @@ def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(folder: pathlib.
 
 
 def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
-    for paths, told in (([], "name pictures"), ([tmp_path], "name pictures"), ([tmp_path / "no.png"], r"no picture .*no\.png")):
+    for paths, told in (([], "name pictures"), ([tmp_path], "no picture in"), ([tmp_path / "no.png"], r"no picture .*no\.png")):
         with pytest.raises(errors.UserError, match=told):
             list(predict.predict(_config(), _WEIGHTS, paths))
     (tmp_path / "bad.png").write_bytes(b"bad")

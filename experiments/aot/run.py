@@ -65,7 +65,11 @@ def largest(model: str, topology: str, remat: bool) -> dict[str, object]:
 def table(rows: dict[str, dict[str, object]]) -> str:
     """All rows in Markdown."""
     keys = sorted(key for key, row in rows.items() if "fits" in row)
-    lines = ["| program, model, dtype, topology | batch per device | " + " | ".join(_COLUMNS).replace("_", " ") + " |"]
+    lines = [
+        "| program, model, dtype, topology | batch per device | "
+        + " | ".join(_COLUMNS).replace("_", " ").replace("mib", "MiB").replace("gib", "GiB")
+        + " |"
+    ]
     lines.append("|---" * (len(_COLUMNS) + 2) + "|")
     for key in keys:
         values = [rows[key].get(name, "") for name in _COLUMNS]
