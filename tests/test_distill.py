@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import build, errors, evaluate, losses, restore, train, train_step, vit, weight_files
+from avit_jax import build, errors, evaluate, losses, progress, restore, train, train_step, vit, weight_files
 
 _LOGITS = jnp.array([[2.0, 0.0, -1.0], [0.5, 1.5, 0.0]])
 _TEACHER = jnp.array([[0.0, 3.0, 1.0], [1.0, 2.0, 0.0]])
@@ -123,6 +123,12 @@ def test_a_teacher_may_leave_in_the_midst_of_a_run(teacher: pathlib.Path, tmp_pa
     assert "teacher_top1" not in _summary(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["split"] == "train" and "distill_loss" not in rows[-2]
+    # Stopped between two rows of the metrics, it has values of steps with the teacher and without.
+    log = progress.Log(config, None, lambda step: 0.1, 0, {})
+    without = {"loss": 2.0, "skipped": 0.0, "nonfinite": 0.0}
+    for last, expected in ((without, {"loss": 1.5}), (without | {"distill_loss": 3.0}, {"loss": 1.5, "distill_loss": 3.0})):
+        first = without | {"loss": 1.0} | ({"distill_loss": 5.0} if "distill_loss" not in last else {})
+        assert log._mean((1, 2), (first, last)).items() >= expected.items()
 
 
 def test_a_run_can_be_the_teacher_or_the_start(tmp_path: pathlib.Path) -> None:
