@@ -1,12 +1,14 @@
 """Encoded pictures, of anyone's making, to RGB by Pillow. All that can be wrong with one ends in `BadPicture`."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no other decoder of Pillow's is let near the bytes
 _MAX_PIXELS = 89_478_485  # above, Pillow too suspects a decompression bomb
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is refused, with a sentence of ours
 _ORIENTATION = 0x0112  # EXIF
 
 
