@@ -12,7 +12,7 @@ from avit_jax import build, errors, flops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from experiments.aot import compile as aot
-from experiments.aot import run
+from experiments.aot import rows
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
@@ -54,13 +54,13 @@ def test_the_largest_batch_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"fits": config.train.batch_size <= 4 * (256 if config.model.remat else 64)}
 
     monkeypatch.setattr(aot, "compile_training", compile_training)
-    assert run.largest("deit_tiny", "v5e:2x2", remat=False) == {"largest_batch": 64}
-    assert run.largest("deit_tiny", "v5e:2x2", remat=True) == {"largest_batch": 256}
+    assert rows.largest("deit_tiny", "v5e:2x2", remat=False) == {"largest_batch": 64}
+    assert rows.largest("deit_tiny", "v5e:2x2", remat=True) == {"largest_batch": 256}
     assert asked[:3] == [(4 * size, False, "bfloat16") for size in (32, 64, 128)]
 
 
 def test_the_table() -> None:
     row = {"batch": 8, "fits": True, "compile_seconds": 12.345, "memory_gib": 16, "roofline_ms": 0.1234567}
-    text = run.table({"inference, a": row, "b": {"largest_batch": 128}, "inference, c": {"batch": 8, "fits": False}})
+    text = rows.table({"inference, a": row, "b": {"largest_batch": 128}, "inference, c": {"batch": 8, "fits": False}})
     assert "| inference, a | 8 | yes | 12.35 |" in text and "| 0.1235 |" in text
     assert "| inference, c | 8 | no |" in text and "| b | 128 |" in text

@@ -1,0 +1,60 @@
+"""Rows of the table: which recipe is compiled for what, and the largest batch that fits."""
+
+from ml_collections import ConfigDict
+
+from configs import deit_base, deit_small, deit_tiny
+from experiments.aot import compile as aot
+
+_RECIPES = {"deit_tiny": deit_tiny, "deit_small": deit_small, "deit_base": deit_base}
+_INFERENCE_BATCH = 64
+_COLUMNS = ("fits", "compile_seconds", "argument_mib", "temporary_mib", "output_mib", "memory_gib", "roofline_ms")
+
+
+def _recipe(model: str, dtype: str) -> ConfigDict:
+    """A recipe, computing in the given dtype."""
+    config = _RECIPES[model].get_config()
+    config.model.dtype = dtype
+    return config
+
+
+def compile_one(program: str, model: str, dtype: str, topology: str) -> dict[str, object]:
+    """One row of the table: the recipe's batch per device for training, 64 images for inference."""
+    config = _recipe(model, dtype)
+    if program == "inference":
+        config.eval.batch_size = _INFERENCE_BATCH
+        return aot.compile_inference(config, topology) | {"batch": _INFERENCE_BATCH}
+    per_device = config.train.batch_size // 8
+    config.train.batch_size = per_device * len(aot.devices(topology))
+    return aot.compile_training(config, topology) | {"batch": per_device}
+
+
+def largest(model: str, topology: str, remat: bool) -> dict[str, object]:
+    """The largest batch per device, a power of two, whose training step in bfloat16 fits."""
+    best, per_device = 0, 32
+    while True:
+        config = _recipe(model, "bfloat16")
+        config.model.remat = remat
+        config.train.batch_size = per_device * len(aot.devices(topology))
+        if not aot.compile_training(config, topology)["fits"]:
+            return {"largest_batch": best}
+        best, per_device = per_device, 2 * per_device
+
+
+def table(rows: dict[str, dict[str, object]]) -> str:
+    """All rows in Markdown."""
+    keys = sorted(key for key, row in rows.items() if "fits" in row)
+    lines = [
+        "| program, model, dtype, topology | batch per device | "
+        + " | ".join(_COLUMNS).replace("_", " ").replace("mib", "MiB").replace("gib", "GiB")
+        + " |"
+    ]
+    lines.append("|---" * (len(_COLUMNS) + 2) + "|")
+    for key in keys:
+        values = [rows[key].get(name, "") for name in _COLUMNS]
+        shown = ["yes" if v is True else "no" if v is False else f"{v:.4g}" if v != "" else "" for v in values]
+        lines.append(f"| {key} | {rows[key]['batch']} | " + " | ".join(shown) + " |")
+    searched = sorted(key for key, row in rows.items() if "largest_batch" in row)
+    if searched:
+        lines += ["", "| largest batch per device (a power of two), training in bfloat16 | |", "|---|---|"]
+        lines += [f"| {key} | {rows[key]['largest_batch']} |" for key in searched]
+    return "\n".join(lines) + "\n"
