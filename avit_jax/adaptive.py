@@ -22,7 +22,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from avit_jax import flops, halting, removal, vit
+from avit_jax import block, flops, halting, removal, vit
 from avit_jax.removal import Plan
 
 _logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
     state = halting.init(x.shape[:2], x.dtype)
     state = dataclasses.replace(state, active=state.active & exists[:, None])
     readout = jnp.zeros((len(x), num_readout, model.width), state.remainder.dtype)
-    run = functools.partial(vit.run_block, vit.Block(**model.block_sizes))
+    run = functools.partial(block.run_block, block.Block(**model.block_sizes))
 
     def layer(carry: tuple, layer: tuple) -> tuple[tuple, tuple]:
         x, state, readout = carry

@@ -38,6 +38,7 @@ def model(config: ConfigDict) -> vit.AViT:
     """The model of a configuration; raises errors.UserError where its sizes do not fit together."""
     gate = dict(config.halting)
     try:
+        gate["learnable"] |= config.budget > 0  # which moves its shift
         halts = halting.HaltingConfig(**gate) if gate.pop("enabled") else None
         sizes = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
         if config.train.adaptive and halts:  # its backward pass recomputes anyway

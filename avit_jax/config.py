@@ -13,6 +13,7 @@ from avit_jax import errors
 # Key -> least and largest value; what model and gate check themselves is not here.
 _RANGES = {
     "seed": (0, 2**63 - 1),
+    "budget": (0, 1),
     "data.num_threads": (1, 256),
     "data.num_workers": (0, 256),
     "data.max_bad_share": (0, 1),
@@ -82,6 +83,7 @@ def default() -> ConfigDict:
     start = {
         "init": "",  # weight file, hub name (hf-hub:owner/name) or workdir of a run to start from; empty: random
         "init_new_head": False,  # where it has another number of classes: the classifier starts at zero
+        "budget": 0.0,  # share of the static network's MACs that training is to land on, by the gate's shift; 0: it shifts not
     }
     return ConfigDict({"seed": 0, **start, **_input(), **_network(), **_training()}).lock()
 

@@ -16,14 +16,19 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default: run
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "predict", "export"],
-    "train, evaluate a checkpoint of the workdir, predict the pictures named, or write a network as one file",
+    ["train", "eval", "predict", "export", "calibrate"],
+    "train, evaluate a checkpoint of the workdir, predict the pictures named, write a network as one file, or shift its gate",
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "--mode=predict and export: a workdir or a weight file; default: the workdir"
+    "checkpoint", None, "--mode=predict, export and calibrate: a workdir or a weight file; default: the workdir"
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "--mode=export: file to write; .safetensors: weights in timm's names, else a program, see avit_jax/serving.py"
+    "out",
+    None,
+    "--mode=export, calibrate: file to write; .safetensors: weights in timm's names, else a program, see avit_jax/serving.py",
+)
+_BUDGET = flags.DEFINE_float(
+    "budget", None, "--mode=calibrate: share of the static network's MACs to shift the gate to", lower_bound=0, upper_bound=1
 )
 _BATCH = flags.DEFINE_integer("batch", 0, "--mode=export: images at once; 0: any number", lower_bound=0)
 _JSONL = flags.DEFINE_string("jsonl", None, "--mode=predict: writes the predictions there, a JSON line for each picture")
@@ -52,7 +57,7 @@ def _parse(argv: list[str]) -> list[str]:
 def _main(argv: list[str]) -> None:
     import jax
 
-    from avit_jax import distributed, export, predict, train
+    from avit_jax import calibrate, distributed, export, predict, progress, train
 
     absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell of errors comes as exceptions too
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
@@ -62,12 +67,7 @@ def _main(argv: list[str]) -> None:
         if _MODE.value in ("train", "eval") and not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        console = logging.StreamHandler()
-        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        logger = logging.getLogger("avit_jax")
-        logger.addHandler(console)
-        logger.setLevel(logging.INFO if distributed.is_first() else logging.WARNING)
-        logger.propagate = False
+        logger = progress.to_console(logging.INFO if distributed.is_first() else logging.WARNING)
         # What writes in the background fails with tracebacks of its own; what matters of it is raised where it is waited for.
         threading.excepthook = lambda args: logger.warning("in the background: %s", errors.first_line(args.exc_value))
         sys.unraisablehook = lambda args: None
@@ -79,6 +79,10 @@ def _main(argv: list[str]) -> None:
             if not _OUT.value:
                 errors.stop("name the file to write, for example --out=network.avit or --out=weights.safetensors.")
             export.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, batch=_BATCH.value)
+        elif _MODE.value == "calibrate":
+            if not _OUT.value or not _BUDGET.value:
+                errors.stop("name the file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
+            calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)
         else:
             predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
             predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)

@@ -46,7 +46,7 @@ def eval_sums(model: vit.AViT, logits: jax.Array, aux: vit.Aux | adaptive.Aux, l
         "top5": rank < 5,
         "depth_patch": patches.mean(axis=1),
         "depth_class": depth[:, 0],
-        "macs": flops.image_macs(model, aux.active),
+        "macs": flops.image_macs(model, aux.active) if aux.macs is None else aux.macs,
         "patch_depth": jax.nn.one_hot(patches - 1, model.depth).mean(axis=1),
         "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
     }

@@ -18,11 +18,23 @@ _FINITE = (
     "distill_loss",
     "ponder_loss",
     "prior_loss",
+    "own_loss",
     "loss",
     "grad_norm",
     "param_norm",
 )  # in this order: what comes first is named
 Row = dict[str, float]
+
+
+def to_console(level: int) -> logging.Logger:
+    """Shows on stderr, with the time, what this package logs; returns its logger."""
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("avit_jax")
+    logger.addHandler(console)
+    logger.setLevel(level)
+    logger.propagate = False
+    return logger
 
 
 class Log:

@@ -56,6 +56,7 @@ def begin(
         return jax.jit(create)(), {}
     params = weight_files.adopt(weights_of(config.init), model, name=config.init, new_head=config.init_new_head)
     state = jax.jit(create)()
+    params = {**state.params, **params}  # what no file holds starts as it is created
     return state.replace(params=params, ema_params=None if state.ema_params is None else jax.tree.map(jnp.copy, params)), {}
 
 

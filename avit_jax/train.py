@@ -61,7 +61,9 @@ def check_batch_sizes(config: ConfigDict) -> None:
             )
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: bool = False) -> None:
+def train(
+    config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: bool = False, model: vit.AViT | None = None
+) -> None:
     """Trains to the last step, from the last checkpoint in `workdir` if there is one, and reports.
 
     SIGTERM or SIGINT makes it save after the step in hand, and return; the next call goes on from there.
@@ -70,6 +72,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
       config: see `avit_jax/config.py`.
       workdir: gets `metrics.jsonl`, `timing.jsonl`, `tensorboard/`, `checkpoints/`, `summary.json` and `depth.png`.
       allow_changed_config: goes on from a checkpoint of another configuration too.
+      model: is trained in place of the configuration's; it has the same parameters, or some more.
 
     Raises:
       errors.UserError: a mistake in the configuration, the data set is missing, the workdir cannot be written or belongs to
@@ -78,7 +81,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, allow_changed_config: 
     workdir = epath.Path(workdir)
     config_lib.check(config)
     check_batch_sizes(config)
-    model = build.model(config)
+    model = build.model(config) if model is None else model
     tx, learning_rate = build.optimizer(config)
     source = load_source(config, model)
     evaluator = evaluate.Evaluator(config, model, source)

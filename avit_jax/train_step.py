@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from avit_jax import evaluate, losses, vit
+from avit_jax import evaluate, flops, losses, vit
 from avit_jax.build import TrainState
 from avit_jax.data import augment, loader
 
 AXIS = evaluate.AXIS
+# What the shift of the gate moves by in a step, for each unit that the share of MACs is off: slow beside the noise of a batch.
+_BUDGET_RATE = 0.1
 
 
 def augment_batch(
@@ -35,16 +37,24 @@ def augment_batch(
 
 
 def task_loss(
-    logits: Any, targets: jax.Array, teacher_logits: jax.Array | None, config: ConfigDict
+    logits: Any, targets: jax.Array, teacher_logits: jax.Array | None, config: ConfigDict, *, distilled: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What labels and teacher ask for, weighted; without a teacher a distilled model's two heads share the labels."""
+    """What labels and teacher ask for, weighted, each the mean over the heads that it speaks to.
+
+    Both speak to all heads; but in a distilled model, where there is a teacher, labels to the first and the teacher to the
+    second.
+    """
     smoothing, c = config.loss.label_smoothing, config.distill
     heads = logits if isinstance(logits, tuple) else (logits,)
+    taught_heads = heads
+    if distilled and teacher_logits is not None:
+        heads, taught_heads = heads[:1], heads[1:]
+    task = sum(losses.cross_entropy(head, targets, label_smoothing=smoothing) for head in heads) / len(heads)
     if teacher_logits is None:
-        task = sum(losses.cross_entropy(head, targets, label_smoothing=smoothing) for head in heads) / len(heads)
         return task, {"task_loss": task}
-    task = losses.cross_entropy(heads[0], targets, label_smoothing=smoothing)
-    taught = losses.distillation_loss(heads[-1], teacher_logits, targets=c.targets, temperature=c.temperature)
+    taught = sum(
+        losses.distillation_loss(head, teacher_logits, targets=c.targets, temperature=c.temperature) for head in taught_heads
+    ) / len(taught_heads)
     return (1.0 - c.weight) * task + c.weight * taught, {"task_loss": task, "distill_loss": taught}
 
 
@@ -59,14 +69,35 @@ def total_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Task, distillation, ponder and prior loss, weighted, and each by itself; targets are labels or probabilities."""
     c = config.loss
-    total, parts = task_loss(logits, targets, teacher_logits, config)
+    total, parts = task_loss(logits, targets, teacher_logits, config, distilled=model.distilled)
     if model.halting is not None:
         parts["ponder_loss"] = losses.ponder_loss(aux)
         parts["prior_loss"] = losses.prior_loss(
             aux, target_depth=c.target_depth, width=c.prior_width, mode=c.prior_mode, axis_name=axis_name
         )
+        parts["macs_ratio"] = flops.image_macs(model, aux.active).mean() / flops.static_macs(model)
         total += c.ponder_weight * parts["ponder_loss"] + c.prior_weight * parts["prior_loss"]
+    if aux.loss is not None:
+        parts["own_loss"] = aux.loss
+        total += aux.loss
     return total, parts | {"loss": total}
+
+
+def hold_budget(gate: Any, before: Any, macs_ratio: jax.Array, *, budget: float, learnable: bool) -> Any:
+    """The gate's parameters after a step that is to end at a share of the static network's MACs.
+
+    The shift moves against the error, in place of what its gradient would do: it acts at once, whatever the losses want, and
+    stays in the checkpoint.
+
+    Args:
+      gate: gamma and beta, as the optimizer leaves them.
+      before: as they were before the step.
+      macs_ratio: share of the MACs that the batch took.
+      budget: the share that it should take.
+      learnable: whether gamma keeps what the optimizer made of it.
+    """
+    gamma = gate["gamma"] if learnable else before["gamma"]
+    return {"gamma": gamma, "beta": before["beta"] + _BUDGET_RATE * (macs_ratio - budget)}
 
 
 def make_train_step(
@@ -98,6 +129,15 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if config.budget and model.halting is not None:
+            gate = hold_budget(
+                params["gate"],
+                state.params["gate"],
+                values["macs_ratio"],
+                budget=config.budget,
+                learnable=config.halting.learnable,
+            )
+            params = {**params, "gate": gate}
         ema_params = None
         if state.ema_params is not None:
             ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay)

@@ -16,16 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avit_jax import block, halting_linen
 from avit_jax import halting as halting_lib
-from avit_jax import halting_linen
 from avit_jax import removal as removal_lib
 
-# Added to the attention logits of halted keys: large enough that their weight underflows to exactly 0, and finite, so that an
-# image all of whose tokens have halted gives no NaN.
-_HALTED_KEY_BIAS = -1e9
-
 _token_init = nn.initializers.truncated_normal(0.02)
-_kernel_init = nn.initializers.xavier_uniform()  # learns from random weights far sooner than 0.02 everywhere
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -39,6 +34,8 @@ class Aux:
       ponder_cost: `(B, N)` depth + remainder, in layers.
       class_output: `(B, D)` class token accumulated over layers, before the final norm.
       distillation_output: the same of the distillation token, None without one.
+      macs: `(B,)` multiply-accumulates of the image, where they do not follow from `active`; else None.
+      loss: what the network adds to the loss of training by itself, a scalar; else None.
     """
 
     score: jax.Array
@@ -47,150 +44,8 @@ class Aux:
     ponder_cost: jax.Array
     class_output: jax.Array
     distillation_output: jax.Array | None = None
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU; by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
-    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
-
-
-def _per_token(dense: nn.Dense, x: jax.Array) -> jax.Array:
-    """A dense layer on tokens `(B, N, D)` as one matrix product: its backward pass is 1.6 times as fast on CPU."""
-    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-
-def _random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """Dropout factors `(B, *shape)`, 0 or 1 / (1 - rate), drawn for each image from its place in the global batch.
-
-    So the draw does not depend on how the batch is spread over devices.
-    """
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_index)
-    return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate))(keys)
-
-
-class _QueryKeyValue(nn.Module):
-    """Dense layer `(..., D)` to queries, keys and values `(..., 3 D)`, with the parameters of `nn.Dense`.
-
-    Softmax does not see the key bias, so that its gradient is exactly 0. It is cut here: Adam would blow up the rounding noise
-    in its place, which differs from one number of devices to the next.
-    """
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _kernel_init, (x.shape[-1], 3 * x.shape[-1]))
-        bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        query, key, value = jnp.split(bias, 3)
-        bias = jnp.concatenate([query, jax.lax.stop_gradient(key), value])
-        return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer layer, followed by one halting step where the network halts."""
-
-    width: int
-    num_heads: int
-    mlp_width: int
-    norm_eps: float
-    dropout: float
-    dtype: Any
-    halting: halting_lib.HaltingConfig | None
-    removal: removal_lib.Plan | None
-
-    def setup(self) -> None:
-        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
-        self.norm1 = norm()
-        self.qkv = _QueryKeyValue(dtype=self.dtype)
-        self.proj = dense(self.width)
-        self.norm2 = norm()
-        self.fc1 = dense(self.mlp_width)
-        self.fc2 = dense(self.width)
-
-    def transform(
-        self,
-        x: jax.Array,
-        active: jax.Array | None = None,
-        keep: jax.Array | None = None,
-        image_index: jax.Array | None = None,
-    ) -> jax.Array:
-        """Attention and MLP on tokens `(B, N, D)`.
-
-        Args:
-          x: tokens; halted ones must be 0.
-          active: `(B, N)` bool, None if all are: no token attends to one that is not.
-          keep: `(B, 2)` factors of the two residual branches, drop path; None for 1.
-          image_index: `(B,)` places in the global batch, for dropout; None in evaluation.
-        """
-        a = self._where_active(self.norm1(x), active)
-        x = x + self._drop(self._attend(a, active), keep, 0, image_index)
-        a = self.norm2(self._where_active(x, active))
-        a = _gelu(_per_token(self.fc1, self._where_active(a, active)))
-        return x + self._drop(_per_token(self.fc2, self._dropout(a, image_index)), keep, 1, image_index)
-
-    def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
-        return x if active is None else x * active[..., None]
-
-    def _attend(self, a: jax.Array, active: jax.Array | None) -> jax.Array:
-        # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
-        batch, num_tokens, _ = a.shape
-        qkv = _per_token(self.qkv, a).reshape(batch, num_tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-        logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(-2, -1))
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        if active is not None:
-            logits = logits + jnp.where(active, 0.0, _HALTED_KEY_BIAS)[:, None, None, :]
-        # Softmax, but divided by its sum after the product with the values: one pass less over all pairs of tokens.
-        weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-        out = jnp.matmul(weight.astype(v.dtype), v) / weight.sum(axis=-1, keepdims=True).astype(v.dtype)
-        return _per_token(self.proj, out.swapaxes(1, 2).reshape(a.shape))
-
-    def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
-        if image_index is None or not self.dropout:
-            return x
-        return x * _random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
-
-    def _drop(self, x: jax.Array, keep: jax.Array | None, branch: int, image_index: jax.Array | None) -> jax.Array:
-        x = self._dropout(x, image_index)
-        return x if keep is None else x * keep[:, branch, None, None].astype(x.dtype)
-
-    def __call__(self, carry, layer, gate, image_index):
-        """One layer of the scan.
-
-        Args:
-          carry: tokens `(B, N, D)`; without halting that is all, else also the halting state and the read-out `(B, R, D)`.
-          layer: `(is_last, keep)`, a scalar and as in `transform`.
-          gate: `(gamma, beta)`, None without halting.
-          image_index: as in `transform`.
-
-        Returns:
-          The carry, and `(score, active)` of this layer, None without halting.
-        """
-        is_last, keep = layer
-        if self.halting is None:
-            return self.transform(carry, None, keep, image_index), None
-        x, state, readout = carry
-        if self.removal is None or self.is_initializing():
-            # The value of a halted token is 0 from here on; its gradient passes as identity, as in the released code. With the
-            # prior over active tokens alone no gradient arrives here for a halted token.
-            x = x + jax.lax.stop_gradient(jnp.where(state.active[..., None], 0.0, -x).astype(x.dtype))
-            x = self.transform(x, state.active, keep, image_index)
-        else:
-            layer = functools.partial(run_block, self.clone(parent=None))
-            x = removal_lib.transform(layer, self.removal, self.variables["params"], x, state.active, keep)
-        score = halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=self.halting.channel)
-        active = state.active
-        state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
-        num_readout = readout.shape[1]
-        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
-        return (x, state, readout), (score, active)
-
-
-def run_block(block: Block, params: Any, tokens: jax.Array, active: jax.Array | None, keep: jax.Array | None) -> jax.Array:
-    """`Block.transform` as a function of its parameters, for `removal.transform`."""
-    return block.apply({"params": params}, tokens, active, keep, method="transform")
+    macs: jax.Array | None = None
+    loss: jax.Array | None = None
 
 
 class AViT(nn.Module):
@@ -299,16 +154,16 @@ class AViT(nn.Module):
 
     def setup(self) -> None:
         self.check()
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=block.kernel_init)
         self.cls_token = self.param("cls_token", _token_init, (1, 1, self.width))
         if self.distilled:
             self.dist_token = self.param("dist_token", _token_init, (1, 1, self.width))
             self.head_dist = dense(self.num_classes)
         self.pos_embed = self.param("pos_embed", _token_init, (1, self.num_tokens, self.width))
         self.patch_embed = dense(self.width)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layer = nn.remat(block.Block, prevent_cse=False) if self.remat else block.Block
         self.layers = nn.scan(
-            block,
+            layer,
             length=self.depth,
             in_axes=(0, nn.broadcast, nn.broadcast),
             variable_axes={"params": 0},
@@ -325,13 +180,13 @@ class AViT(nn.Module):
         if images.shape[1:] != (*self.pixels, self.channels):
             raise ValueError(f"images must be (B, {self.pixels[0]}, {self.pixels[1]}, {self.channels}); got {images.shape}.")
         x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
-        x = _per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
+        x = block.per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
         readout = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
         readout = [jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in readout]
         x = jnp.concatenate([*readout, x], axis=1) + self.pos_embed.astype(x.dtype)
         if image_index is None or not self.dropout:
             return x
-        return x * _random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
+        return x * block.random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
 
     def classify(self, readout: jax.Array, *, train: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Read-out tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""
@@ -347,7 +202,7 @@ class AViT(nn.Module):
         if image_index is None or not self.drop_path:
             return None
         rate = jnp.linspace(0.0, self.drop_path, self.depth)[:, None]
-        return _random_keep(self.make_rng("dropout"), image_index, rate, (self.depth, 2)).swapaxes(0, 1)
+        return block.random_keep(self.make_rng("dropout"), image_index, rate, (self.depth, 2)).swapaxes(0, 1)
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None

@@ -8,6 +8,7 @@ import numpy as np
 
 import avit_jax
 from avit_jax import adaptive
+from avit_jax import calibrate as calibrate_lib
 from avit_jax.data import augment, loader, sources, transforms
 
 
@@ -31,16 +32,8 @@ def gated(params: Any, shift: float) -> Any:
 
 
 def calibrate(model: avit_jax.AViT, params: Any, images: np.ndarray, budgets: list[float]) -> dict[float, float]:
-    """Gate shift for each share of the static network's MACs, by bisection."""
-    cost = jax.jit(lambda variables: adaptive.apply(model, variables, images)[1].macs.mean())
+    """Gate shift for each share of the static network's MACs."""
     static = avit_jax.flops.static_macs(model)
-    shifts = {}
-    for budget in budgets:
-        low, high = -10.0, 10.0
-        ratio = np.inf
-        while abs(ratio - budget) > 0.004 and high - low > 1e-3:
-            shift = (low + high) / 2
-            ratio = float(cost(gated(params, shift))) / static
-            low, high = (shift, high) if ratio > budget else (low, shift)
-        shifts[budget] = shift
-    return shifts
+    cost = jax.jit(lambda variables: adaptive.apply(model, variables, images)[1].macs.mean() / static)
+    at = lambda shift: float(cost(gated(params, shift)))  # noqa: E731
+    return {budget: calibrate_lib.find_shift(at, budget, start=0.0, tolerance=0.004) for budget in budgets}

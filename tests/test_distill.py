@@ -46,10 +46,21 @@ def test_the_distillation_token_learns_from_the_teacher_and_the_class_token_from
     labels, other = jnp.array([0, 2]), jnp.array([[1.0, 0.0, 3.0], [0.0, 0.0, 1.0]])
     task = losses.cross_entropy(_LOGITS, labels, label_smoothing=0.1)
     for logits, taught in (((_LOGITS, other), other), (_LOGITS, _LOGITS)):
-        total, parts = train_step.task_loss(logits, labels, _TEACHER, config)
+        distilled = isinstance(logits, tuple)
+        total, parts = train_step.task_loss(logits, labels, _TEACHER, config, distilled=distilled)
         np.testing.assert_allclose(parts["task_loss"], task, rtol=1e-6)
         np.testing.assert_allclose(parts["distill_loss"], losses.distillation_loss(taught, _TEACHER), rtol=1e-6)
         np.testing.assert_allclose(total, 0.75 * parts["task_loss"] + 0.25 * parts["distill_loss"], rtol=1e-6)
+
+
+def test_labels_and_teacher_speak_to_every_exit_of_another_network() -> None:
+    config = fixtures.small_config(**{"distill.weight": 0.25})
+    labels, exits = jnp.array([0, 2]), (_LOGITS, 2 * _LOGITS, -_LOGITS)
+    _, parts = train_step.task_loss(exits, labels, _TEACHER, config, distilled=False)
+    expected = np.mean([losses.cross_entropy(logits, labels) for logits in exits])
+    np.testing.assert_allclose(parts["task_loss"], expected, rtol=1e-6)
+    expected = np.mean([losses.distillation_loss(logits, _TEACHER) for logits in exits])
+    np.testing.assert_allclose(parts["distill_loss"], expected, rtol=1e-6)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import avit_jax
-from avit_jax import halting, losses, vit
+from avit_jax import block, halting, losses, vit
 
 # A gate at which the tokens of a random network halt at all layers.
 _GATE = halting.HaltingConfig(gamma=1.5, beta=-1.5)
@@ -62,9 +62,9 @@ def _gradient(model: vit.AViT) -> tuple[Any, vit.Aux]:
     return jax.device_get(_jit(jax.grad(loss, has_aux=True))(_params(model)))
 
 
-def _block(model: vit.AViT) -> vit.Block:
-    fields = {field.name for field in dataclasses.fields(vit.Block)} - {"parent", "name"}
-    return vit.Block(**{field: getattr(model, field) for field in fields})
+def _block(model: vit.AViT) -> block.Block:
+    fields = {field.name for field in dataclasses.fields(block.Block)} - {"parent", "name"}
+    return block.Block(**{field: getattr(model, field) for field in fields})
 
 
 def _layer_params(model: vit.AViT, layer: int) -> dict[str, Any]:

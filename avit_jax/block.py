@@ -1,0 +1,186 @@
+"""One layer of the vision transformer, with its halting step. Axes as in `vit`."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avit_jax import halting as halting_lib
+from avit_jax import removal as removal_lib
+
+# Added to the attention logits of halted keys: large enough that their weight underflows to exactly 0, and finite, so that an
+# image all of whose tokens have halted gives no NaN.
+_HALTED_KEY_BIAS = -1e9
+
+kernel_init = nn.initializers.xavier_uniform()  # learns from random weights far sooner than 0.02 everywhere
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU; by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+def per_token(dense: nn.Dense, x: jax.Array) -> jax.Array:
+    """A dense layer on tokens `(B, N, D)` as one matrix product: its backward pass is 1.6 times as fast on CPU."""
+    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Dropout factors `(B, *shape)`, 0 or 1 / (1 - rate), drawn for each image from its place in the global batch.
+
+    So the draw does not depend on how the batch is spread over devices.
+    """
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_index)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate))(keys)
+
+
+class _QueryKeyValue(nn.Module):
+    """Dense layer `(..., D)` to queries, keys and values `(..., 3 D)`, with the parameters of `nn.Dense`.
+
+    Softmax does not see the key bias, so that its gradient is exactly 0. It is cut here: Adam would blow up the rounding noise
+    in its place, which differs from one number of devices to the next.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], 3 * x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        query, key, value = jnp.split(bias, 3)
+        bias = jnp.concatenate([query, jax.lax.stop_gradient(key), value])
+        return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer, followed by one halting step where the network halts."""
+
+    width: int
+    num_heads: int
+    mlp_width: int
+    norm_eps: float
+    dropout: float
+    dtype: Any
+    halting: halting_lib.HaltingConfig | None
+    removal: removal_lib.Plan | None
+
+    def setup(self) -> None:
+        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
+        self.norm1 = norm()
+        self.qkv = _QueryKeyValue(dtype=self.dtype)
+        self.proj = dense(self.width)
+        self.norm2 = norm()
+        self.fc1 = dense(self.mlp_width)
+        self.fc2 = dense(self.width)
+
+    def transform(
+        self,
+        x: jax.Array,
+        active: jax.Array | None = None,
+        keep: jax.Array | None = None,
+        image_index: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention and MLP on tokens `(B, N, D)`.
+
+        Args:
+          x: tokens; halted ones must be 0.
+          active: `(B, N)` bool, None if all are: no token attends to one that is not.
+          keep: `(B, 2)` factors of the two residual branches, drop path; None for 1.
+          image_index: `(B,)` places in the global batch, for dropout; None in evaluation.
+        """
+        x = self.attention(x, active, keep, image_index)
+        return self.mlp(x, active, keep, image_index)
+
+    def attention(
+        self,
+        x: jax.Array,
+        active: jax.Array | None = None,
+        keep: jax.Array | None = None,
+        image_index: jax.Array | None = None,
+        key_weight: jax.Array | None = None,
+    ) -> jax.Array:
+        """The first branch of `transform`; `key_weight`, `(B, 1, N)` or `(B, N, N)`, multiplies what queries give to keys."""
+        a = self._where_active(self.norm1(x), active)
+        return x + self._drop(self._attend(a, active, key_weight), keep, 0, image_index)
+
+    def mlp(
+        self,
+        x: jax.Array,
+        active: jax.Array | None = None,
+        keep: jax.Array | None = None,
+        image_index: jax.Array | None = None,
+    ) -> jax.Array:
+        """The second branch of `transform`."""
+        a = self.norm2(self._where_active(x, active))
+        a = _gelu(per_token(self.fc1, self._where_active(a, active)))
+        return x + self._drop(per_token(self.fc2, self._dropout(a, image_index)), keep, 1, image_index)
+
+    def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
+        return x if active is None else x * active[..., None]
+
+    def queries_keys_values(self, a: jax.Array) -> jax.Array:
+        """Of normed tokens `(B, N, D)`, all heads: `(3, B, H, N, K)`."""
+        return per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+
+    def _attend(self, a: jax.Array, active: jax.Array | None, key_weight: jax.Array | None) -> jax.Array:
+        # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
+        q, k, v = self.queries_keys_values(a)
+        logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(-2, -1))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if active is not None:
+            logits = logits + jnp.where(active, 0.0, _HALTED_KEY_BIAS)[:, None, None, :]
+        # Softmax, but divided by its sum after the product with the values: one pass less over all pairs of tokens.
+        weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+        if key_weight is not None:
+            weight = weight * key_weight[:, None]
+        out = jnp.matmul(weight.astype(v.dtype), v) / weight.sum(axis=-1, keepdims=True).astype(v.dtype)
+        return per_token(self.proj, out.swapaxes(1, 2).reshape(a.shape))
+
+    def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
+        if image_index is None or not self.dropout:
+            return x
+        return x * random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
+
+    def _drop(self, x: jax.Array, keep: jax.Array | None, branch: int, image_index: jax.Array | None) -> jax.Array:
+        x = self._dropout(x, image_index)
+        return x if keep is None else x * keep[:, branch, None, None].astype(x.dtype)
+
+    def __call__(self, carry, layer, gate, image_index):
+        """One layer of the scan.
+
+        Args:
+          carry: tokens `(B, N, D)`; without halting that is all, else also the halting state and the read-out `(B, R, D)`.
+          layer: `(is_last, keep)`, a scalar and as in `transform`.
+          gate: `(gamma, beta)`, None without halting.
+          image_index: as in `transform`.
+
+        Returns:
+          The carry, and `(score, active)` of this layer, None without halting.
+        """
+        is_last, keep = layer
+        if self.halting is None:
+            return self.transform(carry, None, keep, image_index), None
+        x, state, readout = carry
+        if self.removal is None or self.is_initializing():
+            # The value of a halted token is 0 from here on; its gradient passes as identity, as in the released code. With the
+            # prior over active tokens alone no gradient arrives here for a halted token.
+            x = x + jax.lax.stop_gradient(jnp.where(state.active[..., None], 0.0, -x).astype(x.dtype))
+            x = self.transform(x, state.active, keep, image_index)
+        else:
+            layer = functools.partial(run_block, self.clone(parent=None))
+            x = removal_lib.transform(layer, self.removal, self.variables["params"], x, state.active, keep)
+        score = halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=self.halting.channel)
+        active = state.active
+        state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
+        num_readout = readout.shape[1]
+        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
+        return (x, state, readout), (score, active)
+
+
+def run_block(block: Block, params: Any, tokens: jax.Array, active: jax.Array | None, keep: jax.Array | None) -> jax.Array:
+    """`Block.transform` as a function of its parameters, for `removal.transform`."""
+    return block.apply({"params": params}, tokens, active, keep, method="transform")

@@ -1,0 +1,1 @@
+"""Accuracy against compute: A-ViT and its rivals from one parent, in the same number of steps."""

@@ -1,0 +1,135 @@
+"""What the study trains: the parent, and each row of its table as what differs from the shared recipe."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from avit_jax import build, vit
+from configs import cifar10
+from experiments.rivals import dropping, dynamic_vit, early_exit, evit, layer_act, tome
+
+HELD_OUT = "train[48000:]"  # neither trained on nor reported: what gates are calibrated on
+_SHARED = {"data.train_split": "train[:48000]", "augment.magnitude": 0.0, "train.eval_every": 0, "train.save_every": 100}
+_PARENT = {"halting.enabled": False, "optimizer.learning_rate": 2e-3, "train.steps": 5000, "train.save_every": 200}
+_CHILD = {
+    "optimizer.learning_rate": 5e-4,
+    "optimizer.ema_decay": 0.99,
+    "train.steps": 1000,
+    "distill.targets": "soft",
+    "distill.temperature": 2.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Attributes:
+      overrides: of the shared recipe.
+      rival: makes the network from the attributes of the configuration's; None: that one itself.
+      seeds: how many runs it has.
+      starts: "parent", its weights, or "scratch".
+      taught: whether the parent's logits are its teacher.
+    """
+
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rival: Callable[..., vit.AViT] | None = None
+    seeds: int = 3
+    starts: str = "parent"
+    taught: bool = True
+
+
+def _static(**options: Any) -> Arm:
+    return Arm({"halting.enabled": False}, **options)
+
+
+def _halting(budget: float, **overrides: Any) -> dict[str, Any]:
+    return {"budget": budget} | {name.replace("__", "."): value for name, value in overrides.items()}
+
+
+def _arms() -> dict[str, Arm]:
+    of = functools.partial
+    arms = {"static": _static()}
+    arms |= {f"avit_{budget}": Arm(_halting(budget)) for budget in (0.4, 0.5, 0.6, 0.8)}
+    arms |= {
+        f"layer_act_{budget}": Arm(_halting(budget, eval__adaptive=False), of(layer_act.LayerACT)) for budget in (0.4, 0.6, 0.8)
+    }
+    # Shares that bring the network to about 0.4, 0.6 and 0.8 of the static MACs.
+    for name, rival, rates in (
+        ("dynamic_vit", dynamic_vit.DynamicViT, (0.4, 0.65, 0.82)),
+        ("evit", evit.EViT, (0.29, 0.61, 0.815)),
+        ("random", of(dropping.Dropping, choice="random"), (0.47, 0.705, 0.86)),
+        ("uniform", of(dropping.Dropping, choice="uniform"), (0.47, 0.705, 0.86)),
+    ):
+        arms |= {
+            f"{name}_{budget}": _static(rival=of(rival, keep_rate=rate))
+            for budget, rate in zip((0.4, 0.6, 0.8), rates, strict=True)
+        }
+    arms |= {
+        f"tome_{budget}": _static(rival=of(tome.ToMe, merges=merges)) for budget, merges in ((0.4, 15), (0.6, 8), (0.8, 4))
+    }
+    arms["early_exit"] = _static(rival=of(early_exit.EarlyExit))
+    return arms | _ablations()
+
+
+def _ablations() -> dict[str, Arm]:
+    """Each with one seed, beside avit_0.6; those without a budget cost what they cost."""
+    one = {"seeds": 1}
+    free = {"budget": 0.0}
+    arms = {
+        "paper_recipe": Arm(free, taught=False, **one),
+        "official_prior": Arm(free | {"loss.prior_mode": "official", "loss.prior_weight": 1e-3}, **one),
+        "no_budget": Arm(free, **one),
+        "target_depth_2.5": Arm(free | {"loss.target_depth": 2.5}, **one),
+        "target_depth_5": Arm(free | {"loss.target_depth": 5.0}, **one),
+        "from_scratch": Arm(_halting(0.6), starts="scratch", **one),
+        "not_distilled": Arm(_halting(0.6), taught=False, **one),
+        "no_prior": Arm(_halting(0.6, loss__prior_weight=0.0), **one),
+        "no_ponder": Arm(_halting(0.6, loss__ponder_weight=0.0), **one),
+        "no_prior_no_ponder": Arm(_halting(0.6, loss__prior_weight=0.0, loss__ponder_weight=0.0), **one),
+        "gamma_learnt": Arm(_halting(0.6, halting__learnable=True), **one),
+        "gamma_2": Arm(_halting(0.6, halting__gamma=2.0, halting__beta=-4.0), **one),
+        "gamma_10": Arm(_halting(0.6, halting__gamma=10.0, halting__beta=-30.0), **one),
+        "last_channel": Arm(_halting(0.6, halting__channel=-1), **one),
+        "middle_channel": Arm(_halting(0.6, halting__channel=48), **one),
+        "mixup": Arm(_halting(0.6, augment__mixup=0.8, augment__cutmix=1.0), **one),
+    }
+    return arms
+
+
+ARMS = _arms()
+
+
+def config(name: str, seed: int, *, data_dir: str, parent: str) -> ConfigDict:
+    """The configuration of one run; "parent" is the parent's.
+
+    Args:
+      name: of the arm.
+      seed: of the run.
+      data_dir: folder of the prepared data set.
+      parent: weight file of the parent.
+    """
+    config = cifar10.get_config()
+    overrides: dict[str, Any] = _SHARED | {"data.dir": data_dir, "seed": seed}
+    if name == "parent":
+        overrides |= _PARENT
+    else:
+        arm = ARMS[name]
+        overrides |= _CHILD | arm.overrides
+        overrides |= {"init": parent} if arm.starts == "parent" else {}
+        overrides |= {"distill.teacher": parent} if arm.taught else {}
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def network(name: str, config: ConfigDict) -> vit.AViT:
+    """The model of one run."""
+    model = build.model(config)
+    if name == "parent" or ARMS[name].rival is None:
+        return model
+    attributes = {field.name: getattr(model, field.name) for field in dataclasses.fields(vit.AViT)}
+    del attributes["parent"], attributes["name"]
+    return ARMS[name].rival(**attributes)

@@ -1,0 +1,113 @@
+"""What is measured of a trained row beside its accuracy: real speed, and what it does at other budgets without training."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from avit_jax import adaptive, calibrate, evaluate, flops, vit
+from avit_jax.data import augment, loader, sources, transforms
+from experiments import timing
+from experiments.pareto import arms
+from experiments.rivals import tome
+
+_BATCH = 64
+_CHUNKS = (8, 16, 32, 64)
+_BATCHES = 4  # of real images, timed together
+_ROUNDS = 7
+BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_CONFIDENCES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+_MERGES = (2, 4, 6, 8, 11, 15)
+
+
+def images(config: ConfigDict) -> np.ndarray:
+    """The first normalised images of the evaluation split."""
+    source = sources.load(config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=(32, 32))
+    read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=(32, 32), crop_ratio=config.data.crop_ratio))
+    pixels = np.stack([read(i)["image"] for i in range(_BATCH * _BATCHES)])
+    return np.asarray(augment.normalize(pixels, config.data.mean, config.data.std))
+
+
+def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pixels: np.ndarray) -> dict[str, float]:
+    """Speed of a network over its static parent's, both as fast as their chunks of the batch allow; interleaved.
+
+    Returns:
+      `speed_up`, median over rounds; `ideal`, by the MACs of these images; `efficiency`, their ratio; `images_per_second`.
+    """
+    removes = model.halting is not None and type(model) is vit.AViT
+    batches = [jax.device_put(batch) for batch in np.split(pixels, _BATCHES)]
+
+    def timed(apply: Callable[..., Any], params: Any) -> Callable[[], Any]:
+        run = jax.jit(lambda params, images: apply({"params": params}, images)[0])
+        return lambda: jax.block_until_ready([run(params, batch) for batch in batches])
+
+    def chunked(network: vit.AViT, params: Any, name: str) -> dict[str, Callable[[], Any]]:
+        def apply(chunk: int, variables: Any, images: jax.Array) -> tuple[jax.Array]:
+            parts = images.reshape(-1, chunk, *images.shape[1:])
+            return (jax.lax.map(lambda part: network.apply(variables, part)[0], parts).reshape(len(images), -1),)
+
+        return {f"{name} {chunk}": timed(functools.partial(apply, chunk), params) for chunk in _CHUNKS}
+
+    functions = chunked(parent, parent_params, "parent")
+    ours = {"own": timed(functools.partial(adaptive.apply, model), params)} if removes else chunked(model, params, "own")
+    seconds = timing.interleave(functions | ours, _ROUNDS)
+    best, own = (min(names, key=lambda name: np.median(seconds[name])) for names in (functions, ours))
+    apply = functools.partial(adaptive.apply, model) if removes else model.apply
+    aux = [jax.jit(apply)({"params": params}, batch)[1] for batch in batches]
+    macs = np.mean([flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux])
+    ideal = flops.static_macs(parent) / float(macs)
+    speed_up = timing.median_ratio(seconds[best], seconds[own])
+    rate = len(pixels) / float(np.median(seconds[own]))
+    return {"speed_up": speed_up, "ideal": ideal, "efficiency": speed_up / ideal, "images_per_second": rate}
+
+
+def without_early_end(model: vit.AViT, params: Any, pixels: np.ndarray) -> float:
+    """Share of the static MACs if the other tokens went on after an image's class token has halted; on these images."""
+    active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(params, pixels)
+    count = active.sum(axis=-1).astype(np.float32)
+    macs = flops.layer_macs(count, width=model.width, mlp_width=model.mlp_width).sum(axis=0).mean()
+    return float(flops.fixed_macs(model) + macs) / flops.static_macs(model)
+
+
+def curves(name: str, config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, list[dict[str, float]]]:
+    """Accuracy and MACs at other budgets, of the very same weights; {} for a row that has no such knob."""
+    if name == "avit_0.6":
+        return {"curve": _calibrated(config, model, params)}
+    if name == "early_exit":
+        each = {confidence: model.clone(confidence=confidence) for confidence in _CONFIDENCES}
+    elif name == "static":
+        attributes = {field.name: getattr(model, field.name) for field in dataclasses.fields(vit.AViT)}
+        del attributes["parent"], attributes["name"]
+        each = {merges: tome.ToMe(**attributes, merges=merges) for merges in _MERGES}
+    else:
+        return {}
+    return {"curve": [{"knob": knob} | _evaluate(config, network, params) for knob, network in each.items()]}
+
+
+def _evaluate(config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, float]:
+    evaluator = evaluate.Evaluator(config, model)
+    values = evaluator.scalars(evaluator(evaluate.replicate(params)))
+    return {key: values[key] for key in ("top1", "macs_ratio")}
+
+
+def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[str, float]]:
+    """The gate is shifted to each budget on the held-out slice, and judged on the evaluation split."""
+    held_out = config.copy_and_resolve_references()
+    held_out.data.eval_split = arms.HELD_OUT
+    start = float(params["gate"]["beta"])
+    network, _ = calibrate.with_gate(model, params, start)
+    search, test = evaluate.Evaluator(held_out, network), evaluate.Evaluator(config, network)
+
+    def at(evaluator: evaluate.Evaluator, beta: float) -> dict[str, float]:
+        return evaluator.scalars(evaluator(evaluate.replicate(calibrate.with_gate(model, params, beta)[1])))
+
+    rows = []
+    for budget in BUDGETS:
+        beta = calibrate.find_shift(lambda beta: at(search, beta)["macs_ratio"], budget, start=start)
+        values = at(test, beta)
+        rows.append({"knob": beta, "budget": budget} | {key: values[key] for key in ("top1", "macs_ratio")})
+    return rows

@@ -1,0 +1,113 @@
+"""The table and the figure of the study, from result.json alone.
+
+python -m experiments.pareto.report
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_FOLDER = pathlib.Path(__file__).parent
+_BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
+Rows = dict[str, list[dict[str, Any]]]  # by arm, one entry a seed, seed first
+
+
+def gather(results: dict[str, dict[str, Any]]) -> Rows:
+    """The runs of each row of the table, in the order of their seeds."""
+    rows: Rows = {}
+    for key in sorted(results, key=lambda key: (key.split("/")[0], int(key.split("/")[1]))):
+        name, seed = key.split("/")
+        rows.setdefault(name, []).append({"seed": int(seed)} | results[key])
+    return rows
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+def against(runs: list[dict[str, Any]], static: list[dict[str, Any]]) -> list[float]:
+    """Differences of top-1 in points to the static network of the same seed."""
+    base = {run["seed"]: run["top1"] for run in static}
+    return [100 * (run["top1"] - base[run["seed"]]) for run in runs if run["seed"] in base]
+
+
+def table(rows: Rows) -> str:
+    """Markdown; spreads are standard deviations over the seeds, that of the difference its standard error."""
+    lines = [
+        "| row | seeds | top-1 % | minus static, points | MACs of static | speed-up | of the ideal | training s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(rows, key=lambda name: (not name.endswith(_BUDGETS) and name not in ("parent", "static"), name)):
+        runs = rows[name]
+        gains = against(runs, rows.get("static", []))
+        gain = f"{np.mean(gains):+.2f}" if gains else ""
+        if len(gains) > 1:
+            gain += f" ± {np.std(gains, ddof=1) / np.sqrt(len(gains)):.2f}"
+        speeds = [run["speed"] for run in runs if "speed" in run]
+        cells = [
+            name,
+            str(len(runs)),
+            _spread([100 * run["top1"] for run in runs], 2),
+            gain if name not in ("parent", "static") else "",
+            _spread([run["macs_ratio"] for run in runs], 3),
+            f"{np.mean([speed['speed_up'] for speed in speeds]):.2f}" if speeds else "",
+            f"{np.mean([speed['efficiency'] for speed in speeds]):.2f}" if speeds else "",
+            f"{np.mean([run['train_seconds'] for run in runs]):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    curves = [(name, run) for name, runs in rows.items() for run in runs if "curve" in run]
+    if curves:
+        lines += ["", "| one checkpoint | seed | knob | MACs of static | top-1 % |", "|---|---|---|---|---|"]
+    for name, run in curves:
+        lines += [
+            f"| {name} | {run['seed']} | {point['knob']:.4g} | {point['macs_ratio']:.3f} | {100 * point['top1']:.2f} |"
+            for point in run["curve"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Rows, path: pathlib.Path) -> None:
+    """Top-1 over MACs: a line for each method trained at several budgets, dots for its seeds, dashes for one checkpoint."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axis = figure.subplots()
+    methods: dict[str, list[str]] = {}
+    for name in rows:
+        if name.endswith(_BUDGETS):
+            methods.setdefault(name.rpartition("_")[0], []).append(name)
+    for i, (method, names) in enumerate(sorted(methods.items())):
+        means = sorted(tuple(np.mean([[run["macs_ratio"], run["top1"]] for run in rows[name]], axis=0)) for name in names)
+        style = {"linewidth": 2.5, "zorder": 3} if method == "avit" else {"linewidth": 1.2}
+        axis.plot(*np.array(means).T, marker="o", color=f"C{i}", label=method.replace("_", " "), markersize=4, **style)
+        for name in names:
+            for run in rows[name]:
+                axis.plot(run["macs_ratio"], run["top1"], ".", color=f"C{i}", alpha=0.4, markersize=5)
+    for name, style, label in (
+        ("avit_0.6", ":", "avit, one checkpoint"),
+        ("early_exit", "-.", "early exit, one checkpoint"),
+        ("static", "--", "ToMe, static weights"),
+    ):
+        points = [[point["macs_ratio"], point["top1"]] for point in rows.get(name, [{}])[0].get("curve", [])]
+        if points:
+            axis.plot(*np.array(sorted(points)).T, style, color="black", linewidth=1, label=label)
+    if "static" in rows:
+        axis.axhline(
+            np.mean([run["top1"] for run in rows["static"]]), color="grey", linewidth=0.8, label="static, tuned as long"
+        )
+    axis.set(xlabel="MACs, share of the static network's", ylabel="top-1 on the 10,000 test pictures", title="CIFAR-10")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Writes table.md and pareto.png beside result.json."""
+    rows = gather(json.loads((_FOLDER / "result.json").read_text()))
+    (_FOLDER / "table.md").write_text(table(rows))
+    draw(rows, _FOLDER / "pareto.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Accuracy against compute on CIFAR-10: A-ViT, its rivals and its ablations, from one parent and in equally many steps.
+
+python -m experiments.pareto.run --data_dir=...
+
+Runs what is not in result.json yet, one run after the other, and writes after each; a run that was stopped goes on where it
+was. The parent comes first, and its weights stay as parent.safetensors. `--arm=evit_0.6 --seed=0` runs one row alone, and
+`--out=...` writes somewhere else, to compare.
+"""
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from avit_jax import build, errors, progress, restore, train, weight_files
+from experiments import timing
+from experiments.pareto import arms, measure
+
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the prepared data set", required=True)
+_RUNS = flags.DEFINE_string("runs", "runs/pareto", "folder of the runs")
+_OUT = flags.DEFINE_string("out", "experiments/pareto", "folder of result.json")
+_ARM = flags.DEFINE_multi_string("arm", [], "rows to run; default: all")
+_SEED = flags.DEFINE_multi_integer("seed", [], "seeds to run; default: those of the row")
+_PARENT = flags.DEFINE_string("parent", "experiments/pareto/parent.safetensors", "weights of the parent")
+
+
+def run(name: str, seed: int) -> dict[str, Any] | None:
+    """Trains and measures one row; None where a signal has stopped it."""
+    config = arms.config(name, seed, data_dir=_DATA_DIR.value, parent=_PARENT.value)
+    model = arms.network(name, config)
+    workdir = pathlib.Path(_RUNS.value) / f"{name}_{seed}"
+    if not (workdir / "summary.json").exists():
+        train.train(config, workdir, model=model)
+    if not (workdir / "summary.json").exists():
+        return None
+    row = json.loads((workdir / "summary.json").read_text())
+    params, _ = restore.params(config, model, workdir)
+    if name == "parent":
+        weight_files.write(_PARENT.value, params, model)
+        return timing.environment() | row
+    parent = build.model(arms.config("static", seed, data_dir=_DATA_DIR.value, parent=_PARENT.value))
+    images = measure.images(config)
+    row["speed"] = measure.speed(model, params, parent, weight_files.load(_PARENT.value, parent), images)
+    if name.startswith("avit_"):
+        row["macs_ratio_without_early_end"] = measure.without_early_end(model, params, images)
+    row |= measure.curves(name, config, model, params)
+    return timing.environment() | row
+
+
+def main(_: list[str]) -> None:
+    """Runs what is missing."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell
+    progress.to_console(logging.INFO)
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "result.json"
+    unknown = sorted(set(_ARM.value) - set(arms.ARMS))
+    if unknown:
+        raise errors.UserError(f"there is no row {', '.join(unknown)}; there are {', '.join(arms.ARMS)}.")
+    jobs = [("parent", 0)] if not pathlib.Path(_PARENT.value).exists() else []
+    # The first seed of every row comes before the second of any.
+    jobs += [
+        (name, seed)
+        for seed in range(max(_SEED.value or [2]) + 1)
+        for name in _ARM.value or arms.ARMS
+        if (seed in _SEED.value if _SEED.value else seed < arms.ARMS[name].seeds)
+    ]
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    missing = [(name, seed) for name, seed in jobs if f"{name}/{seed}" not in rows]
+    for i, (name, seed) in enumerate(missing):
+        print(f"== {i + 1} of {len(missing)}: {name}, seed {seed}", flush=True)
+        row = run(name, seed)
+        if row is None:
+            return
+        rows = json.loads(file.read_text()) if file.exists() else {}
+        rows[f"{name}/{seed}"] = row
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+        print(json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(errors.told(main))

@@ -1,0 +1,75 @@
+"""The study's bookkeeping: rows, table and curves from results, and that every row can be built."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from avit_jax import calibrate, flops
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from experiments.pareto import arms, measure, report
+
+
+@pytest.mark.parametrize("name", ["parent", *arms.ARMS])
+def test_every_row_fits_the_parent(name: str) -> None:
+    config = arms.config(name, 0, data_dir="", parent="parent.safetensors")
+    model = arms.network(name, config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32))["params"]
+    static = arms.network("static", arms.config("static", 0, data_dir="", parent=""))
+    expected = jax.eval_shape(static.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32))["params"]
+    assert {key: jax.tree.map(np.shape, value) for key, value in shapes.items() if key in expected} == jax.tree.map(
+        np.shape, expected
+    )
+    started = config.init == "parent.safetensors"
+    assert started == (name not in ("parent", "from_scratch")) and config.data.train_split == "train[:48000]"
+
+
+@pytest.mark.parametrize("method", ["dynamic_vit", "evit", "random", "uniform", "tome"])
+@pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
+def test_rivals_cost_what_their_names_say(method: str, budget: float) -> None:
+    name = f"{method}_{budget}"
+    model = arms.network(name, arms.config(name, 0, data_dir="", parent=""))
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    macs = model.apply(model.init(jax.random.key(0), images), images)[1].macs
+    assert float(macs[0]) / flops.static_macs(model) == pytest.approx(budget, abs=0.02)
+
+
+def _run(top1: float, **more: object) -> dict[str, object]:
+    return {"top1": top1, "macs_ratio": 0.6, "train_seconds": 100.0} | more
+
+
+def test_the_table_pairs_runs_by_their_seed() -> None:
+    point = {"knob": -3.0, "top1": 0.7, "macs_ratio": 0.4}
+    results = {
+        "static/0": _run(0.80),
+        "static/1": _run(0.82),
+        "avit_0.6/1": _run(0.81),
+        "avit_0.6/0": _run(0.80, speed={"speed_up": 1.5, "efficiency": 0.9}, curve=[point]),
+        "no_prior/0": _run(0.78),
+    }
+    rows = report.gather(results)
+    assert report.against(rows["avit_0.6"], rows["static"]) == pytest.approx([0.0, -1.0])
+    lines = report.table(rows).splitlines()
+    assert lines[2] == "| avit_0.6 | 2 | 80.50 ± 0.71 | -0.50 ± 0.50 | 0.600 ± 0.000 | 1.50 | 0.90 | 100 |"
+    assert lines[3].startswith("| static | 2 | 81.00 ± 1.41 |  |") and lines[4].startswith("| no_prior | 1 | 78.00 | -2.00 |")
+    assert lines[-1] == "| avit_0.6 | 0 | -3 | 0.400 | 70.00 |"
+
+
+def test_the_figure_is_drawn(tmp_path: pathlib.Path) -> None:
+    report.draw(report.gather({"static/0": _run(0.8), "avit_0.6/0": _run(0.8), "avit_0.4/0": _run(0.7)}), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_macs_without_the_early_end() -> None:
+    model = arms.network("avit_0.6", arms.config("avit_0.6", 0, data_dir="", parent=""))
+    images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    _, never = calibrate.with_gate(model, params, -1e3)
+    assert measure.without_early_end(model, never, images) == pytest.approx(1.0)
+    _, some = calibrate.with_gate(model, params, -2.0)
+    active = model.apply({"params": some}, images)[1].active
+    counted = float(flops.image_macs(model, active).mean()) / flops.static_macs(model)
+    assert counted <= measure.without_early_end(model, some, images) < 1.0
