@@ -85,7 +85,7 @@ def _one_line(expected: str) -> Iterator[None]:
         ([_DIGITS + ":argument"], "get_config() takes 0 positional arguments"),
         ([_DIGITS, "stray"], "'stray'"),
         ([_DIGITS, "--no_such_flag=1"], "no_such_flag"),
-        ([_DIGITS, "--mode=test"], "<train|eval|predict|export>"),
+        ([_DIGITS, "--mode=test"], "<train|eval|predict|export|calibrate>"),
         ([_DIGITS, "--workdir"], "workdir"),
     ],
 )

@@ -46,14 +46,18 @@ def _params_of(model: vit.AViT, params: Any) -> Any:
 
 
 def _run(model: vit.AViT, params: Any, **arguments: Any) -> tuple[Any, vit.Aux]:
-    return model.apply({"params": _params_of(model, params)}, _IMAGES, **arguments)
+    return _apply(model, _params_of(model, params), _IMAGES, **arguments)
+
+
+def _apply(model: vit.AViT, params: Any, images: Any, **arguments: Any) -> tuple[Any, vit.Aux]:
+    return jax.jit(lambda params, images: model.apply({"params": params}, images, **arguments))(params, images)
 
 
 @pytest.mark.parametrize("name", _RIVALS)
 def test_a_rival_that_leaves_nothing_out_is_the_static_network(name: str, params: Any) -> None:
     model = _RIVALS[name](**_SIZES, **_HARMLESS.get(name, {"keep_rate": 1.0}))
     logits, aux = _run(model, params)
-    np.testing.assert_allclose(logits, _STATIC.apply({"params": params}, _IMAGES)[0], atol=2e-5)
+    np.testing.assert_allclose(logits, _apply(_STATIC, params, _IMAGES)[0], atol=2e-5)
     own = {"dynamic_vit": 3 * 16 * (16**2 + 16 * 8 + 8 * 4 + 2 * 4), "early_exit": 3 * 16 * 5}.get(name, 0)  # predictors, heads
     np.testing.assert_allclose(aux.macs, flops.static_macs(_STATIC) + own, rtol=1e-6)
 
@@ -108,8 +112,8 @@ def test_tome_gives_equal_tokens_the_attention_of_all_of_them(params: Any) -> No
     # All patches alike: whatever is merged, class token and patches see the same.
     plain = jax.tree.map(lambda x: x, params) | {"pos_embed": jnp.zeros_like(params["pos_embed"])}
     images = np.ones_like(_IMAGES)
-    expected = _STATIC.apply({"params": plain}, images)[0]
-    logits, aux = tome.ToMe(**_SIZES, merges=5).apply({"params": plain}, images)
+    expected = _apply(_STATIC, plain, images)[0]
+    logits, aux = _apply(tome.ToMe(**_SIZES, merges=5), plain, images)
     np.testing.assert_allclose(logits, expected, atol=2e-5)
     assert aux.active.sum(axis=2)[:, 0].tolist() == [17, 12, 7, 4]  # of 7 tokens three pairs at most
 
@@ -117,13 +121,12 @@ def test_tome_gives_equal_tokens_the_attention_of_all_of_them(params: Any) -> No
 def test_dynamic_vit_masks_in_training_what_it_removes_afterwards(params: Any) -> None:
     model = dynamic_vit.DynamicViT(**_SIZES, keep_rate=0.5)
     full = _params_of(model, params)
-    trained = lambda full, images=_IMAGES: model.apply(  # noqa: E731
-        {"params": full}, images, train=True, rngs={"dropout": jax.random.key(3)}
-    )
-    _, aux = trained(full)
+    rngs = {"dropout": jax.random.key(3)}
+    trained = lambda full: model.apply({"params": full}, _IMAGES, train=True, rngs=rngs)  # noqa: E731
+    _, aux = jax.jit(trained)(full)
     assert aux.macs is None and 0 < float(aux.loss) < 2
     assert _run(model, params)[1].active.sum(axis=2)[:, 0].tolist() == [17, 9, 5, 3]
-    grads = jax.grad(lambda full: trained(full)[0][:, 0].sum())(full)
+    grads = jax.jit(jax.grad(lambda full: trained(full)[0][:, 0].sum()))(full)
     for stage in ("predictors_0", "predictors_1", "predictors_2"):  # the class learns who should stay
         assert max(jax.tree.leaves(jax.tree.map(lambda x: float(jnp.abs(x).max()), grads[stage]))) > 1e-6
 
@@ -159,12 +162,12 @@ def test_straight_through_draws_with_the_given_probability() -> None:
 def test_random_dropping_follows_the_place_in_the_global_batch(params: Any) -> None:
     model = dropping.Dropping(**_SIZES, keep_rate=0.5)
     arguments = {"train": True, "rngs": {"dropout": jax.random.key(0)}}
-    whole = model.apply({"params": params}, _IMAGES, **arguments)[0]
-    part = model.apply({"params": params}, _IMAGES[2:], image_index=jnp.arange(2, 5), **arguments)[0]
+    whole = _apply(model, params, _IMAGES, **arguments)[0]
+    part = _apply(model, params, _IMAGES[2:], image_index=jnp.arange(2, 5), **arguments)[0]
     np.testing.assert_allclose(whole[2:], part, atol=1e-5)
-    other = model.apply({"params": params}, _IMAGES, train=True, rngs={"dropout": jax.random.key(1)})[0]
+    other = _apply(model, params, _IMAGES, train=True, rngs={"dropout": jax.random.key(1)})[0]
     assert np.abs(whole - other).max() > 1e-3
-    np.testing.assert_array_equal(*(model.apply({"params": params}, _IMAGES)[0] for _ in range(2)))
+    np.testing.assert_array_equal(*(_apply(model, params, _IMAGES)[0] for _ in range(2)))
 
 
 def test_uniform_dropping_keeps_an_even_grid(params: Any) -> None:
@@ -173,7 +176,7 @@ def test_uniform_dropping_keeps_an_even_grid(params: Any) -> None:
     original = unrolled.class_and_best
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unrolled, "class_and_best", lambda *a: seen.append(original(*a)[1]) or original(*a))
-        model.apply({"params": params}, _IMAGES)
+        seen = jax.jit(lambda params: (model.apply({"params": params}, _IMAGES), list(seen))[1])(params)
     assert seen[0][0].tolist() == [0, 2, 4, 6, 9, 11, 13, 15] and [len(kept[0]) for kept in seen] == [8, 4, 2]
 
 
