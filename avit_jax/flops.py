@@ -37,9 +37,9 @@ def fixed_macs(model: vit.AViT) -> int:
     return patches * model.patch_size**2 * model.channels * model.width + model.num_readout * model.width * model.num_classes
 
 
-def static_macs(model: vit.AViT) -> int:
-    """MACs of an image when no token halts."""
-    return fixed_macs(model) + model.depth * layer_macs(model.num_tokens, width=model.width, mlp_width=model.mlp_width)
+def static_macs(model: vit.AViT) -> float:
+    """MACs of an image when no token halts; a float, as those of DeiT-B are more than an int32 holds."""
+    return float(fixed_macs(model) + model.depth * layer_macs(model.num_tokens, width=model.width, mlp_width=model.mlp_width))
 
 
 def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:

@@ -37,6 +37,11 @@ def test_macs_grow_by_the_same_with_each_layer() -> None:
     assert second - first == third - second == first - flops.fixed_macs(vit.deit_tiny()) > 0
 
 
+def test_macs_of_a_large_network_fit_into_a_program() -> None:
+    macs = flops.static_macs(vit.deit_base())
+    assert macs > 2**31 and float(jax.jit(lambda x: x / macs)(macs / 2)) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(
     ("create", "published"),
     [(vit.deit_tiny, 1.26e9), (vit.deit_small, 4.6e9), (vit.deit_base, 17.6e9)],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import sys
 from typing import Any
@@ -231,8 +232,12 @@ def test_a_rival_trains_in_the_same_trainer(tmp_path: pathlib.Path) -> None:
     config.init = str(tmp_path / "parent.safetensors")
     fields = {field.name: getattr(parent, field.name) for field in dataclasses.fields(vit.AViT)}
     del fields["parent"], fields["name"]
-    train.train(config, tmp_path / "run", model=dynamic_vit.DynamicViT(**fields, keep_rate=0.5))
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "own_loss" in rows
-    summary = (tmp_path / "run" / "summary.json").read_text()
-    assert '"macs_ratio": 0.' in summary
+    model = dynamic_vit.DynamicViT(**fields, keep_rate=0.5)
+    train.train(config, tmp_path / "run", model=model)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["own_loss"] > 0 and row["loss"] == pytest.approx(row["task_loss"] + row["own_loss"])
+    images = np.zeros((1, 16, 16, 1), np.float32)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(model.init, jax.random.key(0), images))
+    macs = jax.jit(lambda variables: model.apply(variables, images)[1].macs)(zeros)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["macs_ratio"] == pytest.approx(float(macs[0]) / flops.static_macs(parent))

@@ -58,7 +58,7 @@ class Unrolled(vit.AViT):
             depth=depth,
             ponder_cost=depth.astype(jnp.float32),
             class_output=jnp.zeros((batch, self.width)),
-            macs=None if macs is None else jnp.full((batch,), macs + flops.fixed_macs(self)),
+            macs=None if macs is None else jnp.full((batch,), float(macs + flops.fixed_macs(self))),
         )
 
     def attention_macs(self, count: float) -> float:
