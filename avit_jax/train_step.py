@@ -14,7 +14,7 @@ from avit_jax.data import augment, loader
 
 AXIS = evaluate.AXIS
 # What the shift of the gate moves by in a step, for each unit that the share of MACs is off: slow beside the noise of a batch.
-_BUDGET_RATE = 0.1
+_BUDGET_RATE = 0.3
 
 
 def augment_batch(

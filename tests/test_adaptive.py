@@ -90,7 +90,7 @@ _CASES = [  # distilled, batch, plan
 ]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from(_CASES),
     gamma=st.floats(0.0, 20.0),

@@ -42,9 +42,9 @@ def test_the_controller_moves_the_shift_and_nothing_else() -> None:
     before = {"gamma": np.float32(2.0), "beta": np.float32(-3.0)}
     after = {"gamma": np.float32(2.5), "beta": np.float32(-9.0)}  # as the optimizer would have it
     gate = train_step.hold_budget(after, before, 0.8, budget=0.6, learnable=False)
-    assert gate == {"gamma": 2.0, "beta": pytest.approx(-3.0 + 0.1 * 0.2)}  # too dear: halts more
+    assert gate == {"gamma": 2.0, "beta": pytest.approx(-3.0 + 0.3 * 0.2)}  # too dear: halts more
     gate = train_step.hold_budget(after, before, 0.5, budget=0.6, learnable=True)
-    assert gate == {"gamma": 2.5, "beta": pytest.approx(-3.0 - 0.1 * 0.1)}
+    assert gate == {"gamma": 2.5, "beta": pytest.approx(-3.0 - 0.3 * 0.1)}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def _config(**overrides: object):
     return fixtures.small_config(
-        **{"budget": 0.6, "train.steps": 300, "train.batch_size": 64, "train.log_every": 100, "optimizer.ema_decay": 0.9}
+        **{"budget": 0.6, "train.steps": 250, "train.batch_size": 64, "train.log_every": 100, "optimizer.ema_decay": 0.9}
         | overrides
     )
 
@@ -64,7 +64,7 @@ def _config(**overrides: object):
 def test_training_lands_on_the_budget(run: pathlib.Path) -> None:
     config = _config()
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["macs_ratio"] == pytest.approx(0.6, abs=0.03)  # one of the few test digits more or less
+    assert summary["macs_ratio"] == pytest.approx(0.6, abs=0.02)
     state = fixtures.restored_state(config, run)
     assert state.params["gate"]["gamma"] == config.halting.gamma and state.params["gate"]["beta"] != config.halting.beta
 

@@ -43,15 +43,21 @@ def params() -> Any:
 
 def _params_of(model: vit.AViT, params: Any) -> Any:
     """The static network's parameters, and the rival's own as they are created."""
-    return {**jax.jit(model.init)(jax.random.key(1), _IMAGES)["params"], **params}
+    return {**_created(), **params} if isinstance(model, dynamic_vit.DynamicViT) else params
+
+
+@functools.cache
+def _created() -> Any:
+    return jax.jit(dynamic_vit.DynamicViT(**_SIZES).init)(jax.random.key(1), _IMAGES)["params"]
 
 
 def _run(model: vit.AViT, params: Any, **arguments: Any) -> tuple[Any, vit.Aux]:
     return _apply(model, _params_of(model, params), _IMAGES, **arguments)
 
 
-def _apply(model: vit.AViT, params: Any, images: Any, **arguments: Any) -> tuple[Any, vit.Aux]:
-    return jax.jit(lambda params, images: model.apply({"params": params}, images, **arguments))(params, images)
+def _apply(model: vit.AViT, params: Any, images: Any, rngs: Any = None, **arguments: Any) -> tuple[Any, vit.Aux]:
+    run = jax.jit(lambda params, images, rngs: model.apply({"params": params}, images, rngs=rngs, **arguments))
+    return run(params, images, rngs)
 
 
 @pytest.mark.parametrize("name", _RIVALS)
@@ -123,11 +129,14 @@ def test_dynamic_vit_masks_in_training_what_it_removes_afterwards(params: Any) -
     model = dynamic_vit.DynamicViT(**_SIZES, keep_rate=0.5)
     full = _params_of(model, params)
     rngs = {"dropout": jax.random.key(3)}
-    trained = lambda full: model.apply({"params": full}, _IMAGES, train=True, rngs=rngs)  # noqa: E731
-    _, aux = jax.jit(trained)(full)
+
+    def first_logits(full: Any) -> tuple[jax.Array, vit.Aux]:
+        logits, aux = model.apply({"params": full}, _IMAGES, train=True, rngs=rngs)
+        return logits[:, 0].sum(), aux
+
+    grads, aux = jax.jit(jax.grad(first_logits, has_aux=True))(full)
     assert aux.macs is None and 0 < float(aux.loss) < 2
     assert _run(model, params)[1].active.sum(axis=2)[:, 0].tolist() == [17, 9, 5, 3]
-    grads = jax.jit(jax.grad(lambda full: trained(full)[0][:, 0].sum()))(full)
     for stage in ("predictors_0", "predictors_1", "predictors_2"):  # the class learns who should stay
         assert max(jax.tree.leaves(jax.tree.map(lambda x: float(jnp.abs(x).max()), grads[stage]))) > 1e-6
 
