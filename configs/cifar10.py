@@ -3,7 +3,7 @@
 python -m avit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 
 The data set has to be prepared once (see the README).
-Hardware: two CPU cores do, for some hours. Expected: see experiments/pareto.
+Hardware: two CPU cores do, for some hours. Expected: not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -36,8 +36,9 @@ def images() -> gather.Images:
     return images
 
 
-def test_a_gate_that_is_shifted_up_halts_sooner() -> None:
-    config = fixtures.small_config(**{"halting.beta": -2.0})
+@pytest.mark.parametrize("budget", [0.0, 0.6])  # with one the gate is a parameter
+def test_a_gate_that_is_shifted_up_halts_sooner(budget: float) -> None:
+    config = fixtures.small_config(**{"halting.beta": -2.0, "budget": budget})
     params = build.model(config).init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
     low, middle, high = gather.sweep(config, params, [-0.5, 0.0, 0.5])
     assert low["macs_ratio"] > middle["macs_ratio"] > high["macs_ratio"]

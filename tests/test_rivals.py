@@ -1,6 +1,5 @@
 """The rivals of experiments/: each for what defines it, and all against the network they come from."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -239,9 +238,7 @@ def test_a_rival_trains_in_the_same_trainer(tmp_path: pathlib.Path) -> None:
     weights = jax.jit(parent.init)(jax.random.key(5), jnp.zeros((1, 16, 16, 1)))["params"]
     weight_files.write(tmp_path / "parent.safetensors", weights, parent)
     config.init = str(tmp_path / "parent.safetensors")
-    fields = {field.name: getattr(parent, field.name) for field in dataclasses.fields(vit.AViT)}
-    del fields["parent"], fields["name"]
-    model = dynamic_vit.DynamicViT(**fields, keep_rate=0.5)
+    model = dynamic_vit.DynamicViT(**unrolled.attributes(parent), keep_rate=0.5)
     train.train(config, tmp_path / "run", model=model)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["own_loss"] > 0 and row["loss"] == pytest.approx(row["task_loss"] + row["own_loss"])

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from avit_jax import adaptive, build, evaluate, flops, halting, vit
+from avit_jax import adaptive, build, calibrate, evaluate, flops, halting, vit
 from avit_jax.data import augment, loader
 
 
@@ -75,11 +75,13 @@ def sweep(config: ConfigDict, params: Any, shifts: list[float]) -> list[dict[str
       params: as they are evaluated.
       shifts: of beta, in units of gamma.
     """
+    model = build.model(config).clone(removal=None)
+    gate = params.get("gate", {"gamma": model.halting.gamma, "beta": model.halting.beta})
+    gamma, beta = float(gate["gamma"]), float(gate["beta"])
+    evaluator = evaluate.Evaluator(config, calibrate.with_gate(model, params, beta)[0])  # compiles once for all shifts
     rows = []
     for shift in tqdm(shifts, desc="gate shifts"):
-        shifted = config.copy_and_resolve_references()
-        shifted.halting.beta = config.halting.beta + shift * config.halting.gamma
-        evaluator = evaluate.Evaluator(shifted, build.model(shifted))
-        values = evaluator.scalars(evaluator(evaluate.replicate(params)))
+        _, shifted = calibrate.with_gate(model, params, beta + shift * gamma)
+        values = evaluator.scalars(evaluator(evaluate.replicate(shifted)))
         rows.append({"shift": shift, "top1": values["top1"], "macs_ratio": values["macs_ratio"]})
     return rows

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from avit_jax import build, vit
 from configs import cifar10
-from experiments.rivals import dropping, dynamic_vit, early_exit, evit, layer_act, tome
+from experiments.rivals import dropping, dynamic_vit, early_exit, evit, layer_act, tome, unrolled
 
 HELD_OUT = "train[48000:]"  # neither trained on nor reported: what gates are calibrated on
 _SHARED = {"data.train_split": "train[:48000]", "augment.magnitude": 0.0, "train.eval_every": 0, "train.save_every": 100}
@@ -130,6 +130,4 @@ def network(name: str, config: ConfigDict) -> vit.AViT:
     model = build.model(config)
     if name == "parent" or ARMS[name].rival is None:
         return model
-    attributes = {field.name: getattr(model, field.name) for field in dataclasses.fields(vit.AViT)}
-    del attributes["parent"], attributes["name"]
-    return ARMS[name].rival(**attributes)
+    return ARMS[name].rival(**unrolled.attributes(model))

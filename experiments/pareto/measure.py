@@ -1,6 +1,5 @@
 """What is measured of a trained row beside its accuracy: real speed, and what it does at other budgets without training."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from avit_jax import adaptive, calibrate, evaluate, flops, vit
 from avit_jax.data import augment, loader, sources, transforms
 from experiments import timing
 from experiments.pareto import arms
-from experiments.rivals import tome
+from experiments.rivals import tome, unrolled
 
 _BATCH = 64
 _CHUNKS = (8, 16, 32, 64)
@@ -80,9 +79,7 @@ def curves(name: str, config: ConfigDict, model: vit.AViT, params: Any) -> dict[
     if name == "early_exit":
         each = {confidence: model.clone(confidence=confidence) for confidence in _CONFIDENCES}
     elif name == "static":
-        attributes = {field.name: getattr(model, field.name) for field in dataclasses.fields(vit.AViT)}
-        del attributes["parent"], attributes["name"]
-        each = {merges: tome.ToMe(**attributes, merges=merges) for merges in _MERGES}
+        each = {merges: tome.ToMe(**unrolled.attributes(model), merges=merges) for merges in _MERGES}
     else:
         return {}
     return {"curve": [{"knob": knob} | _evaluate(config, network, params) for knob, network in each.items()]}

@@ -39,7 +39,7 @@ class EarlyExit(unrolled.Unrolled):
         run = functools.partial(block.run_block, layers.block)
         for i in range(self.depth):
             active.append(jnp.broadcast_to(going[:, None], (batch, num_tokens)))
-            x = removal.transform(run, _PLAN, jax.tree.map(lambda x, i=i: x[i], layers.params), x, active[-1], None)
+            x = removal.transform(run, _PLAN, layers.params_of(i), x, active[-1], None)
             logits = self.classify(x[:, :1])
             taken = jnp.where(going[:, None], logits, taken)
             going &= jax.nn.softmax(logits).max(axis=-1) < self.confidence

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from avit_jax import block, flops, vit
 from avit_jax import halting as halting_lib
 
+_FLAX = ("parent", "name")  # attributes of every module
+
 
 class Unrolled(vit.AViT):
     """What the rivals share; one of them says in `run_layers` what happens to the tokens.
@@ -74,6 +76,11 @@ class Unrolled(vit.AViT):
         return max(1, math.ceil(patches * share))
 
 
+def attributes(model: vit.AViT) -> dict[str, Any]:
+    """What a rival of the same sizes is made from."""
+    return {field.name: getattr(model, field.name) for field in dataclasses.fields(vit.AViT) if field.name not in _FLAX}
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """The layers of a network, to be called one by one.
@@ -94,13 +101,16 @@ class Layers:
 
     def __call__(self, i: int, x: jax.Array, method: str = "transform", **arguments: Any) -> jax.Array:
         """Layer i, or one of the two branches of it, on tokens `(B, n, D)`."""
-        params = jax.tree.map(lambda stacked: stacked[i], self.params)
         keep = None if self.keep is None else self.keep[i]
-        return self.block.apply({"params": params}, x, method=method, keep=keep, **arguments)
+        return self.block.apply({"params": self.params_of(i)}, x, method=method, keep=keep, **arguments)
+
+    def params_of(self, i: int) -> Any:
+        """Parameters of layer i."""
+        return jax.tree.map(lambda stacked: stacked[i], self.params)
 
     def queries_and_keys(self, i: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries and keys `(B, H, n, K)` of layer i; XLA computes them once, though the layer does so too."""
-        params = jax.tree.map(lambda stacked: stacked[i], self.params)
+        params = self.params_of(i)
         normed = self.block.apply({"params": params}, x, method=lambda layer, x: layer.norm1(x))
         query, key, _ = self.block.apply({"params": params}, normed, method="queries_keys_values")
         return query, key
