@@ -15,6 +15,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+_FULL = 12  # images that go through a layer together where all of them still have all tokens; two groups if that is more
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -70,7 +72,7 @@ class _Group:
       image: `(g,)`; an empty place names any.
       exists: `(g,)` bool, whether the place is taken.
       token: `(g, num)` the active tokens of each image, then padding.
-      there: `(g, num)` bool, whether it is not padding; None if nothing is.
+      there: `(g, num)` bool, whether it is not padding; None where every image exists and has all tokens.
       active: `(g, N)` bool, of the images.
       place: `(g, N)` where each active token is among the `num`.
     """
@@ -84,17 +86,20 @@ class _Group:
 
     def gather(self, x: jax.Array) -> jax.Array:
         """Tokens `(g, num, D)` of `(B, N, D)`; padding is 0."""
-        tokens = x[self.image[:, None], self.token]
-        return tokens if self.there is None else jnp.where(self.there[..., None], tokens, 0)
+        if self.there is None:
+            return x[self.image]
+        return jnp.where(self.there[..., None], x[self.image[:, None], self.token], 0)
 
     def put(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """`x` with the tokens in their places."""
-        tokens = jnp.take_along_axis(tokens, self.place[..., None], axis=1)
+        if self.there is not None:
+            tokens = jnp.take_along_axis(tokens, self.place[..., None], axis=1)
         replace = self.active & self.exists[:, None]
         for i in range(len(self.image)):
-            start = (self.image[i], 0, 0)
-            before = jax.lax.dynamic_slice(x, start, (1, *x.shape[1:]))
-            x = jax.lax.dynamic_update_slice(x, jnp.where(replace[i : i + 1, :, None], tokens[i : i + 1], before), start)
+            start, new = (self.image[i], 0, 0), tokens[i : i + 1]
+            if self.there is not None:
+                new = jnp.where(replace[i : i + 1, :, None], new, jax.lax.dynamic_slice(x, start, (1, *x.shape[1:])))
+            x = jax.lax.dynamic_update_slice(x, new, start)
         return x
 
 
@@ -105,11 +110,12 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
     token = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(num_tokens) + 1))(ends)
     token = jnp.minimum(token, num_tokens - 1)
     image, count = groups(ends[:, -1], min(plan.group, batch))
-    largest, smallest = (jnp.pad(count[:, i], (0, 2)) for i in (0, -1))  # the 0 at the end ends the loops
+    together = min(max(2, _FULL // plan.group), len(image))
+    largest, smallest = (jnp.pad(count[:, i], (0, together)) for i in (0, -1))  # the 0 at the end ends the loops
 
     def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:
         carry, i = state
-        width = 2 if full else 1
+        width = together if full else 1
         place = jax.lax.dynamic_slice_in_dim(image, i, width).reshape(-1)
         images = jnp.minimum(place, batch - 1)
         group = _Group(
@@ -124,12 +130,11 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
 
     # From the fullest groups to the emptiest; a loop runs those that need its number of tokens, none if there is none. Loops
     # and not lax.switch, whose branches XLA runs on a single core of a CPU. Where nothing has halted yet, as in the first
-    # layers, two groups run as one, without a mask.
+    # layers, several groups run as one, without a mask.
     token_counts = plan.token_counts(num_tokens)[::-1]
     state = (carry, jnp.zeros((), jnp.int32))
-    if len(image) > 1:
-        full = functools.partial(run, num_tokens, full=True)
-        state = jax.lax.while_loop(lambda state: smallest[state[1] + 1] == num_tokens, full, state)
+    full = functools.partial(run, num_tokens, full=True)
+    state = jax.lax.while_loop(lambda state: smallest[state[1] + together - 1] == num_tokens, full, state)
     for num, fewer in zip(token_counts, (*token_counts[1:], 0), strict=True):
         state = jax.lax.while_loop(
             lambda state, fewer=fewer: largest[state[1]] > fewer, lambda state, num=num: run(num, state), state

@@ -16,6 +16,7 @@ from experiments.rivals import tome, unrolled
 
 _BATCH = 64
 _CHUNKS = (8, 16, 32, 64)
+_GROUPS = (8, 16, 32)  # the network is small: larger ones than the default, which is for DeiT-T
 _BATCHES = 4  # of real images, timed together
 _ROUNDS = 7
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -32,7 +33,7 @@ def images(config: ConfigDict) -> np.ndarray:
 
 
 def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pixels: np.ndarray) -> dict[str, float]:
-    """Speed of a network over its static parent's, both as fast as their chunks of the batch allow; interleaved.
+    """Speed of a network over its static parent's, both as fast as their chunks or groups of the batch allow; interleaved.
 
     Returns:
       `speed_up`, median over rounds; `ideal`, by the MACs of these images; `efficiency`, their ratio; `images_per_second`.
@@ -52,7 +53,13 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pi
         return {f"{name} {chunk}": timed(functools.partial(apply, chunk), params) for chunk in _CHUNKS}
 
     functions = chunked(parent, parent_params, "parent")
-    ours = {"own": timed(functools.partial(adaptive.apply, model), params)} if removes else chunked(model, params, "own")
+    if removes:
+        plans = {group: adaptive.Plan(group=group, step=8) for group in _GROUPS}
+        ours = {
+            f"own {group}": timed(functools.partial(adaptive.apply, model, plan=plan), params) for group, plan in plans.items()
+        }
+    else:
+        ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
     best, own = (min(names, key=lambda name: np.median(seconds[name])) for names in (functions, ours))
     apply = functools.partial(adaptive.apply, model) if removes else model.apply
