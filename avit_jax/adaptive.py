@@ -39,7 +39,8 @@ class Aux:
       active: `(L, B, N)` bool, whether the token really computed in the layer.
       depth: `(B, N)` int32, layers the token really computed in.
       macs: `(B,)` float32, multiply-accumulates of the image without padding: `flops.image_macs`.
-      macs_padded: `(B,)` float32, the same with padding: rows without a token, and the share of empty places in its group.
+      macs_padded: `(B,)` float32, the same with padding: rows without a token, and the share of empty places in its group. So
+        it depends on the images beside it.
       class_output: `(B, D)` class token accumulated over layers, before the final norm.
       distillation_output: the same of the distillation token, None without one.
     """
@@ -74,8 +75,8 @@ def default_plan(batch: int | None, backend: str | None = None) -> Plan:
 def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | None = None) -> tuple[jax.Array, Aux]:
     """Classifies images as `model.apply(variables, images)`, without computing what has halted.
 
-    Runs under `jit` and `pmap` (each device sorts its own images), and under `jax.export`, with a symbolic batch too. It has no
-    gradient.
+    Runs under `jit`, under `pmap` where there are several devices (each sorts its own images), and under `jax.export`, with a
+    symbolic batch too. It has no gradient.
 
     Args:
       model: a network with halting.
@@ -87,13 +88,16 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
       Logits `(B, C)`, and `Aux`.
 
     Raises:
-      ValueError: the model does not halt, or the images do not fit it.
+      ValueError: the model does not halt, or the images do not fit it, or there are none.
     """
     if model.halting is None:
         raise ValueError("this model has no halting, so that nothing can be removed: call model.apply instead.")
     batch = images.shape[0]
     known = isinstance(batch, int)
+    if known and not batch:
+        raise ValueError("there are no images: the batch must be at least 1.")
     plan = plan or default_plan(batch if known else None)
+    plan = dataclasses.replace(plan, group=min(plan.group, plan.wave))
     size = plan.wave_size(batch) if known else plan.wave
     waves = -(-batch // size)
     begins = jnp.arange(waves) * size
@@ -163,13 +167,14 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
 
     layers = (variables["params"]["layers"], jnp.arange(model.depth) == model.depth - 1)
     (_, state, readout), (score, active) = jax.lax.scan(layer, (x, state, readout), layers)
+    macs = flops.image_macs(model, active)
     padded = jax.vmap(lambda count: padded_macs(model, count, plan))(active.sum(axis=-1))
     aux = Aux(
         score=score.swapaxes(0, 1),
         active=active.swapaxes(0, 1),
         depth=state.depth,
-        macs=flops.image_macs(model, active),
-        macs_padded=flops.fixed_macs(model) + padded.sum(axis=0),
+        macs=macs,
+        macs_padded=jnp.maximum(flops.fixed_macs(model) + padded.sum(axis=0), macs),  # whatever the last digits
         class_output=readout[:, 0],
         distillation_output=readout[:, 1] if model.distilled else None,
     )

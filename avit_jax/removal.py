@@ -23,10 +23,10 @@ class Plan:
     """How images are batched; affects speed, memory and the last digits only.
 
     Attributes:
-      group: images that go through a layer together.
+      group: images that go through a layer together; more where all of them still have all tokens.
       step: tokens; a group is padded to a multiple of it, of twice as many below half of all tokens. Compile time grows with
-        the number of multiples.
-      wave: images that are sorted, and whose tokens are held in memory, at a time; of inference.
+        the number of multiples, and with the group.
+      wave: images that are sorted, and whose tokens are held in memory, at a time; of inference. A group is not larger.
     """
 
     group: int

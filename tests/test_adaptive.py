@@ -248,6 +248,8 @@ def test_mistakes_are_value_errors() -> None:
         adaptive.apply(_model(halting=None), _variables(model), _images(model, 2))
     with pytest.raises(ValueError, match="images must be"):
         adaptive.apply(model, _variables(model), np.zeros((2, 32, 40, 2), np.float32))
+    with pytest.raises(ValueError, match="at least 1"):
+        adaptive.apply(model, _variables(model), _images(model, 0))
 
 
 def test_autotune_measures_once_and_remembers(tmp_path, monkeypatch, caplog) -> None:

@@ -53,3 +53,4 @@ def test_model_example() -> None:
     exec(code("<!-- adaptive example -->"), scope)
     np.testing.assert_allclose(scope["logits"], logits, atol=1e-5)
     assert scope["aux"].macs.shape == scope["aux"].macs_padded.shape == (2,)
+    assert np.unique(scope["aux"].depth).size > 1, "the example should show tokens of different depth"
