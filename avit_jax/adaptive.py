@@ -9,7 +9,6 @@ really ran: for those others less than the method's own depth, which `vit.AViT` 
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -147,26 +146,25 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
     Images that do not exist, `(B,)` bool, cost nothing.
     """
     config, num_readout = model.halting, model.num_readout
-    gamma, beta = model.apply(variables, method=lambda model: model.gate.gate())
+    gate = model.apply(variables, method=lambda model: model.gate.gate())
     state = halting.init(x.shape[:2], x.dtype)
     state = dataclasses.replace(state, active=state.active & exists[:, None])
     readout = jnp.zeros((len(x), num_readout, model.width), state.remainder.dtype)
-    run = functools.partial(block.run_block, block.Block(**model.block_sizes))
+    each = block.Block(**model.block_sizes)
 
     def layer(carry: tuple, layer: tuple) -> tuple[tuple, tuple]:
-        x, state, readout = carry
+        x, state, readout, size = carry
         params, is_last = layer
         active = state.active
-        x = removal.transform(run, plan, params, x, active)
-        score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
+        x, size, score = block.run_removed(each, params, plan, gate, x, size, state, num_readout)
         state, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
         readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
         unfinished = state.active[:, :num_readout].any(axis=1, keepdims=True)
         state = dataclasses.replace(state, active=state.active & unfinished)
-        return (x, state, readout), (score, active)
+        return (x, state, readout, size), (score, active)
 
     layers = (variables["params"]["layers"], jnp.arange(model.depth) == model.depth - 1)
-    (_, state, readout), (score, active) = jax.lax.scan(layer, (x, state, readout), layers)
+    (_, state, readout, _), (score, active) = jax.lax.scan(layer, (x, state, readout, model.sizes(state)), layers)
     macs = flops.image_macs(model, active)
     padded = jax.vmap(lambda count: padded_macs(model, count, plan))(active.sum(axis=-1))
     aux = Aux(
@@ -196,7 +194,7 @@ def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan) -> jax.Array:
     image, count = removal.groups(count, plan.group)
     compiled = jnp.array((0, *plan.token_counts(model.num_tokens)))
     ran = compiled[jnp.searchsorted(compiled, count[:, :1])].astype(jnp.float32)
-    macs = plan.group * flops.layer_macs(ran, width=model.width, mlp_width=model.mlp_width)
+    macs = plan.group * flops.layer_macs(ran, model)
     macs = jnp.where(count > 0, macs / jnp.maximum((count > 0).sum(axis=1, keepdims=True), 1), 0.0)
     return jnp.zeros(batch).at[image.reshape(-1)].set(macs.reshape(-1), mode="drop")
 

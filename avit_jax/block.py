@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from avit_jax import halting as halting_lib
+from avit_jax import merging
 from avit_jax import removal as removal_lib
 
 # Added to the attention logits of halted keys: large enough that their weight underflows to exactly 0, and finite, so that an
@@ -149,11 +150,48 @@ class Block(nn.Module):
         x = self._dropout(x, image_index)
         return x if keep is None else x * keep[:, branch, None, None].astype(x.dtype)
 
+    def transform_and_score(
+        self,
+        x: jax.Array,
+        notes: merging.Notes | None,
+        active: jax.Array | None,
+        gate: tuple[jax.Array, jax.Array],
+        keep: jax.Array | None = None,
+        image_index: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """`transform`, and what follows for halting.
+
+        Args:
+          x: tokens `(B, N, D)`; halted ones must be 0.
+          notes: on the tokens, where halted ones merge; else None.
+          active: as in `transform`.
+          gate: gamma and beta.
+          keep: as in `transform`.
+          image_index: as in `transform`.
+
+        Returns:
+          Tokens, their sizes `(B, N)` where they merge, and halting scores `(B, N)`.
+        """
+        channel = self.halting.channel
+        if notes is None:
+            x = self.transform(x, active, keep, image_index)
+            return x, None, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=channel)
+        x = self.attention(x, active, keep, image_index, notes.size[:, None, :])
+        x = self.mlp(x, active, keep, image_index)
+        patches = notes.is_patch if active is None else notes.is_patch & active
+        similar = merging.similarity(x, self.width // self.num_heads)
+        redundancy = self.halting.redundancy * merging.redundancy(similar, patches)
+        score = halting_lib.score(x, gamma=gate[0], beta=gate[1] + redundancy, channel=channel)
+        halts = notes.cumulative + score >= 1.0 - self.halting.epsilon  # as `halting.accumulate` says
+        x, size = merging.merge(x, notes.size, similar, leaves=patches & halts, stays=patches & ~halts)
+        return x, size, score
+
     def __call__(self, carry, layer, gate, image_index):
         """One layer of the scan.
 
         Args:
-          carry: tokens `(B, N, D)`; without halting that is all, else also the halting state and the read-out `(B, R, D)`.
+          carry: tokens `(B, N, D)`; without halting that is all, else also the halting state, the read-out `(B, R, D)` and
+            sizes `(B, N)`, None where halted tokens do not merge.
           layer: `(is_last, keep)`, a scalar and as in `transform`.
           gate: `(gamma, beta)`, None without halting.
           image_index: as in `transform`.
@@ -164,23 +202,60 @@ class Block(nn.Module):
         is_last, keep = layer
         if self.halting is None:
             return self.transform(carry, None, keep, image_index), None
-        x, state, readout = carry
+        x, state, readout, size = carry
+        num_readout, active = readout.shape[1], state.active
         if self.removal is None or self.is_initializing():
             # The value of a halted token is 0 from here on; its gradient passes as identity, as in the released code. With the
             # prior over active tokens alone no gradient arrives here for a halted token.
-            x = x + jax.lax.stop_gradient(jnp.where(state.active[..., None], 0.0, -x).astype(x.dtype))
-            x = self.transform(x, state.active, keep, image_index)
+            x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
+            notes = merging.note(size, state, num_readout)
+            x, size, score = self.transform_and_score(x, notes, active, gate, keep, image_index)
         else:
-            layer = functools.partial(run_block, self.clone(parent=None))
-            x = removal_lib.transform(layer, self.removal, self.variables["params"], x, state.active, keep)
-        score = halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=self.halting.channel)
-        active = state.active
+            layer = self.clone(parent=None), self.variables["params"]
+            x, size, score = run_removed(*layer, self.removal, gate, x, size, state, num_readout, keep)
         state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
-        num_readout = readout.shape[1]
         readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
-        return (x, state, readout), (score, active)
+        return (x, state, readout, size), (score, active)
 
 
 def run_block(block: Block, params: Any, tokens: jax.Array, active: jax.Array | None, keep: jax.Array | None) -> jax.Array:
     """`Block.transform` as a function of its parameters, for `removal.transform`."""
     return block.apply({"params": params}, tokens, active, keep, method="transform")
+
+
+def run_removed(
+    block: Block,
+    params: Any,
+    plan: removal_lib.Plan,
+    gate: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+    x: jax.Array,
+    size: jax.Array | None,
+    state: halting_lib.HaltingState,
+    num_readout: int,
+    keep: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """`Block.transform_and_score` of the active tokens alone; halted ones, and what is noted of them, stay as they are."""
+    if size is None:
+        x = removal_lib.transform(functools.partial(run_block, block), plan, params, x, state.active, keep)
+        return x, None, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
+    # What is noted of a token goes with it, as three more channels.
+    notes = merging.note(size, state, num_readout)
+    noted = jnp.stack([notes.size, notes.cumulative, notes.is_patch.astype(size.dtype)], axis=-1)
+    packed = jnp.concatenate([x.astype(size.dtype), noted], axis=-1)
+    gate = jax.tree.map(jnp.asarray, gate)
+    run = functools.partial(_run_packed, block, x.dtype)
+    packed = removal_lib.transform(run, plan, (params, gate), packed, state.active, keep)
+    return packed[..., :-3].astype(x.dtype), packed[..., -3], packed[..., -2]
+
+
+def _run_packed(
+    block: Block, dtype: Any, params_and_gate: Any, packed: jax.Array, active: jax.Array | None, keep: jax.Array | None
+) -> jax.Array:
+    """Tokens with their notes to tokens with size, score and `is_patch`."""
+    params, gate = params_and_gate
+    x, cumulative, is_patch = packed[..., :-3].astype(dtype), packed[..., -2], packed[..., -1]
+    size = jnp.maximum(packed[..., -3], 1.0)  # that of padding is 0, by which attention would divide
+    notes = merging.Notes(size=size, cumulative=cumulative, is_patch=is_patch > 0)
+    x, size, score = block.apply({"params": params}, x, notes, active, gate, keep, method="transform_and_score")
+    noted = jnp.stack([size, score.astype(size.dtype), is_patch], axis=-1)
+    return jnp.concatenate([x.astype(size.dtype), noted], axis=-1)

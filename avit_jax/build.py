@@ -42,8 +42,10 @@ def model(config: ConfigDict) -> vit.AViT:
         halts = halting.HaltingConfig(**gate) if gate.pop("enabled") else None
         sizes = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
         if config.train.adaptive and halts:  # its backward pass recomputes anyway
-            sizes |= {"removal": removal.Plan(group=8, step=32), "remat": False}
+            sizes["remat"] = False
         network = vit.AViT(**sizes, halting=halts)
+        if config.train.adaptive and halts:
+            network = network.clone(removal=removal.training_plan(network.num_tokens))
         network.check()
         if not jnp.issubdtype(network.dtype, jnp.floating) or jnp.finfo(network.dtype).bits > 32:
             raise ValueError(f"dtype must be a floating-point type of at most 32 bits; got {network.dtype}.")

@@ -142,7 +142,15 @@ def _network() -> dict[str, dict[str, Any]]:
             "remat": False,
         },
         # avit_jax.HaltingConfig; enabled=False is the plain network.
-        "halting": {"enabled": True, "gamma": 10.0, "beta": -30.0, "epsilon": 0.01, "channel": 0, "learnable": False},
+        "halting": {
+            "enabled": True,
+            "gamma": 10.0,
+            "beta": -30.0,
+            "epsilon": 0.01,
+            "channel": 0,
+            "learnable": False,
+            "redundancy": 0.0,  # tokens like one before them halt first, and merge into the most like them; try 50
+        },
         "loss": {
             "label_smoothing": 0.0,
             "ponder_weight": 5e-4,
@@ -281,7 +289,7 @@ def _check_halting(config: ConfigDict) -> None:
     score = (1 - gate.epsilon) / max(depth - 1, 1)  # in every layer but the last
     if not (0 < score < 1 and math.isfinite(gate.gamma) and math.isfinite(gate.beta)):
         return  # the gate's own check tells what is wrong
-    needed = math.log(score / (1 - score)) - gate.beta
+    needed = math.log(score / (1 - score)) - gate.beta - gate.redundancy
     if not needed <= abs(gate.gamma) * _FARTHEST:
         raise errors.UserError(
             f"no token can ever halt with config.halting.gamma={gate.gamma} and beta={gate.beta}: its gate channel would have "

@@ -25,10 +25,11 @@ def computing(active: jax.Array, num_readout: int) -> jax.Array:
     return active & active[:, :, :num_readout].any(axis=-1, keepdims=True)
 
 
-def layer_macs(num_tokens: jax.typing.ArrayLike, *, width: int, mlp_width: int) -> jax.typing.ArrayLike:
-    """MACs of one layer on one image with `num_tokens` tokens, any shape."""
-    linear = 4 * width**2 + 2 * width * mlp_width  # qkv and projection, then the MLP
-    return num_tokens * (linear + 2 * width * num_tokens)  # queries times keys, and weights times values
+def layer_macs(num_tokens: jax.typing.ArrayLike, model: vit.AViT) -> jax.typing.ArrayLike:
+    """MACs of one layer of a model on one image with `num_tokens` tokens, any shape; with comparing them, where they merge."""
+    linear = 4 * model.width**2 + 2 * model.width * model.mlp_width  # qkv and projection, then the MLP
+    pairs = 2 * model.width + model.compared  # queries times keys, and weights times values
+    return num_tokens * (linear + pairs * num_tokens)
 
 
 def fixed_macs(model: vit.AViT) -> int:
@@ -39,7 +40,7 @@ def fixed_macs(model: vit.AViT) -> int:
 
 def static_macs(model: vit.AViT) -> float:
     """MACs of an image when no token halts; a float, as those of DeiT-B are more than an int32 holds."""
-    return float(fixed_macs(model) + model.depth * layer_macs(model.num_tokens, width=model.width, mlp_width=model.mlp_width))
+    return float(fixed_macs(model) + model.depth * layer_macs(model.num_tokens, model.clone(halting=None, removal=None)))
 
 
 def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
@@ -53,4 +54,4 @@ def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
       `(B,)` float32 MACs.
     """
     num_tokens = computing(active, model.num_readout).sum(axis=-1).astype(jnp.float32)
-    return fixed_macs(model) + layer_macs(num_tokens, width=model.width, mlp_width=model.mlp_width).sum(axis=0)
+    return fixed_macs(model) + layer_macs(num_tokens, model).sum(axis=0)

@@ -36,9 +36,11 @@ class HaltingConfig:
       epsilon: threshold slack in (0, 1): a token halts once its scores sum to `1 - epsilon`.
       channel: index of the token channel that is the gate; negative counts from the end.
       learnable: whether the Flax modules hold gamma and beta as two scalar parameters that start at the values above.
+      redundancy: added to the gate of a patch token for each unit of its cosine with the most similar one before it; above 0,
+        what halts is merged into the most similar token that goes on (`merging`). Of `AViT`; 0 is the paper's gate.
 
     Raises:
-      ValueError: epsilon outside (0, 1), or gamma or beta not finite.
+      ValueError: epsilon outside (0, 1), gamma or beta not finite, or redundancy below 0.
     """
 
     gamma: float = 10.0
@@ -46,12 +48,15 @@ class HaltingConfig:
     epsilon: float = 0.01
     channel: int = 0
     learnable: bool = False
+    redundancy: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.epsilon < 1.0:
             raise ValueError(f"epsilon must lie between 0 and 1, both excluded; got {self.epsilon}.")
         if not (math.isfinite(self.gamma) and math.isfinite(self.beta)):
             raise ValueError(f"gamma and beta must be finite; got gamma={self.gamma}, beta={self.beta}.")
+        if not (self.redundancy >= 0.0 and math.isfinite(self.redundancy)):
+            raise ValueError(f"redundancy must be at least 0, and finite; got {self.redundancy}.")
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +99,7 @@ def score(tokens: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.Ar
     Args:
       tokens: `(..., N, D)` outputs of the layer, any float dtype.
       gamma: gate scale, a scalar; may be traced, for a gate that learns.
-      beta: gate shift, a scalar; may be traced.
+      beta: gate shift, a scalar, or `(..., N)`; may be traced.
       channel: e, the one channel that is read.
 
     Returns:

@@ -34,7 +34,12 @@ class Halting(nnx.Module):
 
         Returns:
           The new state, the weight `(..., N)` of this output and the raw score `(..., N)`.
+
+        Raises:
+          ValueError: the gate has a redundancy, which is for `AViT`: merging is more than a layer's output tells.
         """
+        if self.config.redundancy:
+            raise ValueError("a gate with redundancy merges tokens, as AViT does; in your own model call avit_jax.merging.")
         if state is None:
             state = halting.init(tokens.shape[:-1], jnp.result_type(tokens))
         gamma, beta = self.gate()

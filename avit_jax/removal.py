@@ -48,6 +48,12 @@ class Plan:
         return (*(n for n in fine if 2 * n >= num_tokens or n % (2 * self.step) == 0), num_tokens)
 
 
+def training_plan(num_tokens: int) -> Plan:
+    """A good plan for training with N tokens: groups of a power of two images, and of at most 2,080 tokens."""
+    group = 2 ** (max(1, 2080 // num_tokens).bit_length() - 1)
+    return Plan(group=group, step=max(8, num_tokens // 48 * 8))
+
+
 def groups(count: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     """Images in groups, those with most tokens first.
 

@@ -120,6 +120,11 @@ class AViT(nn.Module):
         return int(self.width * self.mlp_ratio)
 
     @property
+    def compared(self) -> int:
+        """Channels by which tokens are compared: the width of a head where halted tokens merge, else 0."""
+        return self.width // self.num_heads if self.halting is not None and self.halting.redundancy else 0
+
+    @property
     def block_sizes(self) -> dict[str, Any]:
         """Arguments of each layer's `Block`."""
         return {
@@ -190,6 +195,10 @@ class AViT(nn.Module):
             return x
         return x * block.random_keep(self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]).astype(x.dtype)
 
+    def sizes(self, state: halting_lib.HaltingState) -> jax.Array | None:
+        """Patches that each token `(B, N)` stands for, before the first layer; None where halted tokens do not merge."""
+        return jnp.ones_like(state.remainder) if self.halting.redundancy else None
+
     def classify(self, readout: jax.Array, *, train: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Read-out tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""
         readout = self.norm(readout)
@@ -239,7 +248,8 @@ class AViT(nn.Module):
         else:
             state = halting_lib.init(x.shape[:2], x.dtype)
             readout = jnp.zeros((batch, self.num_readout, self.width), state.remainder.dtype)
-            (_, state, readout), (score, active) = self.layers((x, state, readout), layers, self.gate.gate(), image_index)
+            carry = (x, state, readout, self.sizes(state))
+            (_, state, readout, _), (score, active) = self.layers(carry, layers, self.gate.gate(), image_index)
         aux = Aux(
             score=score,
             active=active,

@@ -144,7 +144,7 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, float] |
             gate = dataclasses.asdict(halting.HaltingConfig(**json.loads(metadata["halting"])))
             if [type(gate[key]) for key in ("channel", "learnable")] != [int, bool]:
                 raise ValueError(f"channel {gate['channel']}, learnable {gate['learnable']}")
-            return gate | {key: float(gate[key]) for key in ("gamma", "beta", "epsilon")}
+            return gate | {key: float(gate[key]) for key in ("gamma", "beta", "epsilon", "redundancy")}
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise errors.UserError(f"{path} is refused: its gate makes no sense ({errors.first_line(error)}).") from error
     by_name = re.fullmatch(r"(?:tiny|small|base)-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", path.stem)

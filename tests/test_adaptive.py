@@ -81,12 +81,13 @@ def test_float64_to_the_last_digits() -> None:
         _check_same(model, _masked(model)({"params": params}, images), removed, tolerance=1e-13)
 
 
-_CASES = [  # distilled, batch, plan
-    (False, 1, None),
-    (True, 5, None),
-    (False, 19, _PLAN),
-    (True, 19, adaptive.Plan(group=1, step=11, wave=4)),
-    (False, 7, adaptive.Plan(group=8, step=64, wave=6)),
+_CASES = [  # distilled, redundancy, batch, plan
+    (False, 0.0, 1, None),
+    (True, 0.0, 5, None),
+    (False, 5.0, 5, None),
+    (False, 0.0, 19, _PLAN),
+    (True, 5.0, 19, adaptive.Plan(group=1, step=11, wave=4)),
+    (False, 0.0, 7, adaptive.Plan(group=8, step=64, wave=6)),
 ]
 
 
@@ -98,8 +99,9 @@ _CASES = [  # distilled, batch, plan
     seed=st.integers(0, 1000),
 )
 def test_any_gate_batch_and_plan(case, gamma, beta, seed) -> None:
-    distilled, batch, plan = case
-    model = _model(distilled=distilled, depth=4)
+    distilled, redundancy, batch, plan = case
+    gate = halting.HaltingConfig(learnable=True, redundancy=redundancy)
+    model = _model(distilled=distilled, depth=4, halting=gate)
     variables, images = _variables(model, gamma, beta), _images(model, batch, seed)
     masked = _masked(model)(variables, images)
     reached = np.cumsum(np.where(masked[1].active, masked[1].score, 0), axis=0)
@@ -107,8 +109,9 @@ def test_any_gate_batch_and_plan(case, gamma, beta, seed) -> None:
     _check_same(model, masked, _removed(model, plan)(variables, images))
 
 
-def test_bfloat16() -> None:
-    model = _model(dtype=jnp.bfloat16)
+@pytest.mark.parametrize("redundancy", [0.0, 2.0])
+def test_bfloat16(redundancy: float) -> None:
+    model = _model(dtype=jnp.bfloat16, halting=halting.HaltingConfig(learnable=True, redundancy=redundancy))
     variables, images = _variables(model), _images(model, 16)
     (expected, aux), (logits, got) = _masked(model)(variables, images), _removed(model, _PLAN)(variables, images)
     assert logits.dtype == jnp.bfloat16
@@ -162,7 +165,7 @@ def _padded_by_hand(model: vit.AViT, active: np.ndarray, plan: adaptive.Plan) ->
         left = sorted(layer, reverse=True)
         while left and left[0]:
             tokens = min(n for n in counts if n >= left[0])
-            total += plan.group * flops.layer_macs(tokens, width=model.width, mlp_width=model.mlp_width)
+            total += plan.group * flops.layer_macs(tokens, model)
             left = left[plan.group :]
     return total
 

@@ -163,6 +163,8 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.loss.ponder_weight=-1"], "config.loss.ponder_weight must be at least 0"),
         ([_DIGITS, "--config.loss.prior_weight=nan"], "config.loss.prior_weight must be at least 0, and finite; got nan"),
         ([_DIGITS, "--config.halting.gamma=0"], "no token can ever halt"),
+        ([_DIGITS, "--config.halting.gamma=0", "--config.halting.redundancy=2"], "no token can ever halt"),
+        ([_DIGITS, "--config.halting.redundancy=-1"], "redundancy must be at least 0"),
         ([_DIGITS, "--config.halting.beta=-1e6"], "reach 2e+05"),
         ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),
         ([_DIGITS, "--config.halting.epsilon=0"], "epsilon must lie between 0 and 1"),

@@ -40,6 +40,7 @@ def _loss_and_grads(model: vit.AViT, variables: Any, images: np.ndarray) -> Any:
     [
         ({}, 5, removal.Plan(group=2, step=8)),
         ({"distilled": True, "drop_path": 0.3}, 7, removal.Plan(group=3, step=32)),
+        ({"halting": halting.HaltingConfig(learnable=True, redundancy=2.0)}, 5, removal.Plan(group=2, step=8)),
     ],
 )
 @pytest.mark.parametrize("beta", [-1.0, 100.0, -100.0])
@@ -105,6 +106,11 @@ def test_token_counts() -> None:
     assert removal.Plan(group=1, step=8).token_counts(65) == (16, 32, 40, 48, 56, 64, 65)
     assert removal.Plan(group=1, step=100).token_counts(17) == (17,)
     assert removal.Plan(group=1, step=2).token_counts(4) == (2, 4)
+
+
+def test_training_plans_of_small_and_large_pictures() -> None:
+    plans = [removal.training_plan(num_tokens) for num_tokens in (17, 65, 197, 785, 4097)]
+    assert [(plan.group, plan.step) for plan in plans] == [(64, 8), (32, 8), (8, 32), (2, 128), (1, 680)]
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (5, 5), (20, 20), (21, 12), (41, 16), (1000, 20)])

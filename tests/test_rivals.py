@@ -200,7 +200,7 @@ def test_early_exit_takes_the_first_layer_that_is_sure(params: Any) -> None:
     assert len(set(layer)) > 1
     assert (aux.active.sum(axis=0)[:, 0] == layer + 1).all()
     np.testing.assert_allclose(logits, [exits[3 - n][i] for i, n in enumerate(layer)], atol=2e-5)
-    expected = flops.fixed_macs(_STATIC) + (layer + 1) * flops.layer_macs(17, width=16, mlp_width=32) + layer * 16 * 5
+    expected = flops.fixed_macs(_STATIC) + (layer + 1) * flops.layer_macs(17, _STATIC) + layer * 16 * 5
     np.testing.assert_allclose(aux.macs, expected, rtol=1e-6)
 
 

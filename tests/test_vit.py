@@ -78,9 +78,9 @@ def _unrolled(model: vit.AViT, tap_LxBxNxD: jax.Array) -> tuple[jax.Array, vit.A
     state, readout = halting.init(x.shape[:2]), jnp.zeros((len(x), 1, model.width))
     scores, actives = [], []
     for i in range(model.depth):
-        carry, layer = (x + tap_LxBxNxD[i], state, readout), (i == model.depth - 1, None)
+        carry, layer = (x + tap_LxBxNxD[i], state, readout, None), (i == model.depth - 1, None)
         gate = (model.halting.gamma, model.halting.beta)
-        (x, state, readout), (score, active) = _block(model).apply(_layer_params(model, i), carry, layer, gate, None)
+        (x, state, readout, _), (score, active) = _block(model).apply(_layer_params(model, i), carry, layer, gate, None)
         scores, actives = [*scores, score], [*actives, active]
     by_layer = dict(score=jnp.stack(scores), active=jnp.stack(actives))
     cost = halting.ponder_cost(state)

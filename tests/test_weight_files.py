@@ -64,7 +64,7 @@ def test_position_embeddings_for_another_image_size() -> None:
     + [("deit/model.safetensors", "huggingface", True)],
 )
 def test_what_is_written_equals_what_was_read(tmp_path: pathlib.Path, name: str, names: str, distilled: bool) -> None:
-    model = _model(distilled=distilled, halting=halting.HaltingConfig(gamma=4.0, beta=-2.5))
+    model = _model(distilled=distilled, halting=halting.HaltingConfig(gamma=4.0, beta=-2.5, redundancy=7.5))
     params = weight_files.fit(weight_files.read(_DATA / name).tensors, model)
     weight_files.write(tmp_path / "model.safetensors", params, model, names=names)
     ours, theirs = (safetensors.numpy.load_file(folder) for folder in (tmp_path / "model.safetensors", _DATA / name))

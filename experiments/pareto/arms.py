@@ -42,20 +42,33 @@ class Arm:
     taught: bool = True
 
 
+# What we add to the paper's recipe: redundant tokens halt first and are merged, and the budget alone says how many.
+_MERGING = {
+    "halting.redundancy": 50.0,
+    "halting.gamma": 1.0,
+    "halting.beta": -42.0,
+    "loss.ponder_weight": 0.0,
+    "loss.prior_weight": 0.0,
+}
+_PRIOR_AND_PONDER = {"loss.ponder_weight": 5e-4, "loss.prior_weight": 0.1}  # as in the recipe
+
+
 def _static(**options: Any) -> Arm:
     return Arm({"halting.enabled": False}, **options)
 
 
 def _halting(budget: float, **overrides: Any) -> dict[str, Any]:
-    return {"budget": budget} | {name.replace("__", "."): value for name, value in overrides.items()}
+    return {"budget": budget, "train.adaptive": True} | {name.replace("__", "."): value for name, value in overrides.items()}
 
 
 def _arms() -> dict[str, Arm]:
     of = functools.partial
     arms = {"static": _static()}
     arms |= {f"avit_{budget}": Arm(_halting(budget)) for budget in (0.4, 0.5, 0.6, 0.8)}
+    arms |= {f"avit_merging_{budget}": Arm(_halting(budget) | _MERGING) for budget in (0.4, 0.5, 0.6, 0.8)}
     arms |= {
-        f"layer_act_{budget}": Arm(_halting(budget, eval__adaptive=False), of(layer_act.LayerACT)) for budget in (0.4, 0.6, 0.8)
+        f"layer_act_{budget}": Arm(_halting(budget, eval__adaptive=False, train__adaptive=False), of(layer_act.LayerACT))
+        for budget in (0.4, 0.6, 0.8)
     }
     # Shares that bring the network to about 0.4, 0.6 and 0.8 of the static MACs.
     for name, rival, rates in (
@@ -95,6 +108,13 @@ def _ablations() -> dict[str, Arm]:
         "gamma_10": Arm(_halting(0.6, halting__gamma=10.0, halting__beta=-30.0), **one),
         "last_channel": Arm(_halting(0.6, halting__channel=-1), **one),
         "middle_channel": Arm(_halting(0.6, halting__channel=48), **one),
+        "merging_from_scratch": Arm(_halting(0.6) | _MERGING, starts="scratch", **one),
+        "merging_not_distilled": Arm(_halting(0.6) | _MERGING, taught=False, **one),
+        "merging_with_prior_and_ponder": Arm(_halting(0.6) | _MERGING | _PRIOR_AND_PONDER, **one),
+        "merging_by_the_papers_gate": Arm(_halting(0.6, halting__redundancy=1e-6), **one),
+        "merging_redundancy_20": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 20.0, "halting.beta": -17.0}, **one),
+        "merging_redundancy_100": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 100.0, "halting.beta": -84.0}, **one),
+        "merging_gamma_5": Arm(_halting(0.6) | _MERGING | {"halting.gamma": 5.0}, **one),
         "mixup": Arm(_halting(0.6, augment__mixup=0.8, augment__cutmix=1.0), **one),
     }
     return arms

@@ -75,13 +75,13 @@ def without_early_end(model: vit.AViT, params: Any, pixels: np.ndarray) -> float
     """Share of the static MACs if the other tokens went on after an image's class token has halted; on these images."""
     active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(params, pixels)
     count = active.sum(axis=-1).astype(np.float32)
-    macs = flops.layer_macs(count, width=model.width, mlp_width=model.mlp_width).sum(axis=0).mean()
+    macs = flops.layer_macs(count, model).sum(axis=0).mean()
     return float(flops.fixed_macs(model) + macs) / flops.static_macs(model)
 
 
 def curves(name: str, config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, list[dict[str, float]]]:
     """Accuracy and MACs at other budgets, of the very same weights; {} for a row that has no such knob."""
-    if name == "avit_0.6":
+    if name in ("avit_0.6", "avit_merging_0.6"):
         return {"curve": _calibrated(config, model, params)}
     if name == "early_exit":
         each = {confidence: model.clone(confidence=confidence) for confidence in _CONFIDENCES}

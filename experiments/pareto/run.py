@@ -4,7 +4,8 @@ python -m experiments.pareto.run --data_dir=...
 
 Runs what is not in result.json yet, one run after the other, and writes after each; a run that was stopped goes on where it
 was. The parent comes first, and its weights stay as parent.safetensors. `--arm=evit_0.6 --seed=0` runs one row alone, and
-`--out=...` writes somewhere else, to compare.
+`--out=...` writes somewhere else, to compare. `--speed` trains nothing, and measures how fast the rows are whose runs are
+there: for a moment when the machine does nothing else.
 """
 
 import json
@@ -24,6 +25,7 @@ _RUNS = flags.DEFINE_string("runs", "runs/pareto", "folder of the runs")
 _OUT = flags.DEFINE_string("out", "experiments/pareto", "folder of result.json")
 _ARM = flags.DEFINE_multi_string("arm", [], "rows to run; default: all")
 _SEED = flags.DEFINE_multi_integer("seed", [], "seeds to run; default: those of the row")
+_SPEED = flags.DEFINE_boolean("speed", False, "measure the speed of what is trained, and train nothing")
 _PARENT = flags.DEFINE_string("parent", "experiments/pareto/parent.safetensors", "weights of the parent")
 
 
@@ -41,13 +43,18 @@ def run(name: str, seed: int) -> dict[str, Any] | None:
     if name == "parent":
         weight_files.write(_PARENT.value, params, model)
         return timing.environment() | row
-    parent = build.model(arms.config("static", seed, data_dir=_DATA_DIR.value, parent=_PARENT.value))
-    images = measure.images(config)
-    row["speed"] = measure.speed(model, params, parent, weight_files.load(_PARENT.value, parent), images)
     if name.startswith("avit_"):
-        row["macs_ratio_without_early_end"] = measure.without_early_end(model, params, images)
+        row["macs_ratio_without_early_end"] = measure.without_early_end(model, params, measure.images(config))
     row |= measure.curves(name, config, model, params)
     return timing.environment() | row
+
+
+def speed(name: str, seed: int) -> dict[str, float]:
+    """Measures the speed of a row whose run is there."""
+    static, config = (arms.config(row, seed, data_dir=_DATA_DIR.value, parent=_PARENT.value) for row in ("static", name))
+    model, parent = arms.network(name, config), build.model(static)
+    params, _ = restore.params(config, model, pathlib.Path(_RUNS.value) / f"{name}_{seed}")
+    return measure.speed(model, params, parent, weight_files.load(_PARENT.value, parent), measure.images(config))
 
 
 def main(_: list[str]) -> None:
@@ -68,17 +75,25 @@ def main(_: list[str]) -> None:
         for name in _ARM.value or arms.ARMS
         if (seed in _SEED.value if _SEED.value else seed < arms.ARMS[name].seeds)
     ]
-    rows = json.loads(file.read_text()) if file.exists() else {}
-    missing = [(name, seed) for name, seed in jobs if f"{name}/{seed}" not in rows]
-    for i, (name, seed) in enumerate(missing):
-        print(f"== {i + 1} of {len(missing)}: {name}, seed {seed}", flush=True)
-        row = run(name, seed)
+    rows = _read(file)
+    runs = pathlib.Path(_RUNS.value)
+    if _SPEED.value:
+        jobs = [(name, seed) for name, seed in jobs if (runs / f"{name}_{seed}").exists() and f"{name}/{seed}" in rows]
+    else:
+        jobs = [(name, seed) for name, seed in jobs if f"{name}/{seed}" not in rows]
+    for i, (name, seed) in enumerate(jobs):
+        print(f"== {i + 1} of {len(jobs)}: {name}, seed {seed}", flush=True)
+        row = {"speed": speed(name, seed)} if _SPEED.value else run(name, seed)
         if row is None:
             return
-        rows = json.loads(file.read_text()) if file.exists() else {}
-        rows[f"{name}/{seed}"] = row
+        rows = _read(file)
+        rows[f"{name}/{seed}"] = rows.get(f"{name}/{seed}", {}) | row
         file.write_text(json.dumps(rows, indent=1) + "\n")
         print(json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}), flush=True)
+
+
+def _read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 if __name__ == "__main__":

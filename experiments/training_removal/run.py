@@ -55,7 +55,7 @@ def measure(model: avit_jax.AViT, variables: Any, images: jax.Array) -> dict[str
     models = {
         "masked": model,
         "masked, remat": model.clone(remat=True),
-        "removed": model.clone(removal=removal.Plan(group=8, step=32)),
+        "removed": model.clone(removal=removal.training_plan(model.num_tokens)),
     }
     rows, functions, outputs = {}, {}, {}
     for name, each in models.items():
