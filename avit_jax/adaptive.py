@@ -21,7 +21,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from avit_jax import block, flops, halting, removal, vit
+from avit_jax import block, flops, halting, merging, removal, vit
 from avit_jax.removal import Plan
 
 _logger = logging.getLogger(__name__)
@@ -150,21 +150,23 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
     state = halting.init(x.shape[:2], x.dtype)
     state = dataclasses.replace(state, active=state.active & exists[:, None])
     readout = jnp.zeros((len(x), num_readout, model.width), state.remainder.dtype)
-    each = block.Block(**model.block_sizes)
+    each, dtype = block.Block(**model.block_sizes), x.dtype
+    if model.compared:
+        x = merging.pack(x, merging.note(model.sizes(state), state, num_readout))
 
     def layer(carry: tuple, layer: tuple) -> tuple[tuple, tuple]:
-        x, state, readout, size = carry
+        x, state, readout = carry
         params, is_last = layer
         active = state.active
-        x, size, score = block.run_removed(each, params, plan, gate, x, size, state, num_readout)
+        x, score = block.run_removed(each, params, plan, gate, x, active, dtype)
         state, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
+        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout, : model.width]
         unfinished = state.active[:, :num_readout].any(axis=1, keepdims=True)
         state = dataclasses.replace(state, active=state.active & unfinished)
-        return (x, state, readout, size), (score, active)
+        return (x, state, readout), (score, active)
 
     layers = (variables["params"]["layers"], jnp.arange(model.depth) == model.depth - 1)
-    (_, state, readout, _), (score, active) = jax.lax.scan(layer, (x, state, readout, model.sizes(state)), layers)
+    (_, state, readout), (score, active) = jax.lax.scan(layer, (x, state, readout), layers)
     macs = flops.image_macs(model, active)
     padded = jax.vmap(lambda count: padded_macs(model, count, plan))(active.sum(axis=-1))
     aux = Aux(

@@ -158,7 +158,7 @@ class Block(nn.Module):
         gate: tuple[jax.Array, jax.Array],
         keep: jax.Array | None = None,
         image_index: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    ) -> tuple[jax.Array, merging.Notes | None, jax.Array]:
         """`transform`, and what follows for halting.
 
         Args:
@@ -170,7 +170,7 @@ class Block(nn.Module):
           image_index: as in `transform`.
 
         Returns:
-          Tokens, their sizes `(B, N)` where they merge, and halting scores `(B, N)`.
+          Tokens, their notes, and halting scores `(B, N)`.
         """
         channel = self.halting.channel
         if notes is None:
@@ -182,9 +182,10 @@ class Block(nn.Module):
         similar = merging.similarity(x, self.width // self.num_heads)
         redundancy = self.halting.redundancy * merging.redundancy(similar, patches)
         score = halting_lib.score(x, gamma=gate[0], beta=gate[1] + redundancy, channel=channel)
-        halts = notes.cumulative + score >= 1.0 - self.halting.epsilon  # as `halting.accumulate` says
+        cumulative = notes.cumulative + score
+        halts = cumulative >= 1.0 - self.halting.epsilon  # as `halting.accumulate` says
         x, size = merging.merge(x, notes.size, similar, leaves=patches & halts, stays=patches & ~halts)
-        return x, size, score
+        return x, notes.replace(size=size, cumulative=cumulative), score
 
     def __call__(self, carry, layer, gate, image_index):
         """One layer of the scan.
@@ -209,10 +210,13 @@ class Block(nn.Module):
             # prior over active tokens alone no gradient arrives here for a halted token.
             x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
             notes = merging.note(size, state, num_readout)
-            x, size, score = self.transform_and_score(x, notes, active, gate, keep, image_index)
+            x, notes, score = self.transform_and_score(x, notes, active, gate, keep, image_index)
         else:
-            layer = self.clone(parent=None), self.variables["params"]
-            x, size, score = run_removed(*layer, self.removal, gate, x, size, state, num_readout, keep)
+            layer, notes = (self.clone(parent=None), self.variables["params"]), merging.note(size, state, num_readout)
+            packed = x if size is None else merging.pack(x, notes)
+            packed, score = run_removed(*layer, self.removal, gate, packed, active, x.dtype, keep)
+            x, notes = (packed, None) if size is None else merging.unpack(packed, x.dtype)[:2]
+        size = None if size is None else notes.size
         state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
         readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
         return (x, state, readout, size), (score, active)
@@ -229,33 +233,36 @@ def run_removed(
     plan: removal_lib.Plan,
     gate: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
     x: jax.Array,
-    size: jax.Array | None,
-    state: halting_lib.HaltingState,
-    num_readout: int,
+    active: jax.Array,
+    dtype: jax.typing.DTypeLike,
     keep: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """`Block.transform_and_score` of the active tokens alone; halted ones, and what is noted of them, stay as they are."""
-    if size is None:
-        x = removal_lib.transform(functools.partial(run_block, block), plan, params, x, state.active, keep)
-        return x, None, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
-    # What is noted of a token goes with it, as three more channels.
-    notes = merging.note(size, state, num_readout)
-    noted = jnp.stack([notes.size, notes.cumulative, notes.is_patch.astype(size.dtype)], axis=-1)
-    packed = jnp.concatenate([x.astype(size.dtype), noted], axis=-1)
-    gate = jax.tree.map(jnp.asarray, gate)
-    run = functools.partial(_run_packed, block, x.dtype)
-    packed = removal_lib.transform(run, plan, (params, gate), packed, state.active, keep)
-    return packed[..., :-3].astype(x.dtype), packed[..., -3], packed[..., -2]
+) -> tuple[jax.Array, jax.Array]:
+    """`Block.transform_and_score` of the active tokens alone; halted ones, and what is noted of them, stay as they are.
+
+    Args:
+      block: the layer.
+      params: its parameters.
+      plan: groups.
+      gate: gamma and beta.
+      x: tokens `(B, N, D)`; packed (`merging.pack`) where halted ones merge.
+      active: `(B, N)` bool.
+      dtype: of the tokens before they were packed.
+      keep: as in `Block.transform`.
+
+    Returns:
+      Tokens as they came, and scores `(B, N)`; those of halted tokens mean nothing.
+    """
+    if not block.halting.redundancy:
+        x = removal_lib.transform(functools.partial(run_block, block), plan, params, x, active, keep)
+        return x, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
+    run = functools.partial(_run_packed, block, jnp.dtype(dtype))
+    x = removal_lib.transform(run, plan, (params, jax.tree.map(jnp.asarray, gate)), x, active, keep)
+    return x, x[..., -1]
 
 
 def _run_packed(
     block: Block, dtype: Any, params_and_gate: Any, packed: jax.Array, active: jax.Array | None, keep: jax.Array | None
 ) -> jax.Array:
-    """Tokens with their notes to tokens with size, score and `is_patch`."""
     params, gate = params_and_gate
-    x, cumulative, is_patch = packed[..., :-3].astype(dtype), packed[..., -2], packed[..., -1]
-    size = jnp.maximum(packed[..., -3], 1.0)  # that of padding is 0, by which attention would divide
-    notes = merging.Notes(size=size, cumulative=cumulative, is_patch=is_patch > 0)
-    x, size, score = block.apply({"params": params}, x, notes, active, gate, keep, method="transform_and_score")
-    noted = jnp.stack([size, score.astype(size.dtype), is_patch], axis=-1)
-    return jnp.concatenate([x.astype(size.dtype), noted], axis=-1)
+    x, notes, _ = merging.unpack(packed, dtype)
+    return merging.pack(*block.apply({"params": params}, x, notes, active, gate, keep, method="transform_and_score"))

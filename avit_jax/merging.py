@@ -39,6 +39,21 @@ def note(size: jax.Array | None, state: halting.HaltingState, num_readout: int) 
     return Notes(size=size, cumulative=state.cumulative, is_patch=is_patch)
 
 
+def pack(tokens: jax.Array, notes: Notes, score: jax.Array | None = None) -> jax.Array:
+    """Tokens `(B, N, D)` with their notes and scores as more channels, `(B, N, D + 4)`, at least float32: they move as one."""
+    size = notes.size
+    score = jnp.zeros_like(size) if score is None else score.astype(size.dtype)
+    noted = jnp.stack([size, notes.cumulative, notes.is_patch.astype(size.dtype), score], axis=-1)
+    return jnp.concatenate([tokens.astype(size.dtype), noted], axis=-1)
+
+
+def unpack(packed: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Notes, jax.Array]:
+    """Tokens, in their dtype, notes and scores; where no token has been packed, and all is 0, the size is 1."""
+    size, cumulative, is_patch, score = jnp.unstack(packed[..., -4:], axis=-1)
+    notes = Notes(size=jnp.maximum(size, 1.0), cumulative=cumulative, is_patch=is_patch > 0)
+    return packed[..., :-4].astype(dtype), notes, score
+
+
 def similarity(tokens: jax.Array, channels: int) -> jax.Array:
     """Cosine of each pair of tokens `(B, N, D)`, by their first channels alone; `(B, N, N)`, at least float32, no gradient."""
     x = jax.lax.stop_gradient(tokens[..., :channels])
@@ -80,7 +95,8 @@ def merge(
     into = jnp.where(stays[:, None, :], similar, -jnp.inf).argmax(axis=-1)
     weight = jnp.where(leaves & stays.any(axis=-1, keepdims=True), size, 0.0)
     add = jax.vmap(lambda into, values: jnp.zeros_like(values).at[into].add(values))
-    more, sums = add(into, weight), add(into, weight[..., None] * tokens.astype(size.dtype))
-    total = size + more
-    change = (sums - more[..., None] * tokens.astype(size.dtype)) / jnp.maximum(total, 1.0)[..., None]
+    values = jnp.concatenate([weight[..., None] * tokens.astype(size.dtype), weight[..., None]], axis=-1)
+    sums, more = jnp.split(add(into, values), [tokens.shape[-1]], axis=-1)
+    total = size + more[..., 0]
+    change = (sums - more * tokens.astype(size.dtype)) / jnp.maximum(total, 1.0)[..., None]
     return tokens + change.astype(tokens.dtype), total

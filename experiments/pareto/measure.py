@@ -14,9 +14,9 @@ from experiments import timing
 from experiments.pareto import arms
 from experiments.rivals import tome, unrolled
 
-_BATCH = 64
-_CHUNKS = (8, 16, 32, 64)
-_GROUPS = (8, 16, 32)  # the network is small: larger ones than the default, which is for DeiT-T
+_BATCH = 256
+_CHUNKS = (16, 32, 64, 128)
+_GROUPS = (16, 32, 64)  # the network is small: larger ones than the default, which is for DeiT-T
 _BATCHES = 4  # of real images, timed together
 _ROUNDS = 7
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -54,7 +54,7 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pi
 
     functions = chunked(parent, parent_params, "parent")
     if removes:
-        plans = {group: adaptive.Plan(group=group, step=8) for group in _GROUPS}
+        plans = {group: adaptive.Plan(group=group, step=4, wave=_BATCH) for group in _GROUPS}
         ours = {
             f"own {group}": timed(functools.partial(adaptive.apply, model, plan=plan), params) for group, plan in plans.items()
         }

@@ -80,19 +80,20 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
             methods.setdefault(name.rpartition("_")[0], []).append(name)
     for i, (method, names) in enumerate(sorted(methods.items())):
         means = sorted(tuple(np.mean([[run["macs_ratio"], run["top1"]] for run in rows[name]], axis=0)) for name in names)
-        style = {"linewidth": 2.5, "zorder": 3} if method == "avit" else {"linewidth": 1.2}
+        style = {"linewidth": 2.5, "zorder": 3} if method.startswith("avit") else {"linewidth": 1.2}
         axis.plot(*np.array(means).T, marker="o", color=f"C{i}", label=method.replace("_", " "), markersize=4, **style)
         for name in names:
             for run in rows[name]:
                 axis.plot(run["macs_ratio"], run["top1"], ".", color=f"C{i}", alpha=0.4, markersize=5)
     for name, style, label in (
         ("avit_0.6", ":", "avit, one checkpoint"),
+        ("avit_merging_0.6", (0, (3, 1, 1, 1)), "avit merging, one checkpoint"),
         ("early_exit", "-.", "early exit, one checkpoint"),
         ("static", "--", "ToMe, static weights"),
     ):
         points = [[point["macs_ratio"], point["top1"]] for point in rows.get(name, [{}])[0].get("curve", [])]
         if points:
-            axis.plot(*np.array(sorted(points)).T, style, color="black", linewidth=1, label=label)
+            axis.plot(*np.array(sorted(points)).T, linestyle=style, color="black", linewidth=1, label=label)
     if "static" in rows:
         axis.axhline(
             np.mean([run["top1"] for run in rows["static"]]), color="grey", linewidth=0.8, label="static, tuned as long"
