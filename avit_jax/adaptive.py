@@ -96,7 +96,7 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
     if known and not batch:
         raise ValueError("there are no images: the batch must be at least 1.")
     plan = plan or default_plan(batch if known else None)
-    plan = dataclasses.replace(plan, group=min(plan.group, plan.wave))
+    plan = dataclasses.replace(plan, group=min(plan.group, plan.wave, batch if known else plan.wave))
     size = plan.wave_size(batch) if known else plan.wave
     waves = -(-batch // size)
     begins = jnp.arange(waves) * size
@@ -110,8 +110,8 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
         begin, start = places
         place = start + jnp.arange(size)
         exists = (begin <= place) & (place < batch)
-        x = _embed(model, variables, images, start, exists, min(plan.group, size))
-        return _classify(model, variables, x, exists, dataclasses.replace(plan, group=min(plan.group, size)))
+        x = _embed(model, variables, images, start, exists, plan.group)
+        return _classify(model, variables, x, exists, plan)
 
     def in_order(x: jax.Array) -> jax.Array:
         if not known:

@@ -84,7 +84,7 @@ def test_float64_to_the_last_digits() -> None:
 _CASES = [  # distilled, redundancy, batch, plan
     (False, 0.0, 1, None),
     (True, 0.0, 5, None),
-    (False, 5.0, 5, None),
+    (False, 5.0, 5, adaptive.Plan(group=8, step=8)),
     (False, 0.0, 19, _PLAN),
     (True, 5.0, 19, adaptive.Plan(group=1, step=11, wave=4)),
     (False, 0.0, 7, adaptive.Plan(group=8, step=64, wave=6)),
