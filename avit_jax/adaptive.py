@@ -3,9 +3,10 @@
 `removal` says how tokens leave in spite of fixed shapes. Here it is put to use from the pictures to the logits, in waves of
 images that bound the memory. Parameters and the code of a layer are those of `vit`.
 
-Why this gives the same logits: a halted token is a key of weight 0, and feeds nothing else; and once the read-out tokens of an
-image have halted, its logits are final, so that its other tokens may stop as well. `Aux.depth` is therefore how far tokens
-really ran: for those others less than the method's own depth, which `vit.AViT` reports.
+Why this gives the same logits: a halted token is a key of weight 0, and feeds nothing else (one that merges has done so in the
+layer at which it halts); and once the read-out tokens of an image have halted, its logits are final, so that its other tokens
+may stop as well. `Aux.depth` is therefore how far tokens really ran: for those others less than the method's own depth, which
+`vit.AViT` reports.
 """
 
 import dataclasses

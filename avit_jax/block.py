@@ -67,6 +67,7 @@ class Block(nn.Module):
     dtype: Any
     halting: halting_lib.HaltingConfig | None
     removal: removal_lib.Plan | None
+    compared: int
 
     def setup(self) -> None:
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
@@ -179,12 +180,12 @@ class Block(nn.Module):
         x = self.attention(x, active, keep, image_index, notes.size[:, None, :])
         x = self.mlp(x, active, keep, image_index)
         patches = notes.is_patch if active is None else notes.is_patch & active
-        similar = merging.similarity(x, self.width // self.num_heads)
+        similar = merging.similarity(x, self.compared)
         redundancy = self.halting.redundancy * merging.redundancy(similar, patches)
         score = halting_lib.score(x, gamma=gate[0], beta=gate[1] + redundancy, channel=channel)
         cumulative = notes.cumulative + score
-        halts = cumulative >= 1.0 - self.halting.epsilon  # as `halting.accumulate` says
-        x, size = merging.merge(x, notes.size, similar, leaves=patches & halts, stays=patches & ~halts)
+        stays = halting_lib.goes_on(cumulative, self.halting.epsilon)
+        x, size = merging.merge(x, notes.size, similar, leaves=patches & ~stays, stays=patches & stays)
         return x, notes.replace(size=size, cumulative=cumulative), score
 
     def __call__(self, carry, layer, gate, image_index):
@@ -252,7 +253,7 @@ def run_removed(
     Returns:
       Tokens as they came, and scores `(B, N)`; those of halted tokens mean nothing.
     """
-    if not block.halting.redundancy:
+    if not block.compared:
         x = removal_lib.transform(functools.partial(run_block, block), plan, params, x, active, keep)
         return x, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
     run = functools.partial(_run_packed, block, jnp.dtype(dtype))

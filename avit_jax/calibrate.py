@@ -92,6 +92,8 @@ def from_checkpoint(out: epath.PathLike, config: ConfigDict, checkpoint: epath.P
     model, shifted = with_gate(trained, params, beta)
     weight_files.write(out, shifted, model)
     gate = shifted["gate"]
+    merges = f" --config.halting.merge=True --config.halting.redundancy={model.halting.redundancy:.6g}" * model.halting.merge
     _logger.info(
-        "wrote %s, to be used with --config.halting.gamma=%.6g --config.halting.beta=%.6g", out, gate["gamma"], gate["beta"]
+        "wrote %s, to be used with --config.halting.gamma=%.6g --config.halting.beta=%.6g%s",
+        *(out, gate["gamma"], gate["beta"], merges),
     )

@@ -149,7 +149,8 @@ def _network() -> dict[str, dict[str, Any]]:
             "epsilon": 0.01,
             "channel": 0,
             "learnable": False,
-            "redundancy": 0.0,  # tokens like one before them halt first, and merge into the most like them; try 50
+            "merge": False,  # halted tokens become part of the most similar one, in place of being gone
+            "redundancy": 0.0,  # how much more a token halts that is like one before; 50 with gamma 1, beta -42 and a budget
         },
         "loss": {
             "label_smoothing": 0.0,
@@ -249,6 +250,10 @@ def _check_combinations(config: ConfigDict) -> None:
         raise errors.UserError(
             'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'
         )
+    if config.halting.merge and config.loss.prior_mode == "official" and config.loss.prior_weight:
+        raise errors.UserError(
+            'config.loss.prior_mode "official" looks at halted tokens too, which config.halting.merge makes part of others.'
+        )
     for key, numbers in (
         ("augment.crop_scale", config.augment.crop_scale),
         *((f"data.{k}", config.data[k]) for k in _BY_CHANNEL),
@@ -291,10 +296,17 @@ def _check_halting(config: ConfigDict) -> None:
         return  # the gate's own check tells what is wrong
     needed = math.log(score / (1 - score)) - gate.beta - gate.redundancy
     if not needed <= abs(gate.gamma) * _FARTHEST:
+        redundancy = f" and redundancy={gate.redundancy}" if gate.redundancy else ""
         raise errors.UserError(
-            f"no token can ever halt with config.halting.gamma={gate.gamma} and beta={gate.beta}: its gate channel would have "
-            f"to reach {needed / abs(gate.gamma) if gate.gamma else math.inf:.3g}; make beta less negative or gamma larger."
+            f"no token can ever halt with config.halting.gamma={gate.gamma} and beta={gate.beta}{redundancy}: its gate channel "
+            f"would have to reach "
+            f"{needed / abs(gate.gamma) if gate.gamma else math.inf:.3g}; make beta less negative or gamma larger."
         )
+
+
+def of_then(before: dict[str, Any]) -> dict[str, Any]:
+    """The values, by their full names, of a configuration that JSON holds; what it did not know yet has its default."""
+    return flat(json.loads(default().to_json_best_effort())) | flat(before)
 
 
 def check_same(config: ConfigDict, before: dict[str, Any]) -> None:
@@ -304,7 +316,7 @@ def check_same(config: ConfigDict, before: dict[str, Any]) -> None:
       config: of now.
       before: of then, as JSON holds it.
     """
-    now, then = flat(json.loads(config.to_json_best_effort())), flat(before)
+    now, then = flat(json.loads(config.to_json_best_effort())), of_then(before)
     differing = sorted(key for key in (now.keys() | then.keys()) - _FREE if now.get(key) != then.get(key))
     if differing:
         changes = ", ".join(f"{key} from {then.get(key, 'nothing')} to {now.get(key, 'nothing')}" for key in differing)

@@ -1,7 +1,8 @@
 """Multiply-accumulates (MACs) an image really costs, from the depths of its own tokens.
 
 The literature's "GFLOPs" of vision transformers are MACs (DeiT-T 1.3 G, DeiT-S 4.6 G), half the floating-point operations.
-Counted are the matrix products: patch embedding, qkv, attention, projections, MLP and head. Norms, softmax and GELU, about 1%,
+Counted are the matrix products: patch embedding, qkv, attention, projections, MLP and head, and, where halted tokens merge, the
+comparing of all pairs. Norms, softmax and GELU, about 1%,
 are not.
 """
 
@@ -39,7 +40,7 @@ def fixed_macs(model: vit.AViT) -> int:
 
 
 def static_macs(model: vit.AViT) -> float:
-    """MACs of an image when no token halts; a float, as those of DeiT-B are more than an int32 holds."""
+    """MACs of an image in the same network without halting; a float, as those of DeiT-B are more than an int32 holds."""
     return float(fixed_macs(model) + model.depth * layer_macs(model.num_tokens, model.clone(halting=None, removal=None)))
 
 

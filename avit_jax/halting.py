@@ -36,11 +36,14 @@ class HaltingConfig:
       epsilon: threshold slack in (0, 1): a token halts once its scores sum to `1 - epsilon`.
       channel: index of the token channel that is the gate; negative counts from the end.
       learnable: whether the Flax modules hold gamma and beta as two scalar parameters that start at the values above.
-      redundancy: added to the gate of a patch token for each unit of its cosine with the most similar one before it; above 0,
-        what halts is merged into the most similar token that goes on (`merging`). Of `AViT`; 0 is the paper's gate.
+      merge: whether a patch token that halts becomes part of the most similar one that goes on, in place of being gone; of
+        `AViT`, see `merging`.
+      redundancy: what the gate of a patch token gains for each unit of its cosine with the most similar one before it, by the
+        first K channels, where tokens merge. A token then halts about where the cosine passes -beta / redundancy; the class
+        token, to which nothing is added, hardly ever does before the last layer.
 
     Raises:
-      ValueError: epsilon outside (0, 1), gamma or beta not finite, or redundancy below 0.
+      ValueError: epsilon outside (0, 1), gamma or beta not finite, redundancy below 0, or above it without merging.
     """
 
     gamma: float = 10.0
@@ -48,6 +51,7 @@ class HaltingConfig:
     epsilon: float = 0.01
     channel: int = 0
     learnable: bool = False
+    merge: bool = False
     redundancy: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class HaltingConfig:
             raise ValueError(f"gamma and beta must be finite; got gamma={self.gamma}, beta={self.beta}.")
         if not (self.redundancy >= 0.0 and math.isfinite(self.redundancy)):
             raise ValueError(f"redundancy must be at least 0, and finite; got {self.redundancy}.")
+        if self.redundancy and not self.merge:
+            raise ValueError("redundancy is for tokens that merge: set merge too (--config.halting.merge=True).")
 
 
 @jax.tree_util.register_dataclass
@@ -112,6 +118,11 @@ def score(tokens: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.Ar
     return jax.nn.sigmoid(gamma * gate + beta)
 
 
+def goes_on(cumulative: jax.Array, epsilon: float) -> jax.Array:
+    """Whether a token whose scores sum to `cumulative` goes on."""
+    return cumulative < 1.0 - epsilon
+
+
 def accumulate(
     state: HaltingState, score: jax.Array, *, epsilon: float, is_last: jax.typing.ArrayLike = False
 ) -> tuple[HaltingState, jax.Array]:
@@ -134,7 +145,7 @@ def accumulate(
     """
     score = jnp.where(is_last, jnp.ones_like(score), score)  # h^L = 1
     cumulative = state.cumulative + jnp.where(state.active, score, 0.0)
-    active = state.active & (cumulative < 1.0 - epsilon)  # l < N_k
+    active = state.active & goes_on(cumulative, epsilon)  # l < N_k
     weight = jnp.where(active, score, jnp.where(state.active, state.remainder, 0.0))  # p: h, then r, then 0
     remainder = state.remainder - jnp.where(active, score, 0.0)  # r = 1 - sum of h for l < N_k
     depth = state.depth + state.active  # N_k = the number of layers entered

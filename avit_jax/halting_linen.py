@@ -36,10 +36,10 @@ class Halting(nn.Module):
           The new state, the weight `(..., N)` of this output and the raw score `(..., N)`.
 
         Raises:
-          ValueError: the gate has a redundancy, which is for `AViT`: merging is more than a layer's output tells.
+          ValueError: halted tokens are to merge, which this layer does not do.
         """
-        if self.config.redundancy:
-            raise ValueError("a gate with redundancy merges tokens, as AViT does; in your own model call avit_jax.merging.")
+        if self.config.merge:
+            raise ValueError("this layer does not merge tokens, as AViT does: in your own model call avit_jax.merging.")
         if state is None:
             state = halting.init(tokens.shape[:-1], jnp.result_type(tokens))
         score = halting.score(tokens, gamma=self.gamma, beta=self.beta, channel=self.config.channel)

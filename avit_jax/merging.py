@@ -59,7 +59,8 @@ def similarity(tokens: jax.Array, channels: int) -> jax.Array:
     x = jax.lax.stop_gradient(tokens[..., :channels])
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + jnp.finfo(x.dtype).tiny)
-    return jnp.matmul(x, x.swapaxes(-2, -1))
+    # Exactly, on every device: a gate may multiply a difference by 50.
+    return jnp.matmul(x, x.swapaxes(-2, -1), precision=jax.lax.Precision.HIGHEST)
 
 
 def redundancy(similar: jax.Array, active: jax.Array) -> jax.Array:

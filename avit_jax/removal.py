@@ -49,7 +49,7 @@ class Plan:
 
 
 def training_plan(num_tokens: int) -> Plan:
-    """A good plan for training with N tokens: groups of a power of two images, and of at most 2,080 tokens."""
+    """A good plan for training with N tokens: groups of a power of two images, of 2,080 tokens at most if that is not one."""
     group = 2 ** (max(1, 2080 // num_tokens).bit_length() - 1)
     return Plan(group=group, step=max(8, num_tokens // 48 * 8))
 

@@ -121,8 +121,8 @@ class AViT(nn.Module):
 
     @property
     def compared(self) -> int:
-        """Channels by which tokens are compared: the width of a head where halted tokens merge, else 0."""
-        return self.width // self.num_heads if self.halting is not None and self.halting.redundancy else 0
+        """Channels by which tokens are compared: K, the width of a head, where halted tokens merge, else 0."""
+        return self.width // self.num_heads if self.halting is not None and self.halting.merge else 0
 
     @property
     def block_sizes(self) -> dict[str, Any]:
@@ -136,6 +136,7 @@ class AViT(nn.Module):
             "dtype": self.dtype,
             "halting": self.halting,
             "removal": self.removal,
+            "compared": self.compared,
         }
 
     def check(self) -> None:
@@ -197,7 +198,7 @@ class AViT(nn.Module):
 
     def sizes(self, state: halting_lib.HaltingState) -> jax.Array | None:
         """Patches that each token `(B, N)` stands for, before the first layer; None where halted tokens do not merge."""
-        return jnp.ones_like(state.remainder) if self.halting.redundancy else None
+        return jnp.ones_like(state.remainder) if self.compared else None
 
     def classify(self, readout: jax.Array, *, train: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Read-out tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""

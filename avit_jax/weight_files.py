@@ -141,10 +141,11 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, float] |
     """The gate from our metadata, or from the name the released A-ViT gives its files, such as tiny-10-30.pth."""
     if "halting" in metadata:
         try:
-            gate = dataclasses.asdict(halting.HaltingConfig(**json.loads(metadata["halting"])))
-            if [type(gate[key]) for key in ("channel", "learnable")] != [int, bool]:
-                raise ValueError(f"channel {gate['channel']}, learnable {gate['learnable']}")
-            return gate | {key: float(gate[key]) for key in ("gamma", "beta", "epsilon", "redundancy")}
+            gate = halting.HaltingConfig(**json.loads(metadata["halting"]))
+            if [type(value) for value in (gate.channel, gate.learnable, gate.merge)] != [int, bool, bool]:
+                raise ValueError(f"channel {gate.channel}, learnable {gate.learnable}, merge {gate.merge}")
+            told = _told(gate)
+            return told | {key: float(told[key]) for key in ("gamma", "beta", "epsilon", "redundancy") if key in told}
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise errors.UserError(f"{path} is refused: its gate makes no sense ({errors.first_line(error)}).") from error
     by_name = re.fullmatch(r"(?:tiny|small|base)-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", path.stem)
@@ -153,6 +154,12 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, float] |
     gamma, beta = float(by_name[1]), -float(by_name[2])
     _logger.warning("%s: the gate is taken from the file's name, gamma %g and beta %g", path, gamma, beta)
     return {"gamma": gamma, "beta": beta}
+
+
+def _told(gate: halting.HaltingConfig) -> dict[str, Any]:
+    """The gate as files tell it; those of networks that do not merge are as they were before any did."""
+    told = dataclasses.asdict(gate)
+    return told if gate.merge else {key: value for key, value in told.items() if key not in ("merge", "redundancy")}
 
 
 def _hugging_face_sizes(path: pathlib.Path) -> dict[str, float]:
@@ -186,9 +193,10 @@ def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = Fals
     for key, value in (("norm_eps", file.norm_eps), ("num_heads", file.num_heads)):
         if value is not None and value != getattr(model, key):
             raise errors.UserError(f"{name} has a {key} of {value}: set --config.model.{key}={value}.")
-    gate = {key: value for key, value in (file.gate or {}).items() if key != "learnable"}
-    if model.halting and any(getattr(model.halting, key) != value for key, value in gate.items()):
-        _logger.warning("%s was trained with another gate, %s, than config.halting tells", name, gate)
+    if file.gate and model.halting:
+        gate = dataclasses.replace(halting.HaltingConfig(**file.gate), learnable=model.halting.learnable)
+        if gate != model.halting:
+            _logger.warning("%s was trained with another gate, %s, than config.halting tells", name, file.gate)
     return fit(file.tensors, model, new_head=new_head)
 
 
@@ -334,7 +342,7 @@ def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
     gate = None
     if model.halting is not None:
         learnt = {name: float(value) for name, value in params.get("gate", {}).items()}
-        gate = dataclasses.asdict(model.halting) | learnt | {"learnable": False}
+        gate = _told(model.halting) | learnt | {"learnable": False}
     tensors = weights.to_torch(params, patch_shape=(model.patch_size, model.patch_size, model.channels))
     return WeightFile(tensors=tensors, norm_eps=model.norm_eps, num_heads=model.num_heads, gate=gate)
 

@@ -26,6 +26,10 @@ def _model(**changes: Any) -> vit.AViT:
     return vit.AViT(**(sizes | dict(halting=halting.HaltingConfig(learnable=True)) | changes))
 
 
+def _gate(redundancy: float) -> halting.HaltingConfig:
+    return halting.HaltingConfig(learnable=True, merge=redundancy > 0, redundancy=redundancy)
+
+
 def _images(model: vit.AViT, count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, *model.pixels, model.channels)).astype(np.float32)
 
@@ -100,8 +104,7 @@ _CASES = [  # distilled, redundancy, batch, plan
 )
 def test_any_gate_batch_and_plan(case, gamma, beta, seed) -> None:
     distilled, redundancy, batch, plan = case
-    gate = halting.HaltingConfig(learnable=True, redundancy=redundancy)
-    model = _model(distilled=distilled, depth=4, halting=gate)
+    model = _model(distilled=distilled, depth=4, halting=_gate(redundancy))
     variables, images = _variables(model, gamma, beta), _images(model, batch, seed)
     masked = _masked(model)(variables, images)
     reached = np.cumsum(np.where(masked[1].active, masked[1].score, 0), axis=0)
@@ -111,7 +114,7 @@ def test_any_gate_batch_and_plan(case, gamma, beta, seed) -> None:
 
 @pytest.mark.parametrize("redundancy", [0.0, 2.0])
 def test_bfloat16(redundancy: float) -> None:
-    model = _model(dtype=jnp.bfloat16, halting=halting.HaltingConfig(learnable=True, redundancy=redundancy))
+    model = _model(dtype=jnp.bfloat16, halting=_gate(redundancy))
     variables, images = _variables(model), _images(model, 16)
     (expected, aux), (logits, got) = _masked(model)(variables, images), _removed(model, _PLAN)(variables, images)
     assert logits.dtype == jnp.bfloat16

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import pathlib
@@ -15,7 +16,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from avit_jax import build, main
+from avit_jax import build, errors, main
+from avit_jax import config as config_lib
 
 # How ml_collections loads a recipe.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -163,8 +165,13 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.loss.ponder_weight=-1"], "config.loss.ponder_weight must be at least 0"),
         ([_DIGITS, "--config.loss.prior_weight=nan"], "config.loss.prior_weight must be at least 0, and finite; got nan"),
         ([_DIGITS, "--config.halting.gamma=0"], "no token can ever halt"),
-        ([_DIGITS, "--config.halting.gamma=0", "--config.halting.redundancy=2"], "no token can ever halt"),
+        (
+            [_DIGITS, "--config.halting.gamma=0", "--config.halting.merge=True", "--config.halting.redundancy=2"],
+            "redundancy=2.0: its gate",
+        ),
         ([_DIGITS, "--config.halting.redundancy=-1"], "redundancy must be at least 0"),
+        ([_DIGITS, "--config.halting.redundancy=1"], "--config.halting.merge=True"),
+        ([_DIGITS, "--config.halting.merge=True", "--config.loss.prior_mode=official"], "makes part of others"),
         ([_DIGITS, "--config.halting.beta=-1e6"], "reach 2e+05"),
         ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),
         ([_DIGITS, "--config.halting.epsilon=0"], "epsilon must lie between 0 and 1"),
@@ -255,3 +262,13 @@ def test_the_program_says_one_line_and_fails(tmp_path: pathlib.Path, arguments: 
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: ")
     assert expected in line
+
+
+def test_a_run_from_before_a_key_was_known_goes_on_with_its_default() -> None:
+    config = config_lib.default()
+    before = json.loads(config.to_json_best_effort())
+    del before["halting"]["merge"]
+    config_lib.check_same(config, before)
+    config.halting.merge = True
+    with pytest.raises(errors.UserError, match=r"halting\.merge from False to True"):
+        config_lib.check_same(config, before)

@@ -52,7 +52,7 @@ def test_nothing_changes_where_none_stays_or_none_leaves() -> None:
 
 def _model(**changes: Any) -> vit.AViT:
     sizes = dict(image_size=(40, 32), patch_size=8, channels=2, width=24, depth=4, num_heads=3, num_classes=7)
-    gate = halting.HaltingConfig(gamma=0.5, beta=-5.0, redundancy=10.0)
+    gate = halting.HaltingConfig(gamma=0.5, beta=-5.0, merge=True, redundancy=10.0)
     return vit.AViT(**(sizes | dict(halting=gate) | changes))
 
 
@@ -114,28 +114,60 @@ def test_the_network_does_what_the_definition_says() -> None:
 
 
 def test_where_nothing_halts_it_is_the_plain_network() -> None:
-    never = _model(halting=halting.HaltingConfig(beta=-1e4, redundancy=10.0))
+    never = _model(halting=halting.HaltingConfig(beta=-1e4, merge=True, redundancy=10.0))
     params = _params(_model())
-    plain = never.clone(halting=dataclasses.replace(never.halting, redundancy=0.0))
+    plain = never.clone(halting=dataclasses.replace(never.halting, merge=False, redundancy=0.0))
     logits, expected = (jax.jit(model.apply)({"params": params}, _IMAGES)[0] for model in (never, plain))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def test_comparing_tokens_is_counted() -> None:
     model = _model()
-    plain = model.clone(halting=dataclasses.replace(model.halting, redundancy=0.0))
+    plain = model.clone(halting=dataclasses.replace(model.halting, merge=False, redundancy=0.0))
     active = np.ones((4, 1, model.num_tokens), bool)
     more = flops.image_macs(model, active) - flops.image_macs(plain, active)
     np.testing.assert_allclose(more, 4 * model.num_tokens**2 * 8)
     assert flops.static_macs(model) == flops.static_macs(plain)
     aux = jax.jit(functools.partial(adaptive.apply, model))({"params": _params(model)}, _IMAGES)[1]
-    np.testing.assert_allclose(aux.macs, flops.image_macs(model, aux.active), rtol=1e-6)
+    count = np.asarray(aux.active.sum(axis=-1), np.float64)
+    linear = 4 * 24**2 + 2 * 24 * 96
+    by_hand = (count * linear + count**2 * (2 * 24 + 8)).sum(axis=0) + flops.fixed_macs(model)
+    np.testing.assert_allclose(aux.macs, by_hand, rtol=1e-6)
+
+
+def test_a_key_of_size_two_is_two_keys() -> None:
+    model = _model()
+    layer = block.Block(**model.block_sizes)
+    variables = {"params": jax.tree.map(lambda stacked: stacked[0], _params(model)["layers"])}
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 3, 24)), jnp.float32)
+    sizes = jnp.array([[[1.0, 2.0, 1.0]]])
+    once = layer.apply(variables, x, key_weight=sizes, method="attention")
+    twice = layer.apply(variables, x[:, jnp.array([0, 1, 1, 2])], method="attention")
+    np.testing.assert_allclose(once, twice[:, jnp.array([0, 1, 3])], atol=1e-5)
+
+
+def test_no_patch_is_lost() -> None:
+    """The sizes of the tokens that go on sum to the number of patches, after every layer."""
+    model = _model()
+    layer = block.Block(**model.block_sizes)
+    x = model.apply({"params": _params(model)}, _IMAGES, method="embed")
+    state = halting.init(x.shape[:2])
+    carry = (x, state, jnp.zeros((len(x), 1, 24)), model.sizes(state))
+    for i in range(model.depth):
+        variables = {"params": jax.tree.map(lambda stacked, i=i: stacked[i], _params(model)["layers"])}
+        carry, _ = layer.apply(variables, carry, (False, None), (0.5, -5.0), None)
+        _, state, _, size = carry
+        goes_on = state.active[:, 1:]
+        assert goes_on.any(axis=1).all()
+        np.testing.assert_array_equal((size[:, 1:] * goes_on).sum(axis=1), model.num_tokens - 1)
+    assert size.max() > 2
 
 
 @pytest.mark.parametrize("module", [halting_linen.Halting, halting_nnx.Halting])
 def test_the_halting_layer_alone_does_not_merge(module: Any) -> None:
-    layer = module(halting.HaltingConfig(redundancy=1.0))
-    with pytest.raises(ValueError, match="redundancy merges tokens"):
+    layer = module(halting.HaltingConfig(merge=True))
+    with pytest.raises(ValueError, match="does not merge tokens"):
         layer.apply({}, jnp.ones((1, 2, 3))) if module is halting_linen.Halting else layer(jnp.ones((1, 2, 3)))
-    with pytest.raises(ValueError, match="redundancy must be at least 0"):
-        halting.HaltingConfig(redundancy=-1.0)
+    for mistake, message in (({"merge": True, "redundancy": -1.0}, "at least 0"), ({"redundancy": 1.0}, "set merge too")):
+        with pytest.raises(ValueError, match=message):
+            halting.HaltingConfig(**mistake)

@@ -35,7 +35,7 @@ def test_rivals_cost_what_their_names_say(method: str, budget: float) -> None:
     images = np.zeros((1, 32, 32, 3), np.float32)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(model.init, jax.random.key(0), images))
     macs = jax.jit(lambda variables: model.apply(variables, images)[1].macs)(zeros)  # compiles nothing but that
-    assert float(macs[0]) / flops.static_macs(model) == pytest.approx(budget, abs=0.02)
+    assert float(macs[0]) / flops.static_macs(model) == pytest.approx(budget, abs=0.025)
 
 
 def _run(top1: float, **more: object) -> dict[str, object]:

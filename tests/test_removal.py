@@ -10,6 +10,8 @@ import pytest
 
 from avit_jax import halting, losses, removal, vit
 
+_MERGES = halting.HaltingConfig(learnable=True, merge=True, redundancy=2.0)
+
 
 def _model(**changes: Any) -> vit.AViT:
     sizes = dict(image_size=(40, 32), patch_size=8, channels=2, width=24, depth=4, num_heads=3, num_classes=7)
@@ -39,8 +41,7 @@ def _loss_and_grads(model: vit.AViT, variables: Any, images: np.ndarray) -> Any:
     ("changes", "batch", "plan"),
     [
         ({}, 5, removal.Plan(group=2, step=8)),
-        ({"distilled": True, "drop_path": 0.3}, 7, removal.Plan(group=3, step=32)),
-        ({"halting": halting.HaltingConfig(learnable=True, redundancy=2.0)}, 5, removal.Plan(group=2, step=8)),
+        ({"distilled": True, "drop_path": 0.3, "halting": _MERGES}, 7, removal.Plan(group=3, step=32)),
     ],
 )
 @pytest.mark.parametrize("beta", [-1.0, 100.0, -100.0])

@@ -64,7 +64,7 @@ def test_position_embeddings_for_another_image_size() -> None:
     + [("deit/model.safetensors", "huggingface", True)],
 )
 def test_what_is_written_equals_what_was_read(tmp_path: pathlib.Path, name: str, names: str, distilled: bool) -> None:
-    model = _model(distilled=distilled, halting=halting.HaltingConfig(gamma=4.0, beta=-2.5, redundancy=7.5))
+    model = _model(distilled=distilled, halting=halting.HaltingConfig(gamma=4.0, beta=-2.5, merge=True, redundancy=7.5))
     params = weight_files.fit(weight_files.read(_DATA / name).tensors, model)
     weight_files.write(tmp_path / "model.safetensors", params, model, names=names)
     ours, theirs = (safetensors.numpy.load_file(folder) for folder in (tmp_path / "model.safetensors", _DATA / name))
@@ -88,6 +88,7 @@ def test_a_learnt_gate_is_written_as_it_is_and_starts_from_the_configuration(tmp
     weight_files.write(tmp_path / "model.safetensors", params, model)
     gate = weight_files.read(tmp_path / "model.safetensors").gate
     assert halting.HaltingConfig(**gate) == halting.HaltingConfig(gamma=3.5, beta=-2.0)
+    assert set(gate) == {"gamma", "beta", "epsilon", "channel", "learnable"}  # files are as before there was merging
 
 
 def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:

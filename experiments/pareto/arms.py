@@ -44,6 +44,7 @@ class Arm:
 
 # What we add to the paper's recipe: redundant tokens halt first and are merged, and the budget alone says how many.
 _MERGING = {
+    "halting.merge": True,
     "halting.redundancy": 50.0,
     "halting.gamma": 1.0,
     "halting.beta": -42.0,
@@ -111,7 +112,7 @@ def _ablations() -> dict[str, Arm]:
         "merging_from_scratch": Arm(_halting(0.6) | _MERGING, starts="scratch", **one),
         "merging_not_distilled": Arm(_halting(0.6) | _MERGING, taught=False, **one),
         "merging_with_prior_and_ponder": Arm(_halting(0.6) | _MERGING | _PRIOR_AND_PONDER, **one),
-        "merging_by_the_papers_gate": Arm(_halting(0.6, halting__redundancy=1e-6), **one),
+        "merging_by_the_papers_gate": Arm(_halting(0.6, halting__merge=True), **one),
         "merging_redundancy_20": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 20.0, "halting.beta": -17.0}, **one),
         "merging_redundancy_100": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 100.0, "halting.beta": -84.0}, **one),
         "merging_gamma_5": Arm(_halting(0.6) | _MERGING | {"halting.gamma": 5.0}, **one),

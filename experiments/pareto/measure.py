@@ -32,7 +32,7 @@ def images(config: ConfigDict) -> np.ndarray:
     return np.asarray(augment.normalize(pixels, config.data.mean, config.data.std))
 
 
-def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pixels: np.ndarray) -> dict[str, float]:
+def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pixels: np.ndarray) -> dict[str, Any]:
     """Speed of a network over its static parent's, both as fast as their chunks or groups of the batch allow; interleaved.
 
     Returns:
@@ -68,7 +68,8 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pi
     ideal = flops.static_macs(parent) / float(macs)
     speed_up = timing.median_ratio(seconds[best], seconds[own])
     rate = len(pixels) / float(np.median(seconds[own]))
-    return {"speed_up": speed_up, "ideal": ideal, "efficiency": speed_up / ideal, "images_per_second": rate}
+    speeds = {"speed_up": speed_up, "ideal": ideal, "efficiency": speed_up / ideal, "images_per_second": rate}
+    return timing.environment() | {"batch": _BATCH} | speeds
 
 
 def without_early_end(model: vit.AViT, params: Any, pixels: np.ndarray) -> float:

@@ -49,7 +49,7 @@ def run(name: str, seed: int) -> dict[str, Any] | None:
     return timing.environment() | row
 
 
-def speed(name: str, seed: int) -> dict[str, float]:
+def speed(name: str, seed: int) -> dict[str, Any]:
     """Measures the speed of a row whose run is there."""
     static, config = (arms.config(row, seed, data_dir=_DATA_DIR.value, parent=_PARENT.value) for row in ("static", name))
     model, parent = arms.network(name, config), build.model(static)

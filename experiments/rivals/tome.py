@@ -63,6 +63,8 @@ class ToMe(unrolled.Unrolled):
         for i in range(self.depth):
             counts.append(x.shape[1])
             macs += self.attention_macs(x.shape[1])
+            pairs_compared = (x.shape[1] // 2) * ((x.shape[1] + 1) // 2)
+            macs += pairs_compared * self.width // self.num_heads
             pairs = match(layers.queries_and_keys(i, x)[1].mean(axis=1), min(self.merges, (x.shape[1] - 1) // 2))
             x = layers(i, x, "attention", key_weight=size[:, None])
             x, size = merge(x, size, pairs)
