@@ -187,5 +187,5 @@ def _warn_of_differences(config: ConfigDict, past: dict[str, Any]) -> None:
         return
     now, then = config_lib.flat(json.loads(config.to_json_best_effort())), config_lib.of_then(past["config"])
     for key in sorted(key for key in now if key.startswith(("model.", "halting.", "data.mean", "data.std"))):
-        if key in then and now[key] != then[key] and key not in ("model.remat", "model.drop_path", "model.dropout"):
+        if now[key] != then[key] and key not in ("model.remat", "model.drop_path", "model.dropout"):
             _logger.warning("config.%s is %s, and the network was trained with %s", key, now[key], then[key])
