@@ -28,6 +28,7 @@ from experiments import timing, workload
 _MODEL = flags.DEFINE_enum("model", "deit_tiny", ["deit_tiny", "deit_small"], "shape of the network")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64, 256], "images a call")
 _BUDGET = flags.DEFINE_multi_float("budget", [0.8, 0.62, 0.4], "share of the static network's MACs")
+_REDUNDANCY = flags.DEFINE_float("redundancy", 0.0, "above 0: halted tokens merge, and the gate looks at redundancy so much")
 _SECONDS = flags.DEFINE_float("seconds", 120, "measures each batch size for so long, and for three rounds at least")
 _OUT = flags.DEFINE_string("out", None, "writes <out>.json and <out>.png")
 
@@ -159,9 +160,10 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         axis.scatter(
             x, [row["ideal_speed_up"] for row in rows], marker="_", color="black", s=120, label="ideal" if not i else None
         )
+    model = result["model"] + ", merging" * (result["redundancy"] > 0)
     axis.axhline(1.0, color="grey", linewidth=0.8)
     axis.set_xticks(places, [f"batch {batch['batch']}" for batch in result["batches"]])
-    axis.set(ylabel="speed-up over the best static", title=f"{result['model']}, {result['images']}, {result['device']}")
+    axis.set(ylabel="speed-up over the best static", title=f"{model}, {result['images']}, {result['device']}")
     figure.legend(fontsize=8, loc="outside lower center", ncols=len(names) + 1)
     figure.savefig(path, dpi=150)
 
@@ -169,9 +171,11 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
 def main(_: list[str]) -> None:
     """Measures every batch size, prints and writes."""
     images, where = workload.load_images(max(*_BATCH.value, _CALIBRATE))
-    model = getattr(avit_jax, _MODEL.value)(halting=avit_jax.HaltingConfig(learnable=True))
+    halting = avit_jax.HaltingConfig(learnable=True, merge=_REDUNDANCY.value > 0, redundancy=_REDUNDANCY.value)
+    model = getattr(avit_jax, _MODEL.value)(halting=halting)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
-    result = {**timing.environment(), "model": _MODEL.value, "images": where, "dtype": "float32", "batches": []}
+    what = {"model": _MODEL.value, "redundancy": _REDUNDANCY.value, "images": where, "dtype": "float32"}
+    result: dict[str, Any] = {**timing.environment(), **what, "batches": []}
     for batch in _BATCH.value:
         result["batches"].append(measure(model, params, images, batch))
         show(result["batches"][-1])

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, calibrate, evaluate, flops, vit
+from avit_jax import adaptive, build, calibrate, evaluate, flops, train_step, vit
 from avit_jax.data import augment, loader, sources, transforms
 from experiments import timing
 from experiments.pareto import arms
@@ -24,22 +25,26 @@ _CONFIDENCES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 _MERGES = (2, 4, 6, 8, 11, 15)
 
 
-def images(config: ConfigDict) -> np.ndarray:
-    """The first normalised images of the evaluation split."""
+def pixels(config: ConfigDict) -> np.ndarray:
+    """The first images of the evaluation split, uint8."""
     source = sources.load(config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=(32, 32))
     read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=(32, 32), crop_ratio=config.data.crop_ratio))
-    pixels = np.stack([read(i)["image"] for i in range(_BATCH * _BATCHES)])
-    return np.asarray(augment.normalize(pixels, config.data.mean, config.data.std))
+    return np.stack([read(i)["image"] for i in range(_BATCH * _BATCHES)])
 
 
-def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pixels: np.ndarray) -> dict[str, Any]:
+def images(config: ConfigDict) -> np.ndarray:
+    """The same, normalised."""
+    return np.asarray(augment.normalize(pixels(config), config.data.mean, config.data.std))
+
+
+def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, images: np.ndarray) -> dict[str, Any]:
     """Speed of a network over its static parent's, both as fast as their chunks or groups of the batch allow; interleaved.
 
     Returns:
       `speed_up`, median over rounds; `ideal`, by the MACs of these images; `efficiency`, their ratio; `images_per_second`.
     """
     removes = model.halting is not None and type(model) is vit.AViT
-    batches = [jax.device_put(batch) for batch in np.split(pixels, _BATCHES)]
+    batches = [jax.device_put(batch) for batch in np.split(images, _BATCHES)]
 
     def timed(apply: Callable[..., Any], params: Any) -> Callable[[], Any]:
         run = jax.jit(lambda params, images: apply({"params": params}, images)[0])
@@ -67,14 +72,40 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, pi
     macs = np.mean([flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux])
     ideal = flops.static_macs(parent) / float(macs)
     speed_up = timing.median_ratio(seconds[best], seconds[own])
-    rate = len(pixels) / float(np.median(seconds[own]))
+    rate = len(images) / float(np.median(seconds[own]))
     speeds = {"speed_up": speed_up, "ideal": ideal, "efficiency": speed_up / ideal, "images_per_second": rate}
     return timing.environment() | {"batch": _BATCH} | speeds
 
 
-def without_early_end(model: vit.AViT, params: Any, pixels: np.ndarray) -> float:
+def training_step(config: ConfigDict, model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any) -> float:
+    """Time of a training step over that of the static network, each with its teacher's part; interleaved."""
+    size, device = config.train.batch_size, jax.local_devices()[:1]
+    index = np.arange(size, dtype=np.int32)
+    batch = {"image": pixels(config)[:size], "label": index % config.model.num_classes, "index": index}
+    batch = jax.tree.map(lambda x: x[None], batch | {"skipped": np.zeros(size, np.int32)})
+    taught = evaluate.replicate(parent_params, device)
+
+    def steps(model: vit.AViT, params: Any) -> Callable[[], Any]:
+        tx, _ = build.optimizer(config)
+        state = build.TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params=params, opt_state=tx.init(params))
+        state = evaluate.replicate(state, device)
+        step = train_step.make_train_step(model, tx, config, parent)
+        step = jax.pmap(step, axis_name=train_step.AXIS, donate_argnums=0, devices=device)
+
+        def run() -> None:
+            nonlocal state
+            state, values = step(state, batch, taught)
+            jax.block_until_ready((state, values))
+
+        return run
+
+    seconds = timing.interleave({"own": steps(model, params), "parent": steps(parent, parent_params)}, _ROUNDS)
+    return timing.median_ratio(seconds["own"], seconds["parent"])
+
+
+def without_early_end(model: vit.AViT, params: Any, images: np.ndarray) -> float:
     """Share of the static MACs if the other tokens went on after an image's class token has halted; on these images."""
-    active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(params, pixels)
+    active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(params, images)
     count = active.sum(axis=-1).astype(np.float32)
     macs = flops.layer_macs(count, model).sum(axis=0).mean()
     return float(flops.fixed_macs(model) + macs) / flops.static_macs(model)

@@ -38,7 +38,7 @@ def against(runs: list[dict[str, Any]], static: list[dict[str, Any]]) -> list[fl
 def table(rows: Rows) -> str:
     """Markdown; spreads are standard deviations over the seeds, that of the difference its standard error."""
     lines = [
-        "| row | seeds | top-1 % | minus static, points | MACs of static | speed-up | of the ideal | training s |",
+        "| row | seeds | top-1 % | minus static, points | MACs of static | speed-up | of the ideal | training step of static |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(rows, key=lambda name: (not name.endswith(_BUDGETS) and name not in ("parent", "static"), name)):
@@ -48,6 +48,7 @@ def table(rows: Rows) -> str:
         if len(gains) > 1:
             gain += f" ± {np.std(gains, ddof=1) / np.sqrt(len(gains)):.2f}"
         speeds = [run["speed"] for run in runs if "speed" in run]
+        steps = [speed["training_step"] for speed in speeds if "training_step" in speed]
         cells = [
             name,
             str(len(runs)),
@@ -56,7 +57,7 @@ def table(rows: Rows) -> str:
             _spread([run["macs_ratio"] for run in runs], 3),
             f"{np.mean([speed['speed_up'] for speed in speeds]):.2f}" if speeds else "",
             f"{np.mean([speed['efficiency'] for speed in speeds]):.2f}" if speeds else "",
-            f"{np.mean([run['train_seconds'] for run in runs]):.0f}",
+            f"{np.mean(steps):.2f}" if steps else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     curves = [(name, run) for name, runs in rows.items() for run in runs if "curve" in run]

@@ -54,7 +54,9 @@ def speed(name: str, seed: int) -> dict[str, Any]:
     static, config = (arms.config(row, seed, data_dir=_DATA_DIR.value, parent=_PARENT.value) for row in ("static", name))
     model, parent = arms.network(name, config), build.model(static)
     params, _ = restore.params(config, model, pathlib.Path(_RUNS.value) / f"{name}_{seed}")
-    return measure.speed(model, params, parent, weight_files.load(_PARENT.value, parent), measure.images(config))
+    parent_params = weight_files.load(_PARENT.value, parent)
+    step = measure.training_step(config, model, params, parent, parent_params)
+    return measure.speed(model, params, parent, parent_params, measure.images(config)) | {"training_step": step}
 
 
 def main(_: list[str]) -> None:
