@@ -41,12 +41,11 @@ def model(config: ConfigDict) -> vit.AViT:
         gate["learnable"] |= config.budget > 0  # which moves its shift
         halts = halting.HaltingConfig(**gate) if gate.pop("enabled") else None
         sizes = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
-        if config.train.adaptive and halts:  # its backward pass recomputes anyway
-            sizes["remat"] = False
         network = vit.AViT(**sizes, halting=halts)
-        if config.train.adaptive and halts:
-            network = network.clone(removal=removal.training_plan(network.num_tokens))
         network.check()
+        if config.train.adaptive and halts:  # its backward pass recomputes anyway, without remat
+            network = network.clone(removal=removal.training_plan(network.num_tokens), remat=False)
+            network.check()
         if not jnp.issubdtype(network.dtype, jnp.floating) or jnp.finfo(network.dtype).bits > 32:
             raise ValueError(f"dtype must be a floating-point type of at most 32 bits; got {network.dtype}.")
     except (ValueError, TypeError) as error:

@@ -137,6 +137,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.eval.batch_size=0"], "config.eval.batch_size must be between 1"),
         ([_DIGITS, "--config.model.patch_size=5"], "patch_size 5 must divide"),
         ([_DIGITS, "--config.model.patch_size=0"], "patch_size must be at least 1"),
+        ([_DIGITS, "--config.model.patch_size=0", "--config.train.adaptive=True"], "patch_size must be at least 1"),
         ([_DIGITS, "--config.model.image_size=32"], "(height, width)"),
         ([_DIGITS, "--config.model.depth=0"], "depth must be at least 1"),
         ([_DIGITS, "--config.model.num_heads=5"], "divisible by num_heads"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import build, errors, flops, predict, train, weight_files
+from avit_jax import build, errors, flops, predict, restore, train, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import pictures, transforms
 
@@ -84,6 +84,19 @@ def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(folder: pathlib.
     (one,) = predict.predict(config, tmp_path / "run", [folder / "0.png"])
     assert set(one.top5) <= set("0123456789")
     assert one.image.shape == (16, 16, 1) and one.depth.shape == (4, 4)
+
+
+def test_a_network_used_otherwise_than_trained_is_told(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _config()
+    trained = json.loads(config.to_json_best_effort())
+    del trained["halting"]["merge"]  # a run from before the key was known did as its default says
+    trained["halting"]["gamma"] = 3.0
+    monkeypatch.setattr(restore, "params", lambda *_: ({}, {"config": trained}))
+    with caplog.at_level("WARNING", logger="avit_jax"):
+        restore.trained(config, build.model(config), tmp_path)
+    assert caplog.messages == ["config.halting.gamma is 5.0, and the network was trained with 3.0"]
 
 
 def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
