@@ -148,4 +148,4 @@ def make_eval_step(
 
 
 def _title(label: int, guess: int, names: list[str]) -> str:
-    return names[label] if label == guess else f"{names[label]}, taken for {names[guess]}"
+    return names[label] if label == guess else f"{names[label]},\ntaken for {names[guess]}"

@@ -48,7 +48,9 @@ def test_the_table_pairs_runs_by_their_seed() -> None:
         "static/0": _run(0.80),
         "static/1": _run(0.82),
         "avit_0.6/1": _run(0.81),
-        "avit_0.6/0": _run(0.80, speed={"speed_up": 1.5, "efficiency": 0.9, "training_step": 0.7}, curve=[point]),
+        "avit_0.6/0": _run(
+            0.80, speed={"speed_up": 1.5, "efficiency": 0.9, "training_step": 0.7}, early_end=0.01, curve=[point]
+        ),
         "no_prior/0": _run(0.78),
     }
     rows = report.gather(results)
@@ -56,6 +58,7 @@ def test_the_table_pairs_runs_by_their_seed() -> None:
     lines = report.table(rows).splitlines()
     assert lines[2] == "| avit_0.6 | 2 | 80.50 ± 0.71 | -0.50 ± 0.50 | 0.600 ± 0.000 | 1.50 | 0.90 | 0.70 |"
     assert lines[3].startswith("| static | 2 | 81.00 ± 1.41 |  |") and lines[4].startswith("| no_prior | 1 | 78.00 | -2.00 |")
+    assert "saves at most 0.0100 of" in lines[6]
     assert lines[-1] == "| avit_0.6 | 0 | -3 | 0.400 | 70.00 |"
 
 
@@ -64,13 +67,14 @@ def test_the_figure_is_drawn(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_macs_without_the_early_end() -> None:
+def test_what_the_early_end_saves() -> None:
     model = arms.network("avit_0.6", arms.config("avit_0.6", 0, data_dir="", parent=""))
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     _, never = calibrate.with_gate(model, params, -1e3)
-    assert measure.without_early_end(model, never, images) == pytest.approx(1.0)
+    assert measure.early_end(model, never, images) == pytest.approx(0.0, abs=1e-6)
     _, some = calibrate.with_gate(model, params, -2.0)
     active = model.apply({"params": some}, images)[1].active
-    counted = float(flops.image_macs(model, active).mean()) / flops.static_macs(model)
-    assert counted <= measure.without_early_end(model, some, images) < 1.0
+    beyond = (active & ~flops.computing(active, 1)).sum(axis=-1)  # tokens of images that have ended
+    least = float((beyond * flops.layer_macs(1, model)).sum(axis=0).mean()) / flops.static_macs(model)
+    assert 0.0 < least <= measure.early_end(model, some, images) < 1.0

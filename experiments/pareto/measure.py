@@ -103,12 +103,12 @@ def training_step(config: ConfigDict, model: vit.AViT, params: Any, parent: vit.
     return timing.median_ratio(seconds["own"], seconds["parent"])
 
 
-def without_early_end(model: vit.AViT, params: Any, images: np.ndarray) -> float:
-    """Share of the static MACs if the other tokens went on after an image's class token has halted; on these images."""
+def early_end(model: vit.AViT, params: Any, images: np.ndarray) -> float:
+    """Share of the static MACs saved as an image's other tokens stop once its class token has halted; on these images."""
     active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(params, images)
-    count = active.sum(axis=-1).astype(np.float32)
-    macs = flops.layer_macs(count, model).sum(axis=0).mean()
-    return float(flops.fixed_macs(model) + macs) / flops.static_macs(model)
+    going_on = flops.layer_macs(active.sum(axis=-1).astype(np.float32), model).sum(axis=0).mean()
+    saved = flops.fixed_macs(model) + going_on - flops.image_macs(model, active).mean()
+    return float(saved) / flops.static_macs(model)
 
 
 def curves(name: str, config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, list[dict[str, float]]]:

@@ -36,9 +36,12 @@ def against(runs: list[dict[str, Any]], static: list[dict[str, Any]]) -> list[fl
 
 
 def table(rows: Rows) -> str:
-    """Markdown; spreads are standard deviations over the seeds, that of the difference its standard error."""
+    """Markdown; spreads are standard deviations over the seeds, that of the difference its standard error.
+
+    Costs are shares of the static network's: MACs, and time of a training step.
+    """
     lines = [
-        "| row | seeds | top-1 % | minus static, points | MACs of static | speed-up | of the ideal | training step of static |",
+        "| row | seeds | top-1 % | minus static | MACs of static | speed-up | of the ideal | training step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(rows, key=lambda name: (not name.endswith(_BUDGETS) and name not in ("parent", "static"), name)):
@@ -60,6 +63,9 @@ def table(rows: Rows) -> str:
             f"{np.mean(steps):.2f}" if steps else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    saved = [run["early_end"] for runs in rows.values() for run in runs if "early_end" in run]
+    if saved:
+        lines += ["", f"Ending an image once its class token has halted saves at most {max(saved):.4f} of the static MACs."]
     curves = [(name, run) for name, runs in rows.items() for run in runs if "curve" in run]
     if curves:
         lines += ["", "| one checkpoint | seed | knob | MACs of static | top-1 % |", "|---|---|---|---|---|"]

@@ -11,6 +11,7 @@ there: for a moment when the machine does nothing else.
 import json
 import logging
 import pathlib
+import shutil
 from typing import Any
 
 from absl import app, flags
@@ -27,6 +28,7 @@ _ARM = flags.DEFINE_multi_string("arm", [], "rows to run; default: all")
 _SEED = flags.DEFINE_multi_integer("seed", [], "seeds to run; default: those of the row")
 _SPEED = flags.DEFINE_boolean("speed", False, "measure the speed of what is trained, and train nothing")
 _PARENT = flags.DEFINE_string("parent", "experiments/pareto/parent.safetensors", "weights of the parent")
+_DRAWN = ("avit_0.6/0", "avit_merging_0.6/0")  # whose depth maps stay beside the results
 
 
 def run(name: str, seed: int) -> dict[str, Any] | None:
@@ -44,7 +46,9 @@ def run(name: str, seed: int) -> dict[str, Any] | None:
         weight_files.write(_PARENT.value, params, model)
         return timing.environment() | row
     if name.startswith("avit_"):
-        row["macs_ratio_without_early_end"] = measure.without_early_end(model, params, measure.images(config))
+        row["early_end"] = measure.early_end(model, params, measure.images(config))
+    if f"{name}/{seed}" in _DRAWN:
+        shutil.copy(workdir / "depth.png", pathlib.Path(_OUT.value) / f"{name}.png")
     row |= measure.curves(name, config, model, params)
     return timing.environment() | row
 
