@@ -1,15 +1,23 @@
 """Real pictures, and a network that costs a given share of the static one on them."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 import avit_jax
-from avit_jax import adaptive
+from avit_jax import adaptive, errors
 from avit_jax import calibrate as calibrate_lib
 from avit_jax.data import augment, loader, sources, transforms
+
+
+def pixels(name: str, split: str, data_dir: str, *, size: tuple[int, int], crop_ratio: float, count: int) -> np.ndarray:
+    """The first `count` pictures of a split, as evaluation sees them, `(count, H, W, C)` uint8."""
+    source = sources.load(name, split=split, data_dir=data_dir, image_size=size)
+    read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=size, crop_ratio=crop_ratio))
+    return np.stack([read(i)["image"] for i in range(count)])
 
 
 def load_images(count: int) -> tuple[np.ndarray, str]:
@@ -19,11 +27,19 @@ def load_images(count: int) -> tuple[np.ndarray, str]:
         name, split, where = "imagenet2012", "validation+train", "ImageNet sample"
     else:
         name, split, where = "digits", "train", "digits"
-    source = sources.load(name, split=split, data_dir=data_dir or "", image_size=(224, 224))
-    read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=(224, 224), crop_ratio=0.875))
-    images = np.stack([read(i)["image"] for i in range(count)])
+    images = pixels(name, split, data_dir or "", size=(224, 224), crop_ratio=0.875, count=count)
     images = np.broadcast_to(images, (*images.shape[:-1], 3))
     return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where
+
+
+def chunked(apply: Callable[..., Any], chunk: int) -> Callable[[Any, jax.Array], jax.Array]:
+    """Logits of images `(B, H, W, C)`, `chunk` of them, of which B is a multiple, at a time through all layers."""
+
+    def run(variables: Any, images: jax.Array) -> jax.Array:
+        chunks = images.reshape(-1, chunk, *images.shape[1:])
+        return jax.lax.map(lambda x: apply(variables, x)[0], chunks).reshape(len(images), -1)
+
+    return run
 
 
 def gated(params: Any, shift: float) -> Any:
@@ -32,8 +48,11 @@ def gated(params: Any, shift: float) -> Any:
 
 
 def calibrate(model: avit_jax.AViT, params: Any, images: np.ndarray, budgets: list[float]) -> dict[float, float]:
-    """Gate shift for each share of the static network's MACs."""
+    """Gate shift for each share of the static network's MACs; raises errors.UserError for one that it cannot come to."""
     static = avit_jax.flops.static_macs(model)
     cost = jax.jit(lambda variables: adaptive.apply(model, variables, images)[1].macs.mean() / static)
     at = lambda shift: float(cost(gated(params, shift)))  # noqa: E731
-    return {budget: calibrate_lib.find_shift(at, budget, start=0.0, tolerance=0.004) for budget in budgets}
+    try:
+        return {budget: calibrate_lib.find_shift(at, budget, start=0.0, tolerance=0.004) for budget in budgets}
+    except ValueError as error:
+        raise errors.UserError(str(error)) from error

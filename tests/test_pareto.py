@@ -2,14 +2,17 @@
 
 import pathlib
 import sys
+from concurrent import futures
 
+import fixtures
 import jax
 import numpy as np
 import pytest
 
-from avit_jax import calibrate, flops
+from avit_jax import build, calibrate, flops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from experiments import results
 from experiments.pareto import arms, measure, report
 
 
@@ -78,3 +81,47 @@ def test_what_the_early_end_saves() -> None:
     beyond = (active & ~flops.computing(active, 1)).sum(axis=-1)  # tokens of images that have ended
     least = float((beyond * flops.layer_macs(1, model)).sum(axis=0).mean()) / flops.static_macs(model)
     assert 0.0 < least <= measure.early_end(model, some, images) < 1.0
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """A halting network and its static parent, of random weights, to be measured on 16 pictures; arguments by name."""
+    for name, value in {"_BATCH": 8, "_BATCHES": 2, "_CHUNKS": (8,), "_GROUPS": (4,), "_ROUNDS": 2}.items():
+        monkeypatch.setattr(measure, name, value)
+    monkeypatch.setattr(arms, "HELD_OUT", "train")
+    config = fixtures.small_config(**{"halting.learnable": True})
+    model = build.model(config)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))["params"]
+    parent_params = {key: value for key, value in params.items() if key != "gate"}
+    return {"model": model, "params": params, "parent": model.clone(halting=None), "parent_params": parent_params}
+
+
+def test_speed_is_told_against_the_static_network_and_the_macs(small: dict[str, object]) -> None:
+    images = measure.images(fixtures.small_config())
+    assert images.shape == (16, 16, 16, 1)
+    static = small | {"model": small["parent"], "params": small["parent_params"]}
+    assert measure.speed(**static, images=images)["ideal"] == pytest.approx(1.0)
+    speed = measure.speed(**small, images=images)
+    active = small["model"].apply({"params": small["params"]}, images)[1].active
+    macs = float(flops.image_macs(small["model"], active).mean())
+    assert speed["ideal"] == pytest.approx(flops.static_macs(small["model"]) / macs) and speed["ideal"] > 1.05
+    assert speed["efficiency"] == pytest.approx(speed["speed_up"] / speed["ideal"]) and speed["batch"] == 8
+    assert 0.0 < measure.training_step(fixtures.small_config(), **small) < np.inf
+
+
+def test_one_checkpoint_s_curve_has_the_budgets_that_it_can_come_to(
+    small: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "BUDGETS", (0.01, 0.6, 0.8))  # the first layer alone costs more than the first of them
+    config = fixtures.small_config(**{"halting.learnable": True})
+    (low, high) = measure.curves("avit_0.6", config, small["model"], small["params"])["curve"]
+    assert (low["budget"], high["budget"]) == (0.6, 0.8) and low["knob"] > high["knob"]
+    assert low["macs_ratio"] == pytest.approx(0.6, abs=0.03) and high["macs_ratio"] == pytest.approx(0.8, abs=0.03)
+
+
+def test_rows_that_are_added_at_once_are_all_kept(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "result.json"
+    with futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: results.add(file, f"row/{i % 20}", {str(i): i}), range(40)))
+    assert results.load(file) == {f"row/{i}": {str(i): i, str(i + 20): i + 20} for i in range(20)}
+    assert list(tmp_path.iterdir()) == [file]

@@ -17,6 +17,7 @@ import jax
 from absl import app, flags
 
 from avit_jax import errors
+from experiments import results
 from experiments.aot import rows as rows_lib
 
 _OUT = flags.DEFINE_string("out", None, "folder for result.json and table.md", required=True)
@@ -32,7 +33,7 @@ def main(_: list[str]) -> None:
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "result.json"
-    rows = json.loads(file.read_text()) if file.exists() else {}
+    rows = results.load(file)
     jobs = {
         f"{program}, {model}, {dtype}, {topology}": functools.partial(rows_lib.compile_one, program, model, dtype, topology)
         for topology, model, program, dtype in itertools.product(
@@ -47,7 +48,7 @@ def main(_: list[str]) -> None:
         if name not in rows:
             rows[name] = {"jax": jax.__version__} | job()
             print(name, json.dumps(rows[name]), flush=True)
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+            results.add(file, name, rows[name])
     (out / "table.md").write_text(rows_lib.table(rows))
 
 

@@ -15,7 +15,8 @@ from concurrent import futures
 import numpy as np
 from absl import app, flags
 
-from experiments import timing
+from avit_jax import errors
+from experiments import results, timing
 
 _RUNS = flags.DEFINE_string("runs", "runs/digits_study", "folder of the runs")
 _OUT = flags.DEFINE_string("out", None, "folder for result.json and depth.png", required=True)
@@ -52,10 +53,10 @@ def main(_: list[str]) -> None:
             for key in _KEYS
         }
     out = pathlib.Path(_OUT.value)
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    results.save(out / "result.json", result)
     shutil.copy(pathlib.Path(_RUNS.value) / "halting_0" / "depth.png", out / "depth.png")
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

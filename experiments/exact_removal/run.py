@@ -15,8 +15,9 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from avit_jax import adaptive, build, evaluate, flops, restore
+from avit_jax import adaptive, build, errors, evaluate, flops, restore
 from avit_jax.data import augment, loader
+from experiments import results
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "of the trained model", required=True)
@@ -53,8 +54,8 @@ def main(_: list[str]) -> None:
         "images_with_other_decisions": unequal,
     }
     print(json.dumps(result, indent=2))
-    (workdir / "exact_removal.json").write_text(json.dumps(result, indent=2) + "\n")
+    results.save(workdir / "exact_removal.json", result)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

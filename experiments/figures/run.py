@@ -5,7 +5,6 @@ python -m experiments.figures.run --config=configs/digits.py --checkpoint=runs/d
 Looks at the whole evaluation split; writes index.html, which needs no network, the figures and result.json into --out.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator
 
@@ -19,6 +18,7 @@ from ml_collections import config_flags
 from avit_jax import build, errors, evaluate, restore, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import loader
+from experiments import results
 from experiments.figures import draw, gather
 from experiments.figures import page as page_lib
 
@@ -96,7 +96,7 @@ def main(_: list[str]) -> None:
     } | ({} if parent is None else {"top-1 of the static parent": f"{parent:.2%}"})
     (out / "index.html").write_text(page_lib.page(f"Where the network thinks: {config.data.name}", facts, drawn, command))
     result = {"images": len(images.index), "top1": top1, "macs_ratio": macs_ratio, "parent_top1": parent, "tradeoff": rows}
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    results.save(out / "result.json", result)
     print(f"wrote {out / 'index.html'}")
 
 

@@ -15,9 +15,9 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from avit_jax import build, restore, weight_files
+from avit_jax import build, errors, restore, weight_files
 from configs import cifar10
-from experiments import timing
+from experiments import results, timing
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the prepared data set", required=True)
 _RUNS = flags.DEFINE_string("runs", "runs/finetune", "folder of the runs")
@@ -75,9 +75,9 @@ def main(_: list[str]) -> None:
         gains = [rows[better, seed]["top1"] - rows[worse, seed]["top1"] for seed in _SEEDS]
         error = float(np.std(gains, ddof=1) / np.sqrt(len(gains)))
         result[f"{better}_minus_{worse}"] = {"mean": float(np.mean(gains)), "standard_error": error, "pairs": gains}
-    pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
+    results.save(_OUT.value, result)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

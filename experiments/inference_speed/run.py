@@ -3,15 +3,14 @@
 AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=experiments/inference_speed/deit_tiny
 
 Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it is
-unset; float32; random weights. The gate shift is calibrated on the pictures so that the network costs the named share of the
-static network's multiply-accumulates (MACs). Programs are compiled and warmed up beforehand, compile time is told apart; input
-is on the device before a call, and every call is waited for. Calls are interleaved: each round runs every row once, over at
-least 16 pictures, and ratios are taken within a round. The static network runs in chunks of 1 to 16 pictures; speed-ups are
+unset; float32; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of
+the static network's multiply-accumulates (MACs). Programs are compiled and warmed up beforehand, compile time is told apart;
+input is on the device before a call, and every call is waited for. Calls are interleaved: each round runs every row once, over
+at least 16 pictures, and ratios are taken within a round. The static network runs in chunks of 1 to 16 pictures; speed-ups are
 against the fastest of them. Memory is XLA's own account of arguments, results and temporaries.
 """
 
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ import numpy as np
 from absl import app, flags
 
 import avit_jax
-from avit_jax import adaptive
-from experiments import timing, workload
+from avit_jax import adaptive, errors
+from experiments import results, timing, workload
 
 _MODEL = flags.DEFINE_enum("model", "deit_tiny", ["deit_tiny", "deit_small"], "shape of the network")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64, 256], "images a call")
@@ -33,7 +32,6 @@ _SECONDS = flags.DEFINE_float("seconds", 120, "measures each batch size for so l
 _OUT = flags.DEFINE_string("out", None, "writes <out>.json and <out>.png")
 
 _CHUNKS = (1, 4, 8, 16)
-_CALIBRATE = 64  # pictures the gate shift is calibrated on
 _PER_ROUND = 16  # pictures a round, at least
 
 
@@ -61,14 +59,9 @@ class Row:
         return tuple(float(np.mean([getattr(a, name) for a in aux])) for name in ("macs", "macs_padded"))
 
 
-def chunked(apply: Callable[..., Any], chunk: int) -> Callable[[Any, jax.Array], jax.Array]:
-    """Logits, `chunk` images at a time through all layers."""
-
-    def run(variables: Any, images: jax.Array) -> jax.Array:
-        chunks = images.reshape(-1, chunk, *images.shape[1:])
-        return jax.lax.map(lambda x: apply(variables, x)[0], chunks).reshape(len(images), -1)
-
-    return run
+def in_a_round(batch: int) -> int:
+    """Pictures of a round: whole batches."""
+    return -(-max(batch, _PER_ROUND) // batch) * batch
 
 
 def torch_row(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> dict[str, Callable[[], Any]]:
@@ -84,19 +77,19 @@ def torch_row(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> di
 
 def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -> dict[str, Any]:
     """All rows at one batch size."""
-    shifts = workload.calibrate(model, params, images[: min(len(images), max(batch, _PER_ROUND), _CALIBRATE)], _BUDGET.value)
-    count = max(batch, _PER_ROUND)
+    count = in_a_round(batch)
+    shifts = workload.calibrate(model, params, images[:count], _BUDGET.value)
     batches = [jax.device_put(images[i : i + batch]) for i in range(0, count, batch)]
     plain = model.clone(halting=None)
     static = {
-        f"static, chunks of {chunk}": Row(chunked(plain.apply, chunk), {"params": params}, batches)
+        f"static, chunks of {chunk}": Row(workload.chunked(plain.apply, chunk), {"params": params}, batches)
         for chunk in _CHUNKS
         if batch % chunk == 0
     }
-    chunk = min(8, batch)
+    chunk = max(chunk for chunk in _CHUNKS if chunk <= 8 and batch % chunk == 0)
     masked = {
         f"masked {_BUDGET.value[-1]}": Row(
-            chunked(model.apply, chunk), workload.gated(params, shifts[_BUDGET.value[-1]]), batches
+            workload.chunked(model.apply, chunk), workload.gated(params, shifts[_BUDGET.value[-1]]), batches
         )
     }
     removed = {
@@ -170,7 +163,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
 
 def main(_: list[str]) -> None:
     """Measures every batch size, prints and writes."""
-    images, where = workload.load_images(max(*_BATCH.value, _CALIBRATE))
+    images, where = workload.load_images(max(map(in_a_round, _BATCH.value)))
     halting = avit_jax.HaltingConfig(learnable=True, merge=_REDUNDANCY.value > 0, redundancy=_REDUNDANCY.value)
     model = getattr(avit_jax, _MODEL.value)(halting=halting)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
@@ -180,9 +173,9 @@ def main(_: list[str]) -> None:
         result["batches"].append(measure(model, params, images, batch))
         show(result["batches"][-1])
         if _OUT.value:
-            pathlib.Path(f"{_OUT.value}.json").write_text(json.dumps(result, indent=2) + "\n")
+            results.save(f"{_OUT.value}.json", result)
             draw(result, pathlib.Path(f"{_OUT.value}.png"))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

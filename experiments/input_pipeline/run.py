@@ -14,7 +14,6 @@ import concurrent.futures
 import io
 import itertools
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,9 +24,9 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from avit_jax import build, evaluate, train, train_step
+from avit_jax import build, errors, evaluate, train, train_step
 from avit_jax.data import randaugment, sources
-from experiments import timing
+from experiments import results, timing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "interleaved repeats")
@@ -177,8 +176,8 @@ def main(_: list[str]) -> None:
         result["fed_step_over_step_alone"] = timing.median_ratio(taken["step alone"], taken["step and pipeline"])
     print(json.dumps(result, indent=2))
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
+        results.save(_OUT.value, result)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

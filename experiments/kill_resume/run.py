@@ -7,7 +7,6 @@ after a checkpoint, drawn at random too, has begun to be written. Then the same 
 Parameters, their moving average, the optimizer's state and `metrics.jsonl` have to be equal byte by byte.
 """
 
-import json
 import os
 import pathlib
 import random
@@ -22,7 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags
 
-from avit_jax import checkpoint
+from avit_jax import checkpoint, errors
+from experiments import results
 
 _KILLS = flags.DEFINE_integer("kills", 20, "runs that are killed")
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
@@ -115,10 +115,10 @@ def main(_: list[str]) -> None:
     equal = sum(bool(run["arrays_equal"] and run["metrics_equal"]) for run in runs)
     print(f"{equal} of {len(runs)} equal the undisturbed run")
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps({"equal": equal, "runs": runs}, indent=2) + "\n")
+        results.save(_OUT.value, {"equal": equal, "runs": runs})
     if equal < len(runs):
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

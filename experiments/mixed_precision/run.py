@@ -6,7 +6,6 @@ Parameters and halting sums stay float32. Looks at the whole evaluation split.
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from avit_jax import build, errors, evaluate, restore
-from experiments import timing
+from experiments import results, timing
 from experiments.figures import gather
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
@@ -42,7 +41,7 @@ def main(_: list[str]) -> None:
         "tokens_farther_than_one_layer": float((np.abs(exact.depth.astype(int) - half.depth) > 1).mean()),
         "images_of_other_class": float((exact.guess != half.guess).mean()),
     }
-    pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
+    results.save(_OUT.value, result)
     print(json.dumps(result, indent=2))
 
 

@@ -115,6 +115,7 @@ def _ablations() -> dict[str, Arm]:
         "merging_by_the_papers_gate": Arm(_halting(0.6, halting__merge=True), **one),
         "merging_redundancy_20": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 20.0, "halting.beta": -17.0}, **one),
         "merging_redundancy_100": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 100.0, "halting.beta": -84.0}, **one),
+        "merging_gamma_0": Arm(_halting(0.6) | _MERGING | {"halting.gamma": 0.0}, **one),  # by redundancy alone
         "merging_gamma_5": Arm(_halting(0.6) | _MERGING | {"halting.gamma": 5.0}, **one),
         "mixup": Arm(_halting(0.6, augment__mixup=0.8, augment__cutmix=1.0), **one),
     }

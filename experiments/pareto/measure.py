@@ -10,8 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from avit_jax import adaptive, build, calibrate, evaluate, flops, train_step, vit
-from avit_jax.data import augment, loader, sources, transforms
-from experiments import timing
+from avit_jax.data import augment
+from experiments import timing, workload
 from experiments.pareto import arms
 from experiments.rivals import tome, unrolled
 
@@ -26,19 +26,27 @@ _MERGES = (2, 4, 6, 8, 11, 15)
 
 
 def pixels(config: ConfigDict) -> np.ndarray:
-    """The first images of the evaluation split, uint8."""
-    source = sources.load(config.data.name, split=config.data.eval_split, data_dir=config.data.dir, image_size=(32, 32))
-    read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=(32, 32), crop_ratio=config.data.crop_ratio))
-    return np.stack([read(i)["image"] for i in range(_BATCH * _BATCHES)])
+    """The first images of the evaluation split, `(_BATCH * _BATCHES, H, W, C)` uint8."""
+    c = config.data
+    size = tuple(config.model.image_size)
+    count = _BATCH * _BATCHES
+    return workload.pixels(c.name, c.eval_split, c.dir, size=size, crop_ratio=c.crop_ratio, count=count)
 
 
 def images(config: ConfigDict) -> np.ndarray:
-    """The same, normalised."""
+    """The same, normalised, float32."""
     return np.asarray(augment.normalize(pixels(config), config.data.mean, config.data.std))
 
 
 def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, images: np.ndarray) -> dict[str, Any]:
     """Speed of a network over its static parent's, both as fast as their chunks or groups of the batch allow; interleaved.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      parent: the static network.
+      parent_params: of it.
+      images: `(_BATCH * _BATCHES, H, W, C)` float32, normalised.
 
     Returns:
       `speed_up`, median over rounds; `ideal`, by the MACs of these images; `efficiency`, their ratio; `images_per_second`.
@@ -47,22 +55,16 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
     batches = [jax.device_put(batch) for batch in np.split(images, _BATCHES)]
 
     def timed(apply: Callable[..., Any], params: Any) -> Callable[[], Any]:
-        run = jax.jit(lambda params, images: apply({"params": params}, images)[0])
+        run = jax.jit(lambda params, images: apply({"params": params}, images))
         return lambda: jax.block_until_ready([run(params, batch) for batch in batches])
 
     def chunked(network: vit.AViT, params: Any, name: str) -> dict[str, Callable[[], Any]]:
-        def apply(chunk: int, variables: Any, images: jax.Array) -> tuple[jax.Array]:
-            parts = images.reshape(-1, chunk, *images.shape[1:])
-            return (jax.lax.map(lambda part: network.apply(variables, part)[0], parts).reshape(len(images), -1),)
-
-        return {f"{name} {chunk}": timed(functools.partial(apply, chunk), params) for chunk in _CHUNKS}
+        return {f"{name} {chunk}": timed(workload.chunked(network.apply, chunk), params) for chunk in _CHUNKS}
 
     functions = chunked(parent, parent_params, "parent")
     if removes:
-        plans = {group: adaptive.Plan(group=group, step=4, wave=_BATCH) for group in _GROUPS}
-        ours = {
-            f"own {group}": timed(functools.partial(adaptive.apply, model, plan=plan), params) for group, plan in plans.items()
-        }
+        plans = {f"own {group}": adaptive.Plan(group=group, step=4, wave=_BATCH) for group in _GROUPS}
+        ours = {name: timed(functools.partial(adaptive.apply, model, plan=plan), params) for name, plan in plans.items()}
     else:
         ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
@@ -78,7 +80,7 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
 
 
 def training_step(config: ConfigDict, model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any) -> float:
-    """Time of a training step over that of the static network, each with its teacher's part; interleaved."""
+    """Time of a training step of the network over that of its static parent, each with the teacher's part; interleaved."""
     size, device = config.train.batch_size, jax.local_devices()[:1]
     index = np.arange(size, dtype=np.int32)
     batch = {"image": pixels(config)[:size], "label": index % config.model.num_classes, "index": index}
@@ -113,7 +115,7 @@ def early_end(model: vit.AViT, params: Any, images: np.ndarray) -> float:
 
 def curves(name: str, config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, list[dict[str, float]]]:
     """Accuracy and MACs at other budgets, of the very same weights; {} for a row that has no such knob."""
-    if name in ("avit_0.6", "avit_merging_0.6"):
+    if name in ("avit_0.6", "avit_merging_0.6", "layer_act_0.6"):
         return {"curve": _calibrated(config, model, params)}
     if name == "early_exit":
         each = {confidence: model.clone(confidence=confidence) for confidence in _CONFIDENCES}
@@ -131,7 +133,7 @@ def _evaluate(config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, flo
 
 
 def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[str, float]]:
-    """The gate is shifted to each budget on the held-out slice, and judged on the evaluation split."""
+    """The gate is shifted to each budget, where it can be, on the held-out slice, and judged on the evaluation split."""
     held_out = config.copy_and_resolve_references()
     held_out.data.eval_split = arms.HELD_OUT
     start = float(params["gate"]["beta"])
@@ -143,7 +145,10 @@ def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[s
 
     rows = []
     for budget in BUDGETS:
-        beta = calibrate.find_shift(lambda beta: at(search, beta)["macs_ratio"], budget, start=start)
+        try:
+            beta = calibrate.find_shift(lambda beta: at(search, beta)["macs_ratio"], budget, start=start)
+        except ValueError:  # the network cannot cost that
+            continue
         values = at(test, beta)
         rows.append({"knob": beta, "budget": budget} | {key: values[key] for key in ("top1", "macs_ratio")})
     return rows

@@ -3,14 +3,17 @@
 python -m experiments.pareto.report
 """
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
+from absl import app, flags
 from matplotlib.figure import Figure
 
-_FOLDER = pathlib.Path(__file__).parent
+from avit_jax import errors
+from experiments import results as results_lib
+
+_OUT = flags.DEFINE_string("out", "experiments/pareto", "folder of result.json")
 _BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
 Rows = dict[str, list[dict[str, Any]]]  # by arm, one entry a seed, seed first
 
@@ -110,12 +113,15 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     """Writes table.md and pareto.png beside result.json."""
-    rows = gather(json.loads((_FOLDER / "result.json").read_text()))
-    (_FOLDER / "table.md").write_text(table(rows))
-    draw(rows, _FOLDER / "pareto.png")
+    out = pathlib.Path(_OUT.value)
+    rows = gather(results_lib.load(out / "result.json"))
+    if not rows:
+        raise errors.UserError(f"there is no {out / 'result.json'}, or nothing in it: run experiments.pareto.run first.")
+    (out / "table.md").write_text(table(rows))
+    draw(rows, out / "pareto.png")
 
 
 if __name__ == "__main__":
-    main()
+    app.run(errors.told(main))

@@ -18,7 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from avit_jax import build, errors, progress, restore, train, weight_files
-from experiments import timing
+from experiments import results, timing
 from experiments.pareto import arms, measure
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the prepared data set", required=True)
@@ -36,8 +36,7 @@ def run(name: str, seed: int) -> dict[str, Any] | None:
     config = arms.config(name, seed, data_dir=_DATA_DIR.value, parent=_PARENT.value)
     model = arms.network(name, config)
     workdir = pathlib.Path(_RUNS.value) / f"{name}_{seed}"
-    if not (workdir / "summary.json").exists():
-        train.train(config, workdir, model=model)
+    train.train(config, workdir, model=model)  # of a run that is complete it writes the summary
     if not (workdir / "summary.json").exists():
         return None
     row = json.loads((workdir / "summary.json").read_text())
@@ -63,43 +62,38 @@ def speed(name: str, seed: int) -> dict[str, Any]:
     return measure.speed(model, params, parent, parent_params, measure.images(config)) | {"training_step": step}
 
 
-def main(_: list[str]) -> None:
-    """Runs what is missing."""
-    absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell
-    progress.to_console(logging.INFO)
-    out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "result.json"
-    unknown = sorted(set(_ARM.value) - set(arms.ARMS))
-    if unknown:
-        raise errors.UserError(f"there is no row {', '.join(unknown)}; there are {', '.join(arms.ARMS)}.")
-    jobs = [("parent", 0)] if not pathlib.Path(_PARENT.value).exists() else []
-    # The first seed of every row comes before the second of any.
-    jobs += [
+def wanted() -> list[tuple[str, int]]:
+    """Rows and seeds that are asked for; the first seed of every row comes before the second of any."""
+    return [
         (name, seed)
         for seed in range(max(_SEED.value or [2]) + 1)
         for name in _ARM.value or arms.ARMS
         if (seed in _SEED.value if _SEED.value else seed < arms.ARMS[name].seeds)
     ]
-    rows = _read(file)
-    runs = pathlib.Path(_RUNS.value)
+
+
+def main(_: list[str]) -> None:
+    """Runs what is missing."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell
+    progress.to_console(logging.INFO)
+    file = pathlib.Path(_OUT.value) / "result.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unknown = sorted(set(_ARM.value) - set(arms.ARMS))
+    if unknown:
+        raise errors.UserError(f"there is no row {', '.join(unknown)}; there are {', '.join(arms.ARMS)}.")
+    rows, runs = set(results.load(file)), pathlib.Path(_RUNS.value)
     if _SPEED.value:
-        jobs = [(name, seed) for name, seed in jobs if (runs / f"{name}_{seed}").exists() and f"{name}/{seed}" in rows]
+        jobs = [(name, seed) for name, seed in wanted() if f"{name}/{seed}" in rows and (runs / f"{name}_{seed}").exists()]
     else:
-        jobs = [(name, seed) for name, seed in jobs if f"{name}/{seed}" not in rows]
+        jobs = [("parent", 0)] if not pathlib.Path(_PARENT.value).exists() else []
+        jobs += [(name, seed) for name, seed in wanted() if f"{name}/{seed}" not in rows]
     for i, (name, seed) in enumerate(jobs):
         print(f"== {i + 1} of {len(jobs)}: {name}, seed {seed}", flush=True)
         row = {"speed": speed(name, seed)} if _SPEED.value else run(name, seed)
         if row is None:
             return
-        rows = _read(file)
-        rows[f"{name}/{seed}"] = rows.get(f"{name}/{seed}", {}) | row
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+        results.add(file, f"{name}/{seed}", row)
         print(json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}), flush=True)
-
-
-def _read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from avit_jax import block, flops, removal, vit
 from experiments.rivals import unrolled
 
-_PLAN = removal.Plan(group=8, step=32)
-
 
 class EarlyExit(unrolled.Unrolled):
     """Early exit of whole images; in training the loss is the mean over all exits.
@@ -39,7 +37,7 @@ class EarlyExit(unrolled.Unrolled):
         run = functools.partial(block.run_block, layers.block)
         for i in range(self.depth):
             active.append(jnp.broadcast_to(going[:, None], (batch, num_tokens)))
-            x = removal.transform(run, _PLAN, layers.params_of(i), x, active[-1], None)
+            x = removal.transform(run, unrolled.PLAN, layers.params_of(i), x, active[-1], None)
             logits = self.classify(x[:, :1])
             taken = jnp.where(going[:, None], logits, taken)
             going &= jax.nn.softmax(logits).max(axis=-1) < self.confidence

@@ -18,12 +18,10 @@ def class_attention(query: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def reorganise(x: jax.Array, attention: jax.Array, count: int) -> jax.Array:
-    """The class token, the `count` patch tokens of highest attention, and the mean of the others weighted by attention."""
+    """The class token, the `count` patch tokens of highest attention, and the sum of the others times their attention."""
     best, kept = unrolled.class_and_best(x, attention, count)
     leaves = jax.nn.one_hot(kept, attention.shape[1]).sum(axis=1) == 0
-    weight = jnp.where(leaves, attention, 0.0)
-    weight = weight / jnp.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
-    fused = jnp.einsum("bn,bnd->bd", weight, x[:, 1:])[:, None]
+    fused = jnp.einsum("bn,bnd->bd", jnp.where(leaves, attention, 0.0), x[:, 1:])[:, None]
     return jnp.concatenate([best, fused.astype(x.dtype)], axis=1)
 
 

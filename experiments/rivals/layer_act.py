@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from avit_jax import block, halting, removal, vit
-
-_PLAN = removal.Plan(group=8, step=32)
+from experiments.rivals import unrolled
 
 
 class LayerACT(vit.AViT):
@@ -32,7 +31,7 @@ class LayerACT(vit.AViT):
         for i in range(self.depth):
             params = jax.tree.map(lambda stacked, i=i: stacked[i], self.layers.variables["params"])
             going = jnp.broadcast_to(state.active, (batch, num_tokens))
-            x = run(params, x, going, None) if train else removal.transform(run, _PLAN, params, x, going, None)
+            x = run(params, x, going, None) if train else removal.transform(run, unrolled.PLAN, params, x, going, None)
             score = halting.score(x.mean(axis=1, keepdims=True), gamma=gamma, beta=beta, channel=self.halting.channel)
             scores.append(jnp.broadcast_to(score, going.shape))
             active.append(going)

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from avit_jax import block, flops, vit
+from avit_jax import block, flops, removal, vit
 from avit_jax import halting as halting_lib
 
+PLAN = removal.Plan(group=8, step=32)  # of rivals whose images end early, with all their tokens
 _FLAX = ("parent", "name")  # attributes of every module
 
 
@@ -27,7 +28,7 @@ class Unrolled(vit.AViT):
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The layers, counted from 0, in which tokens leave: a quarter, half and three quarters of the way."""
+        """The layers, counted from 0, in which tokens leave: a quarter, half and three quarters of the way, rounded down."""
         return tuple(self.depth * quarter // 4 for quarter in (1, 2, 3))
 
     def run_layers(self, x: jax.Array, layers: "Layers") -> tuple[Any, vit.Aux]:

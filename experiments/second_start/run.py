@@ -15,7 +15,8 @@ import tempfile
 
 from absl import app, flags
 
-from experiments import timing
+from avit_jax import errors
+from experiments import results, timing
 
 _OUT = flags.DEFINE_string("out", None, "result.json", required=True)
 _START = """
@@ -53,9 +54,9 @@ def main(_: list[str]) -> None:
         same = (workdir / "metrics.jsonl").read_bytes() == metrics
     result = timing.environment() | {"first": first, "second": second, "share": second["seconds"] / first["seconds"]}
     result["equal_metrics"] = same
-    pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
+    results.save(_OUT.value, result)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

@@ -6,7 +6,6 @@ float32, compiled and warmed up beforehand, each call waited for, calls interlea
 """
 
 import json
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -14,7 +13,8 @@ import numpy as np
 from absl import app, flags
 
 import avit_jax
-from experiments import timing
+from avit_jax import errors
+from experiments import results, timing
 
 _BATCH = flags.DEFINE_integer("batch", 16, "images a call")
 _CHUNKS = flags.DEFINE_multi_integer("chunk", [16, 8, 4], "images that run through all layers at a time; divide the batch")
@@ -64,11 +64,10 @@ def main(_: list[str]) -> None:
     }
     if "torch" in seconds:
         result["speed_up_over_torch"] = timing.median_ratio(seconds["torch"], seconds[best])
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(text + "\n")
+        results.save(_OUT.value, result)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

@@ -9,7 +9,6 @@ temporaries.
 """
 
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,8 @@ import numpy as np
 from absl import app, flags
 
 import avit_jax
-from avit_jax import losses, removal
-from experiments import timing, workload
+from avit_jax import errors, losses, removal
+from experiments import results, timing, workload
 
 _BATCH = flags.DEFINE_integer("batch", 32, "images a step")
 _BUDGET = flags.DEFINE_multi_float("budget", [0.8, 0.62, 0.4], "share of the static network's MACs in inference")
@@ -85,8 +84,8 @@ def main(_: list[str]) -> None:
         result["budgets"][budget] = measure(model, workload.gated(params, shift), jax.device_put(images))
         print(budget, json.dumps(result["budgets"][budget], indent=2), flush=True)
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
+        results.save(_OUT.value, result)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

@@ -4,16 +4,15 @@ python -m experiments.training_step.run --out=experiments/training_step/result.j
 """
 
 import json
-import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from avit_jax import build, evaluate, train_step
+from avit_jax import build, errors, evaluate, train_step
 from avit_jax import config as config_lib
-from experiments import timing
+from experiments import results, timing
 
 _BATCH = flags.DEFINE_integer("batch", 16, "images a step")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "interleaved repeats")
@@ -56,11 +55,10 @@ def main(_: list[str]) -> None:
         "median_seconds": {name: float(np.median(times)) for name, times in seconds.items()},
         "ratio": timing.median_ratio(seconds["halting"], seconds["static"]),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if _OUT.value:
-        pathlib.Path(_OUT.value).write_text(text + "\n")
+        results.save(_OUT.value, result)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(errors.told(main))

@@ -1,0 +1,33 @@
+"""The files that figures are written to."""
+
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+
+def save(path: os.PathLike | str, result: object) -> None:
+    """Writes JSON, whole or not at all; the folder is made where it is missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(path)
+
+
+def load(path: os.PathLike | str) -> dict[str, Any]:
+    """What `save` has written; {} where there is no file."""
+    path = pathlib.Path(path)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add(path: os.PathLike | str, key: str, row: dict[str, Any]) -> None:
+    """Adds to one row of a file to which other processes may be adding others."""
+    folder = os.open(pathlib.Path(path).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        rows = load(path)
+        save(path, rows | {key: rows.get(key, {}) | row})
+    finally:
+        os.close(folder)  # and with it the lock
