@@ -82,6 +82,18 @@ def test_one_run_serves_another_budget(run: pathlib.Path, tmp_path: pathlib.Path
     assert "gate" not in params
 
 
+def test_a_network_that_merges_is_told_with_what_it_merges_by(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="avit_jax")
+    config = _config(**{"budget": 0.0, "halting.merge": True, "halting.redundancy": 30.0, "halting.gamma": 1.0})
+    model = build.model(config)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, *model.pixels, model.channels)))["params"]
+    weight_files.write(tmp_path / "dear.safetensors", params, model)
+    calibrate.from_checkpoint(tmp_path / "cheap.safetensors", config, tmp_path / "dear.safetensors", 0.6)
+    beta = weight_files.read(tmp_path / "cheap.safetensors").gate["beta"]
+    told = f"gamma=1 --config.halting.beta={beta:.6g} --config.halting.merge=True --config.halting.redundancy=30"
+    assert caplog.messages[-1].endswith(told)
+
+
 def test_what_cannot_be_calibrated_is_a_sentence(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match=r"no gate shift brings the network to 0\.01"):
         calibrate.from_checkpoint(tmp_path / "x.safetensors", _config(), run, 0.01)
