@@ -64,19 +64,23 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
     functions = chunked(parent, parent_params, "parent")
     if removes:
         plans = {f"own {group}": adaptive.Plan(group=group, step=4, wave=_BATCH) for group in _GROUPS}
-        ours = {name: timed(functools.partial(adaptive.apply, model, plan=plan), params) for name, plan in plans.items()}
+        ours = {name: timed(functools.partial(_removed, model, plan), params) for name, plan in plans.items()}
     else:
         ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
     best, own = (min(names, key=lambda name: np.median(seconds[name])) for names in (functions, ours))
-    apply = functools.partial(adaptive.apply, model) if removes else model.apply
-    aux = [jax.jit(apply)({"params": params}, batch)[1] for batch in batches]
+    counted = jax.jit(functools.partial(adaptive.apply, model) if removes else model.apply)
+    aux = [counted({"params": params}, batch)[1] for batch in batches]
     macs = np.mean([flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux])
     ideal = flops.static_macs(parent) / float(macs)
     speed_up = timing.median_ratio(seconds[best], seconds[own])
     rate = len(images) / float(np.median(seconds[own]))
     speeds = {"speed_up": speed_up, "ideal": ideal, "efficiency": speed_up / ideal, "images_per_second": rate}
     return timing.environment() | {"batch": _BATCH} | speeds
+
+
+def _removed(model: vit.AViT, plan: adaptive.Plan, variables: Any, images: jax.Array) -> jax.Array:
+    return adaptive.apply(model, variables, images, plan=plan)[0]
 
 
 def training_step(config: ConfigDict, model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any) -> float:
