@@ -1,19 +1,18 @@
 """The table and the figure of the study, from result.json alone.
 
-python -m experiments.pareto.report
+python -m experiments.pareto.report [folder of result.json]
 """
 
 import pathlib
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app
 from matplotlib.figure import Figure
 
 from avit_jax import errors
 from experiments import results as results_lib
 
-_OUT = flags.DEFINE_string("out", "experiments/pareto", "folder of result.json")
 _BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
 Rows = dict[str, list[dict[str, Any]]]  # by arm, one entry a seed, seed first
 
@@ -115,9 +114,9 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Writes table.md and pareto.png beside result.json."""
-    out = pathlib.Path(_OUT.value)
+    out = pathlib.Path(*(argv[1:] or ["experiments/pareto"]))
     rows = gather(results_lib.load(out / "result.json"))
     if not rows:
         raise errors.UserError(f"there is no {out / 'result.json'}, or nothing in it: run experiments.pareto.run first.")
