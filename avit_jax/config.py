@@ -83,7 +83,9 @@ def default() -> ConfigDict:
     start = {
         "init": "",  # weight file, hub name (hf-hub:owner/name) or workdir of a run to start from; empty: random
         "init_new_head": False,  # where it has another number of classes: the classifier starts at zero
-        "budget": 0.0,  # share of the static network's MACs that training is to land on, by the gate's shift; 0: it shifts not
+        # Share of the static network's MACs that training is to land on, by the gate's shift and the depth that the prior asks
+        # for; 0: the first stays as it is, the second is loss.target_depth.
+        "budget": 0.0,
     }
     return ConfigDict({"seed": 0, **start, **_input(), **_network(), **_training()}).lock()
 
@@ -156,7 +158,7 @@ def _network() -> dict[str, dict[str, Any]]:
             "label_smoothing": 0.0,
             "ponder_weight": 5e-4,
             "prior_weight": 1e-3,
-            "target_depth": 8.0,  # layer, counted from 1
+            "target_depth": 8.0,  # layer, counted from 1; not used with a budget
             "prior_width": 1.0,  # layers
             "prior_mode": "paper",  # or "official", to compare with released numbers
         },

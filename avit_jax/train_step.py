@@ -14,7 +14,7 @@ from avit_jax.data import augment, loader
 
 AXIS = evaluate.AXIS
 # What the shift of the gate moves by in a step, for each unit that the share of MACs is off: slow beside the noise of a batch.
-_BUDGET_RATE = 0.3
+_BUDGET_RATE = 1.0
 
 
 def augment_batch(
@@ -72,8 +72,10 @@ def total_loss(
     total, parts = task_loss(logits, targets, teacher_logits, config, distilled=model.distilled)
     if model.halting is not None:
         parts["ponder_loss"] = losses.ponder_loss(aux)
+        # With a budget, its share of the layers: a prior around another depth would undo what the shift of the gate does.
+        target_depth = max(1.0, config.budget * model.depth) if config.budget else c.target_depth
         parts["prior_loss"] = losses.prior_loss(
-            aux, target_depth=c.target_depth, width=c.prior_width, mode=c.prior_mode, axis_name=axis_name
+            aux, target_depth=target_depth, width=c.prior_width, mode=c.prior_mode, axis_name=axis_name
         )
         parts["macs_ratio"] = flops.image_macs(model, aux.active).mean() / flops.static_macs(model)
         total += c.ponder_weight * parts["ponder_loss"] + c.prior_weight * parts["prior_loss"]

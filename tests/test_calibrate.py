@@ -42,9 +42,9 @@ def test_the_controller_moves_the_shift_and_nothing_else() -> None:
     before = {"gamma": np.float32(2.0), "beta": np.float32(-3.0)}
     after = {"gamma": np.float32(2.5), "beta": np.float32(-9.0)}  # as the optimizer would have it
     gate = train_step.hold_budget(after, before, 0.8, budget=0.6, learnable=False)
-    assert gate == {"gamma": 2.0, "beta": pytest.approx(-3.0 + 0.3 * 0.2)}  # too dear: halts more
+    assert gate == {"gamma": 2.0, "beta": pytest.approx(-3.0 + 0.2)}  # too dear: halts more
     gate = train_step.hold_budget(after, before, 0.5, budget=0.6, learnable=True)
-    assert gate == {"gamma": 2.5, "beta": pytest.approx(-3.0 - 0.3 * 0.1)}
+    assert gate == {"gamma": 2.5, "beta": pytest.approx(-3.0 - 0.1)}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,12 @@ def _config(**overrides: object):
         **{"budget": 0.6, "train.steps": 250, "train.batch_size": 64, "train.log_every": 100, "optimizer.ema_decay": 0.9}
         | overrides
     )
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.8])
+def test_training_lands_on_a_budget_far_from_the_target_depth(budget: float, tmp_path: pathlib.Path) -> None:
+    train.train(_config(**{"budget": budget, "loss.prior_weight": 0.5}), tmp_path)  # a prior that no shift holds out against
+    assert json.loads((tmp_path / "summary.json").read_text())["macs_ratio"] == pytest.approx(budget, abs=0.02)
 
 
 def test_training_lands_on_the_budget(run: pathlib.Path) -> None:
