@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from avit_jax import errors, halting, removal, vit
+from avit_jax import errors, flops, halting, removal, vit
 from avit_jax import optimizer as optimizer_lib
 
 
@@ -50,6 +50,9 @@ def model(config: ConfigDict) -> vit.AViT:
             raise ValueError(f"dtype must be a floating-point type of at most 32 bits; got {network.dtype}.")
     except (ValueError, TypeError) as error:
         raise errors.UserError(f"config.model or config.halting: {error}") from error
+    least = (flops.fixed_macs(network) + flops.layer_macs(network.num_tokens, network)) / flops.static_macs(network)
+    if halts and 0 < config.budget < least:
+        raise errors.UserError(f"config.budget {config.budget} is out of reach: the first layer alone costs {least:.3f}.")
     return network
 
 

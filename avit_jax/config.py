@@ -289,6 +289,10 @@ def _check_combinations(config: ConfigDict) -> None:
 def _check_halting(config: ConfigDict) -> None:
     """A gate that cannot halt any token in time to save a layer, and a target depth that the network does not have."""
     gate, depth = config.halting, config.model.depth
+    if config.budget:  # shifts the gate, and says what depth is asked for
+        if config.loss.prior_mode == "official":
+            raise errors.UserError('config.loss.prior_mode="official" is of the released recipe, which has no config.budget.')
+        return
     if not 1 <= config.loss.target_depth <= depth:
         raise errors.UserError(
             f"config.loss.target_depth must lie between 1 and the network's depth, {depth}; got {config.loss.target_depth}."

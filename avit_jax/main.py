@@ -34,6 +34,15 @@ _BATCH = flags.DEFINE_integer("batch", 0, "--mode=export: images at once; 0: any
 _JSONL = flags.DEFINE_string("jsonl", None, "--mode=predict: writes the predictions there, a JSON line for each picture")
 _PICTURES = flags.DEFINE_string("pictures", None, "--mode=predict: folder for pictures of the depth of the tokens")
 _ALLOW = flags.DEFINE_bool("allow_changed_config", False, "goes on from a checkpoint of another configuration too")
+_ONLY = {  # flags that the other modes do not read
+    "checkpoint": ("predict", "export", "calibrate"),
+    "out": ("export", "calibrate"),
+    "budget": ("calibrate",),
+    "batch": ("export",),
+    "jsonl": ("predict",),
+    "pictures": ("predict",),
+    "allow_changed_config": ("train",),
+}
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; not needed on Cloud TPU")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which process this is, from 0")
@@ -45,6 +54,10 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)[1:]
         if rest and _MODE.value != "predict":
             errors.stop(f"unexpected argument {rest[0]!r}: all options start with --, and only --mode=predict takes pictures.")
+        for name, modes in _ONLY.items():
+            if flags.FLAGS[name].present and _MODE.value not in modes:
+                instead = "; training lands on --config.budget" if name == "budget" else ""
+                errors.stop(f"--{name} is for --mode={' or '.join(modes)}, and --mode={_MODE.value} does not read it{instead}.")
         if _CONFIG.value is None:
             errors.stop("name a recipe, for example --config=configs/digits.py.")
         # ml_collections tells that there is no such file only when one looks into the recipe.

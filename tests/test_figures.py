@@ -94,13 +94,13 @@ def test_a_trained_run_to_a_page(tmp_path: pathlib.Path) -> None:
     tests = pathlib.Path(__file__).parent
     recipe.write_text(
         f"import sys\nsys.path.insert(0, {str(tests)!r})\nimport fixtures\n"
-        "def get_config():\n  return fixtures.small_config(**{'train.steps': 2})\n"
+        "def get_config():\n  return fixtures.small_config(**{'train.steps': 2, 'budget': 0.6})\n"
     )
-    train.train(fixtures.small_config(**{"train.steps": 2}), tmp_path / "run")
+    train.train(fixtures.small_config(**{"train.steps": 2, "budget": 0.6}), tmp_path / "run")
     command = [sys.executable, "-m", "experiments.figures.run", f"--config={recipe}", f"--checkpoint={tmp_path / 'run'}"]
     command += [f"--out={tmp_path / 'out'}", "--shifts=0,0.5", "--shown=3"]
     subprocess.run(command, cwd=tests.parent, check=True, capture_output=True)
     assert len(list((tmp_path / "out").glob("*.png"))) == 7
     assert (tmp_path / "out/index.html").stat().st_size > 100_000
     failed = subprocess.run([*command, "--config.halting.enabled=False"], cwd=tests.parent, capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith("error: figures are of a network with a fixed")
+    assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith("error: figures are of a network that halts")

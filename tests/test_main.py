@@ -89,6 +89,9 @@ def _one_line(expected: str) -> Iterator[None]:
         ([_DIGITS, "--no_such_flag=1"], "no_such_flag"),
         ([_DIGITS, "--mode=test"], "<train|eval|predict|export|calibrate>"),
         ([_DIGITS, "--workdir"], "workdir"),
+        ([_DIGITS, "--budget=0.6"], "--mode=train does not read it; training lands on --config.budget"),
+        ([_DIGITS, "--mode=eval", "--checkpoint=runs/x"], "--checkpoint is for --mode=predict or export or calibrate,"),
+        ([_DIGITS, "--mode=predict", "--allow_changed_config"], "--allow_changed_config is for --mode=train,"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], expected: str) -> None:
@@ -162,6 +165,8 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.data.name=no_such_set"], "no_such_set"),
         ([_DIGITS, "--config.data.train_split=trian"], '"train" and "test"'),
         ([_DIGITS, "--config.loss.target_depth=7"], "network's depth, 6; got 7"),
+        ([_DIGITS, "--config.budget=0.1", "--config.loss.target_depth=7"], "the first layer alone costs 0.1"),
+        ([_DIGITS, "--config.budget=0.5", "--config.loss.prior_mode=official"], "which has no config.budget"),
         ([_DIGITS, "--config.loss.target_depth=nan"], "network's depth, 6; got nan"),
         ([_DIGITS, "--config.loss.ponder_weight=-1"], "config.loss.ponder_weight must be at least 0"),
         ([_DIGITS, "--config.loss.prior_weight=nan"], "config.loss.prior_weight must be at least 0, and finite; got nan"),

@@ -169,6 +169,12 @@ def test_straight_through_draws_with_the_given_probability() -> None:
     assert float(slope[..., 0].min()) > 0 > float(slope[..., 1].max())
 
 
+def test_dynamic_vit_bears_an_image_whose_draws_are_all_to_leave() -> None:
+    x = _IMAGES[:, 0]
+    log_probability = dynamic_vit.Predictor().init_with_output(jax.random.key(0), jnp.tile(x, (1, 1, 4)), jnp.zeros((5, 16)))[0]
+    chex.assert_tree_all_finite(log_probability)
+
+
 def test_random_dropping_follows_the_place_in_the_global_batch(params: Any) -> None:
     model = dropping.Dropping(**_SIZES, keep_rate=0.5)
     arguments = {"train": True, "rngs": {"dropout": jax.random.key(0)}}

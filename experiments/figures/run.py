@@ -71,8 +71,8 @@ def main(_: list[str]) -> None:
         raise errors.UserError(f"--shifts must be numbers: {error}.") from error
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
-    if model.halting is None or model.halting.learnable:
-        raise errors.UserError("figures are of a network with a fixed gate: --config.halting.enabled=True, learnable=False.")
+    if model.halting is None:
+        raise errors.UserError("figures are of a network that halts: --config.halting.enabled=True.")
     if epath.Path(_CHECKPOINT.value).is_dir():
         params, past = restore.params(config, model, _CHECKPOINT.value)
     else:

@@ -21,7 +21,7 @@ class Predictor(nn.Module):
         width = x.shape[-1]
         x = nn.gelu(nn.Dense(width, kernel_init=block.kernel_init)(nn.LayerNorm(epsilon=1e-6)(x)), approximate=False)
         local, everywhere = jnp.split(x, 2, axis=-1)
-        weight = policy / policy.sum(axis=1, keepdims=True)
+        weight = policy / jnp.maximum(policy.sum(axis=1, keepdims=True), 1.0)  # of draws of 0 or 1: perhaps of none
         everywhere = jnp.broadcast_to(jnp.einsum("bn,bnd->bd", weight, everywhere)[:, None], local.shape)
         x = jnp.concatenate([local, everywhere], axis=-1)
         for size in (width // 2, width // 4):

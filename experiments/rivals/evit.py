@@ -1,7 +1,7 @@
 """EViT: patch tokens that the class token looks at least are fused into one.
 
 Reference: Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
-arXiv 2202.07800, section 3.
+arXiv 2202.07800, section 3. The share of tokens that stay is that of the end from the first step on.
 """
 
 import jax
