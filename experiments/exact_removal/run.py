@@ -1,9 +1,9 @@
 """How far the results of a trained model differ between masking halted tokens and removing them.
 
-python -m experiments.exact_removal.run --config=configs/digits.py --workdir=runs/digits
+python -m experiments.exact_removal.run --config=configs/digits.py --workdir=runs/digits --out=result.json
 
 Compares, over the evaluation split of the recipe, logits (as a share of their largest), the depth of the class token and of all
-tokens that have to compute, and the same with the images in reverse order. Writes exact_removal.json into the workdir.
+tokens that have to compute, and the same with the images in reverse order.
 """
 
 import functools
@@ -12,7 +12,6 @@ import json
 import jax
 import numpy as np
 from absl import app, flags
-from etils import epath
 from ml_collections import config_flags
 
 from avit_jax import adaptive, build, errors, evaluate, flops, restore
@@ -21,13 +20,14 @@ from experiments import results
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "of the trained model", required=True)
+_OUT = flags.DEFINE_string("out", None, "JSON file to write", required=True)
 
 
 def main(_: list[str]) -> None:
     """Compares, prints and writes."""
-    config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+    config = _CONFIG.value
     model = build.model(config).clone(removal=None)
-    variables = {"params": restore.params(config, model, workdir)[0]}
+    variables = {"params": restore.params(config, model, _WORKDIR.value)[0]}
     masked, removed = jax.jit(model.apply), jax.jit(functools.partial(adaptive.apply, model))
     reader = evaluate.Evaluator(config, model).reader
     difference = scale = 0.0
@@ -54,7 +54,7 @@ def main(_: list[str]) -> None:
         "images_with_other_decisions": unequal,
     }
     print(json.dumps(result, indent=2))
-    results.save(workdir / "exact_removal.json", result)
+    results.save(_OUT.value, result)
 
 
 if __name__ == "__main__":
