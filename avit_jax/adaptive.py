@@ -65,9 +65,9 @@ def default_plan(batch: int | None, backend: str | None = None) -> Plan:
     """
     if (backend or jax.default_backend()) != "cpu":
         return Plan(group=16, step=32, wave=256)
-    if batch and batch >= 128:
-        return Plan(group=8, step=8, wave=64)
-    if batch is None or batch >= 16:  # larger groups are faster by themselves, but lose more to padding
+    if batch and batch >= 32:  # larger groups are faster by themselves, but lose more to padding, in small batches most
+        return Plan(group=8, step=8, wave=64 if batch < 128 else 128)
+    if batch is None or batch >= 16:
         return Plan(group=4, step=8)
     return Plan(group=2, step=8) if batch > 2 else Plan(group=1, step=16)
 

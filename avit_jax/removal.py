@@ -15,7 +15,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-_FULL = 12  # images that go through a layer together where all of them still have all tokens; two groups if that is more
+_FULL = 12  # images that go through a layer together where all of them still have all tokens, or a group if that is more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
     token = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(num_tokens) + 1))(ends)
     token = jnp.minimum(token, num_tokens - 1)
     image, count = groups(ends[:, -1], min(plan.group, batch))
-    together = min(max(2, _FULL // plan.group), len(image))
+    together = min(max(1, _FULL // plan.group), len(image))
     largest, smallest = (jnp.pad(count[:, i], (0, together)) for i in (0, -1))  # the 0 at the end ends the loops
 
     def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:
