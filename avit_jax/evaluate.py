@@ -114,7 +114,7 @@ class Evaluator:
             caption=f"top-1 {values['top1']:.1%} at {values['macs_ratio']:.2f} of the static network's MACs, "
             f"mean depth of patch tokens {values['depth_patch']:.2f} of {self._model.depth} layers",
         )
-        figure.savefig(workdir / "depth.png", dpi=150)
+        visualize.write(figure, workdir / "depth.png")
         _logger.info("wrote %s and %s", workdir / "summary.json", workdir / "depth.png")
 
     def _predict(self, params: Any, count: int) -> tuple[np.ndarray, list[int], np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,8 @@ class Writer:
     """
 
     def __init__(self, workdir: epath.Path, step: int, sizes: dict[str, int]) -> None:
-        self._files = {name: _reopen(workdir / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "timing.jsonl")}
+        self._workdir, self._is_bucket = workdir, "://" in str(workdir)
+        self._rows = {name: _rows(workdir / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "timing.jsonl")}
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
@@ -86,21 +86,24 @@ class Writer:
 
     def sizes(self) -> dict[str, int]:
         """Bytes written to each file so far, from the first start on."""
-        return {name: file.tell() for name, file in self._files.items()}
+        return {name: len(rows) for name, rows in self._rows.items()}
 
     def _append(self, name: str, row: dict[str, object]) -> None:
-        self._files[name].write(json.dumps(row) + "\n")
-        self._files[name].flush()
+        line = (json.dumps(row) + "\n").encode()
+        self._rows[name] += line
+        if self._is_bucket:  # what lies there is replaced as a whole: nothing can be appended to it
+            (self._workdir / name).write_bytes(self._rows[name])
+        else:
+            with (self._workdir / name).open("ab") as file:
+                file.write(line)
 
     def close(self) -> None:
-        """Flushes and closes all."""
-        for file in self._files.values():
-            file.close()
+        """Flushes and closes the event file; rows are in their files already."""
         self._board.close()
 
 
-def _reopen(path: epath.Path, size: int) -> IO[str]:
-    """A file to append to, cut off after `size` bytes."""
+def _rows(path: epath.Path, size: int) -> bytes:
+    """The first `size` bytes of a file; what comes after them is cut off."""
     rows = path.read_bytes() if path.exists() else b""
     if len(rows) < size:
         _logger.warning("%s has lost %d bytes since the checkpoint was saved; it goes on without them", path, size - len(rows))
@@ -109,4 +112,4 @@ def _reopen(path: epath.Path, size: int) -> IO[str]:
         whole = path.with_name(path.name + ".tmp")
         whole.write_bytes(rows[:size])
         whole.replace(path)
-    return path.open("a")
+    return rows[:size]

@@ -160,9 +160,8 @@ def tell(
             target = epath.Path(folder)
             target.mkdir(parents=True, exist_ok=True)
             title = f"{one.top5[0]} {one.probabilities[0]:.0%}"
-            visualize.depth_map(one.image, one.depth, num_layers=num_layers, title=title).savefig(
-                target / f"{name}.png", dpi=120
-            )
+            figure = visualize.depth_map(one.image, one.depth, num_layers=num_layers, title=title)
+            visualize.write(figure, target / f"{name}.png", dpi=120)
     if not lines:
         raise errors.UserError("not one of the pictures could be read.")
     if jsonl is not None:

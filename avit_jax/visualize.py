@@ -1,6 +1,9 @@
 """Pictures: where the network spends its thought."""
 
+import io
+
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 _COLORS = "viridis"
@@ -28,7 +31,7 @@ def depth_figure(
       caption: a line above all.
 
     Returns:
-      A figure; its method `savefig` writes it.
+      A figure; `write` writes it.
     """
     per_row = min(4, len(images))
     rows = -(-len(images) // per_row)
@@ -75,3 +78,10 @@ def depth_map(image: np.ndarray, depth: np.ndarray, *, num_layers: int, title: s
         axis.set_axis_off()
     figure.colorbar(drawn, ax=right, label="layers used", ticks=np.arange(1, num_layers + 1), shrink=0.8)
     return figure
+
+
+def write(figure: Figure, path: epath.PathLike, *, dpi: int = 150) -> None:
+    """Writes a figure as PNG; to a bucket too, where Matplotlib by itself cannot."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi)
+    epath.Path(path).write_bytes(content.getvalue())

@@ -286,6 +286,9 @@ def resize_positions(embedding: np.ndarray, grid: tuple[int, int], num_readout: 
 
     Returns:
       `(1, R + rows * columns, D)` float32.
+
+    Raises:
+      errors.UserError: the embeddings are not of a square.
     """
     head, patches = embedding[0, :num_readout], embedding[0, num_readout:]
     side = math.isqrt(len(patches))
@@ -321,8 +324,14 @@ def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, n
       params: of the model.
       model: for its sizes.
       names: "timm", or "huggingface", which gets a `config.json` beside the file.
+
+    Raises:
+      ValueError: other names.
     """
     import safetensors.numpy
+
+    if names not in ("timm", "huggingface"):
+        raise ValueError(f'names must be "timm" or "huggingface"; got "{names}".')
 
     path = epath.Path(path)
     file = to_file(params, model)

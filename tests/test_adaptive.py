@@ -189,7 +189,9 @@ def _depths(rng: np.random.Generator, images: int, model: vit.AViT, mean: float)
     return np.clip(np.round(depth), 2, model.depth)
 
 
-@pytest.mark.parametrize(("budget", "batch", "bound"), [(0.8, 64, 0.95), (0.62, 64, 0.92), (0.4, 64, 0.88), (0.62, 256, 0.94), (0.62, 16, 0.89)])
+@pytest.mark.parametrize(
+    ("budget", "batch", "bound"), [(0.8, 64, 0.95), (0.62, 64, 0.92), (0.4, 64, 0.88), (0.62, 256, 0.94), (0.62, 16, 0.89)]
+)
 def test_padding_of_the_default_plan_is_small(budget: float, batch: int, bound: float) -> None:
     model = vit.deit_tiny()
     plan = adaptive.default_plan(batch, "cpu")

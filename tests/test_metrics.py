@@ -2,13 +2,17 @@
 
 import json
 import pathlib
+import unittest.mock
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from fsspec.implementations import memory
+from matplotlib.figure import Figure
 from tensorboardX.proto import event_pb2
 
-from avit_jax import flops, metrics, vit
+from avit_jax import flops, metrics, visualize, vit
 
 _IMAGES, _CLASSES = 12, 8
 
@@ -165,3 +169,34 @@ def test_writer_goes_on_where_the_checkpoint_was(tmp_path: pathlib.Path, caplog:
     assert f"metrics.jsonl has lost {sizes['metrics.jsonl']} bytes" in caplog.text
     write(1, sizes={})  # from the beginning
     assert [row["step"] for row in _rows(tmp_path)] == [1]
+
+
+class _Bucket(memory.MemoryFileSystem):
+    """Objects as those of a bucket: read, or written as a whole."""
+
+    cachable = False
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).removeprefix("s3://"))
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> memory.MemoryFile:
+        assert mode in ("rb", "wb"), "there is no appending to an object"
+        return super()._open(path, mode, **options)
+
+
+def test_rows_and_figures_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epath.backend.fsspec_backend, "fs", lambda path: _Bucket())
+    monkeypatch.setattr(metrics.tensorboardX, "SummaryWriter", unittest.mock.MagicMock())
+    workdir = epath.Path("s3://bucket/run")
+    writer = metrics.Writer(workdir, 0, {})
+    writer.write(1, "train", {"loss": 0.5})
+    sizes = writer.sizes()
+    assert sizes == {"metrics.jsonl": len((workdir / "metrics.jsonl").read_bytes()), "timing.jsonl": 0}
+    writer.write(2, "train", {"loss": 0.25})
+    assert [row["step"] for row in _rows(workdir)] == [1, 2]
+    metrics.Writer(workdir, 1, sizes).write(2, "train", {"loss": 0.125})
+    assert [row["loss"] for row in _rows(workdir)] == [0.5, 0.125]
+    visualize.write(Figure(), workdir / "depth.png")
+    assert (workdir / "depth.png").read_bytes().startswith(b"\x89PNG")

@@ -58,7 +58,7 @@ def test_the_table_pairs_runs_by_their_seed() -> None:
     }
     rows = report.gather(results)
     assert report.against(rows["avit_0.6"], rows["static"]) == pytest.approx([0.0, -1.0])
-    lines = report.table(rows).splitlines()
+    lines = report.table(rows).split("\n\n", 1)[1].splitlines()  # below the legend
     assert lines[2] == "| avit_0.6 | 2 | 80.50 ± 0.71 | -0.50 ± 0.50 | 0.600 ± 0.000 | 1.50 | 0.90 | 0.70 |"
     assert lines[3].startswith("| static | 2 | 81.00 ± 1.41 |  |") and lines[4].startswith("| no_prior | 1 | 78.00 | -2.00 |")
     assert "saves at most 0.0100 of" in lines[6]

@@ -64,15 +64,21 @@ def in_a_round(batch: int) -> int:
     return -(-max(batch, _PER_ROUND) // batch) * batch
 
 
-def torch_row(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> dict[str, Callable[[], Any]]:
-    """Plain PyTorch with the same weights; none where torch is not installed."""
+def torch_rows(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> dict[str, Callable[[], Any]]:
+    """Plain PyTorch with the same weights, in each way to chunk a batch; none where torch is not installed."""
     try:
         from experiments.static_inference import torch_vit
     except ImportError:
         print("torch is not installed: no comparison with PyTorch")
         return {}
-    each = [torch_vit.function(params, np.asarray(batch), width=model.width, num_heads=model.num_heads) for batch in batches]
-    return {"torch": lambda: [function() for function in each]}
+
+    def row(chunk: int) -> Callable[[], Any]:
+        images = np.concatenate(batches).reshape(-1, chunk, *batches[0].shape[1:])
+        each = [torch_vit.function(params, part, width=model.width, num_heads=model.num_heads) for part in images]
+        return lambda: [function() for function in each]
+
+    size = len(batches[0])
+    return {f"torch, chunks of {chunk}": row(chunk) for chunk in sorted({min(size, 8), min(size, 16), size})}
 
 
 def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
     }
     removed["adaptive 1.0"] = Row(functools.partial(adaptive.apply, model), workload.gated(params, -1e3), batches)
     rows = static | masked | removed
-    functions = rows | torch_row(params, batches, model)
+    functions = rows | torch_rows(params, batches, model)
     seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
     best = min(static, key=lambda name: np.median(seconds[name]))
     static_macs = avit_jax.flops.static_macs(model)
@@ -117,9 +123,11 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
             result[name] |= {"macs_ratio": macs / static_macs, "ideal_speed_up": ideal, "efficiency": speed_up / ideal}
             result[name] |= {"unpadded_share": macs / padded}
     rounds = len(seconds[best])
-    if "torch" in seconds:
+    torch = [name for name in seconds if name.startswith("torch")]
+    if torch:
+        fastest = min(torch, key=lambda name: np.median(seconds[name]))
         for name in removed:
-            result[name]["speed_up_over_torch"] = timing.median_ratio(seconds["torch"], seconds[name])
+            result[name]["speed_up_over_torch"] = timing.median_ratio(seconds[fastest], seconds[name])
     return {"batch": batch, "rounds": rounds, "images_a_round": count, "best_static": best, "rows": result}
 
 

@@ -14,6 +14,13 @@ from avit_jax import errors
 from experiments import results as results_lib
 
 _BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
+_LEGEND = (
+    "Speed-up: images/s over those of the static network; of the ideal: that times the share of MACs; training step: its time",
+    "over the static one's. ±: standard deviation over seeds, standard error for differences. `layer_act` is naive ACT, `avit`",
+    "the paper's gate and losses with a budget, a teacher and removal in training; what else a row changes is in",
+    "[arms.py](arms.py). A knob is the shift of the gate, the merges of a layer, or the confidence to stop at.",
+    "",
+)
 Rows = dict[str, list[dict[str, Any]]]  # by arm, one entry a seed, seed first
 
 
@@ -43,6 +50,7 @@ def table(rows: Rows) -> str:
     Costs are shares of the static network's: MACs, and time of a training step.
     """
     lines = [
+        *_LEGEND,
         "| row | seeds | top-1 % | minus static | MACs of static | speed-up | of the ideal | training step |",
         "|---|---|---|---|---|---|---|---|",
     ]
