@@ -46,8 +46,8 @@ def model(config: ConfigDict) -> vit.AViT:
         if config.train.adaptive and halts:  # its backward pass recomputes anyway, without remat
             network = network.clone(removal=removal.training_plan(network.num_tokens), remat=False)
             network.check()
-        if not jnp.issubdtype(network.dtype, jnp.floating) or jnp.finfo(network.dtype).bits > 32:
-            raise ValueError(f"dtype must be a floating-point type of at most 32 bits; got {network.dtype}.")
+        if network.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16; got {network.dtype}.")
     except (ValueError, TypeError) as error:
         raise errors.UserError(f"config.model or config.halting: {error}") from error
     least = (flops.fixed_macs(network) + flops.layer_macs(network.num_tokens, network)) / flops.static_macs(network)

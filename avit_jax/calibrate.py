@@ -17,6 +17,10 @@ _FARTHEST = 1000.0  # shift that no gate needs
 _FINEST = 1e-4  # a shift smaller than this is none
 
 
+class OutOfReach(ValueError):
+    """No shift of the gate brings the network to the budget."""
+
+
 def find_shift(cost: Callable[[float], float], budget: float, *, start: float, tolerance: float = 0.002) -> float:
     """The shift beta of a gate that brings its network to a budget, by bisection.
 
@@ -40,7 +44,7 @@ def find_shift(cost: Callable[[float], float], budget: float, *, start: float, t
     while (ratio > budget) == dear:  # doubles its steps until the budget lies between low and high
         low, high = (high, high + step) if dear else (low - step, low)
         if max(abs(low), abs(high)) > _FARTHEST:
-            raise ValueError(f"no gate shift brings the network to {budget} of the static MACs: it stays at {ratio:.3f}.")
+            raise OutOfReach(f"no gate shift brings the network to {budget} of the static MACs: it stays at {ratio:.3f}.")
         ratio, step = cost(high if dear else low), 2 * step
         if abs(ratio - budget) <= tolerance:
             return high if dear else low
@@ -87,7 +91,7 @@ def from_checkpoint(out: epath.PathLike, config: ConfigDict, checkpoint: epath.P
 
     try:
         beta = find_shift(cost, budget, start=start)
-    except ValueError as error:
+    except OutOfReach as error:
         raise errors.UserError(str(error)) from error
     model, shifted = with_gate(trained, params, beta)
     weight_files.write(out, shifted, model)

@@ -12,7 +12,7 @@ from avit_jax import errors
 
 # Key -> least and largest value; what model and gate check themselves is not here.
 _RANGES = {
-    "seed": (0, 2**63 - 1),
+    "seed": (0, 2**32 - 1),
     "budget": (0, 1),
     "data.num_threads": (1, 256),
     "data.num_workers": (0, 256),
@@ -248,6 +248,10 @@ def check(config: ConfigDict) -> None:
 def _check_combinations(config: ConfigDict) -> None:
     if config.eval.checkpoint == "init" and not config.init:
         raise errors.UserError("config.eval.checkpoint=init evaluates a weight file: name it with --config.init.")
+    if config.budget and not config.halting.enabled:
+        raise errors.UserError(
+            "a network without halting costs what it costs: set config.budget=0, or config.halting.enabled=True."
+        )
     if config.train.adaptive and config.loss.prior_mode == "official":
         raise errors.UserError(
             'config.loss.prior_mode "official" looks at halted tokens too: set --config.train.adaptive=False to keep them.'

@@ -12,7 +12,7 @@ from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, distributed, errors, flops, metrics, visualize, vit
+from avit_jax import adaptive, distributed, errors, files, flops, metrics, visualize, vit
 from avit_jax.data import augment, loader, sources, transforms
 
 AXIS = "devices"
@@ -87,19 +87,19 @@ class Evaluator:
         values = {name: float(value) for name, value in results.items() if value.ndim == 0}
         return values | {"macs_ratio": values["macs"] / flops.static_macs(self._model)}
 
-    def report(self, workdir: epath.Path, params: Any, results: Results, **more: float) -> None:
-        """Writes `summary.json`, with `more` in it, and `depth.png`, on the first process; `params` as in a call."""
+    def report(self, summary: epath.Path, picture: epath.Path, params: Any, results: Results, **more: float) -> None:
+        """Writes a summary (JSON), with `more` in it, and a picture of depths, on the first process; `params` as in a call."""
         if not distributed.is_first():
             return
         values = self.scalars(results)
-        summary = {
+        told = {
             "top1": values["top1"],
             "macs_per_image": values["macs"],
             "macs_ratio": values["macs_ratio"],
             "mean_depth": values["depth_patch"],
             "images": int(values["images"]),
         } | more
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        files.write(summary, json.dumps(told, indent=2) + "\n")
         count = min(self._config.eval.pictures, len(self.source.records))
         images, labels, logits, depth = self._predict(jax_utils.unreplicate(params), count)
         figure = visualize.depth_figure(
@@ -114,8 +114,8 @@ class Evaluator:
             caption=f"top-1 {values['top1']:.1%} at {values['macs_ratio']:.2f} of the static network's MACs, "
             f"mean depth of patch tokens {values['depth_patch']:.2f} of {self._model.depth} layers",
         )
-        visualize.write(figure, workdir / "depth.png")
-        _logger.info("wrote %s and %s", workdir / "summary.json", workdir / "depth.png")
+        visualize.write(figure, picture)
+        _logger.info("wrote %s and %s", summary, picture)
 
     def _predict(self, params: Any, count: int) -> tuple[np.ndarray, list[int], np.ndarray, np.ndarray]:
         """Pixels, labels, logits and depth maps `(count, rows, columns)` of the first images."""

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, flops, restore, serving, vit, weight_files
+from avit_jax import adaptive, build, files, flops, restore, serving, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import augment
 
@@ -70,10 +70,12 @@ def write(
     }
     weights = io.BytesIO()
     np.savez(weights, **{str(i): leaf for i, leaf in enumerate(leaves)})
-    with epath.Path(path).open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("metadata.json", json.dumps(metadata))
         archive.writestr("program", bytes(program.serialize()))
         archive.writestr("weights.npz", weights.getvalue())
+    files.write(path, content.getvalue())
 
 
 def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.PathLike, *, batch: int = 0) -> None:

@@ -32,15 +32,16 @@ def layer_macs(num_tokens: jax.typing.ArrayLike, model: vit.AViT) -> jax.typing.
     return num_tokens * (linear + pairs * num_tokens)
 
 
-def fixed_macs(model: vit.AViT) -> int:
-    """MACs of an image outside the layers: patch embedding and head."""
+def fixed_macs(model: vit.AViT) -> float:
+    """MACs of an image outside the layers: patch embedding and head; a float: those of DeiT-B at 1,024 pixels overflow."""
     patches = model.num_tokens - model.num_readout
-    return patches * model.patch_size**2 * model.channels * model.width + model.num_readout * model.width * model.num_classes
+    macs = patches * model.patch_size**2 * model.channels * model.width
+    return float(macs + model.num_readout * model.width * model.num_classes)
 
 
 def static_macs(model: vit.AViT) -> float:
-    """MACs of an image in the same network without halting; a float, as those of DeiT-B are more than an int32 holds."""
-    return float(fixed_macs(model) + model.depth * layer_macs(model.num_tokens, model.clone(halting=None, removal=None)))
+    """MACs of an image in the same network without halting; a float, for the same reason."""
+    return fixed_macs(model) + float(model.depth * layer_macs(model.num_tokens, model.clone(halting=None, removal=None)))
 
 
 def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:

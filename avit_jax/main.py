@@ -95,6 +95,7 @@ def _main(argv: list[str]) -> None:
         elif _MODE.value == "calibrate":
             if not _OUT.value or not _BUDGET.value:
                 errors.stop("name the file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
+            train.check_batch_sizes(_CONFIG.value)
             calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)
         else:
             predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])

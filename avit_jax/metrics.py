@@ -9,7 +9,7 @@ import numpy as np
 import tensorboardX
 from etils import epath
 
-from avit_jax import adaptive, flops, halting, losses, vit
+from avit_jax import adaptive, files, flops, halting, losses, vit
 
 _logger = logging.getLogger(__name__)
 Sums = dict[str, jax.Array]
@@ -109,7 +109,5 @@ def _rows(path: epath.Path, size: int) -> bytes:
         _logger.warning("%s has lost %d bytes since the checkpoint was saved; it goes on without them", path, size - len(rows))
         size = rows.rfind(b"\n") + 1
     if len(rows) > size:
-        whole = path.with_name(path.name + ".tmp")
-        whole.write_bytes(rows[:size])
-        whole.replace(path)
+        files.write(path, rows[:size])
     return rows[:size]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from avit_jax import adaptive, build, errors, flops, restore, visualize, vit
+from avit_jax import adaptive, build, errors, files, flops, restore, visualize, vit
 from avit_jax import config as config_lib
 from avit_jax.data import augment, pictures, transforms
 
@@ -140,7 +141,7 @@ def tell(
       predictions: are consumed.
       num_layers: of the network.
       jsonl: file of JSON lines.
-      folder: of pictures, `<name>.png` each, numbered where names repeat.
+      folder: of pictures, `<name>.depth.png` each, numbered where names repeat.
 
     Returns:
       How many pictures there were.
@@ -150,7 +151,8 @@ def tell(
         if not lines:
             print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes")
         classes = ", ".join(f"{name} {p:.1%}" for name, p in zip(one.top5, one.probabilities, strict=True))
-        print(f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {one.path}: {classes}")
+        path = os.fsencode(one.path).decode(errors="replace")  # names need not be UTF-8
+        print(f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {path}: {classes}")
         lines.append(one.to_json() + "\n")
         if folder is not None:
             name = pathlib.Path(one.path).stem
@@ -161,9 +163,9 @@ def tell(
             target.mkdir(parents=True, exist_ok=True)
             title = f"{one.top5[0]} {one.probabilities[0]:.0%}"
             figure = visualize.depth_map(one.image, one.depth, num_layers=num_layers, title=title)
-            visualize.write(figure, target / f"{name}.png", dpi=120)
+            visualize.write(figure, target / f"{name}.depth.png", dpi=120)
     if not lines:
         raise errors.UserError("not one of the pictures could be read.")
     if jsonl is not None:
-        epath.Path(jsonl).write_text("".join(lines))
+        files.write(jsonl, "".join(lines))
     return len(lines)

@@ -10,6 +10,7 @@ import io
 import math
 import pathlib
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable
 from typing import IO, Any
@@ -118,9 +119,18 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what is allowed, and storages by the given function."""
+    """Finds what is allowed, and storages by the given function.
+
+    Looks at the instructions first: of those that no writer of pickles leaves, one makes a memory of any size, and one lets
+    nested tuples grow without end.
+    """
 
     def __init__(self, file: IO[bytes], storage: Callable[..., _Storage]) -> None:
+        begin = file.tell()
+        for count, (instruction, value, _) in enumerate(pickletools.genops(file)):
+            if instruction.name == "DUP" or (instruction.name.endswith("PUT") and value > count):
+                raise Refused("it is no pickle that a program wrote")
+        file.seek(begin)
         super().__init__(file, encoding="latin1")
         self._storage = storage
 

@@ -95,6 +95,9 @@ def train(
             checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
         state, past = restore.begin(config, model, tx, checkpoints, allow_changed_config)
         start = int(state.step)
+        if checkpoints and start < config.train.steps:
+            (workdir / "summary.json").unlink(missing_ok=True)  # it tells that a run has ended
+            _warn_of_a_long_average(config)
         kept = {"config": json.loads(config.to_json_best_effort()), "label_names": source.label_names}
         teacher = restore.teacher(config, model, past, allow_changed_config)
         kept["teacher"] = teacher and teacher.fingerprint
@@ -136,7 +139,18 @@ def train(
         if results is None:
             _logger.info("stopped by %s before the report; the same command writes it", stop.name)
             return
-        evaluator.report(workdir, state.eval_params, results, train_seconds=seconds, **kept["parent"])
+        report = (workdir / "summary.json", workdir / "depth.png")
+        evaluator.report(*report, state.eval_params, results, train_seconds=seconds, **kept["parent"])
+
+
+def _warn_of_a_long_average(config: ConfigDict) -> None:
+    left = config.optimizer.ema_decay**config.train.steps
+    if left > 0.1:
+        _logger.warning(
+            "at the end %.0f%% of the moving average, which is what is evaluated, will be the weights that training starts "
+            "from: for %d steps set --config.optimizer.ema_decay=%.6g, or 0",
+            *(100 * left, config.train.steps, 0.01 ** (1 / config.train.steps)),
+        )
 
 
 @contextlib.contextmanager
@@ -182,7 +196,7 @@ def _save(
 
 
 def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Evaluates a checkpoint of `workdir` (`config.eval.checkpoint`), and reports there.
+    """Evaluates a checkpoint of `workdir` (`config.eval.checkpoint`), and reports there, in `eval.json` and `eval.png`.
 
     Raises:
       errors.UserError: no such checkpoint, it does not fit the configuration, or the data set is missing.
@@ -199,4 +213,5 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
         for name, value in evaluator.scalars(results).items():
             _logger.info("%s: %.6g", name, value)
         workdir.mkdir(parents=True, exist_ok=True)  # of a weight file there is none yet
-        evaluator.report(workdir, params, results, train_seconds=past["train_seconds"], **past.get("parent", {}))
+        report = (workdir / "eval.json", workdir / "eval.png")  # the run's own report stays
+        evaluator.report(*report, params, results, train_seconds=past["train_seconds"], **past.get("parent", {}))

@@ -6,6 +6,8 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from avit_jax import files
+
 _COLORS = "viridis"
 
 
@@ -84,4 +86,4 @@ def write(figure: Figure, path: epath.PathLike, *, dpi: int = 150) -> None:
     """Writes a figure as PNG; to a bucket too, where Matplotlib by itself cannot."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi)
-    epath.Path(path).write_bytes(content.getvalue())
+    files.write(path, content.getvalue())

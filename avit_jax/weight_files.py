@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from avit_jax import errors, halting, torch_files, vit, weights
+from avit_jax import errors, files, halting, torch_files, vit, weights
 
 HUB = "hf-hub:"
 _logger = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def read(path: epath.PathLike) -> WeightFile:
             raise errors.UserError(f"{path} is refused: {name} holds nan or infinity.")
     try:
         if any(name.startswith("Transformer/") for name in tensors):
-            return WeightFile(tensors=weights.from_big_vision(tensors))
+            heads = tensors["Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"].shape[1]
+            return WeightFile(tensors=weights.from_big_vision(tensors), num_heads=heads)
         if any(".encoder.layer." in f".{name}" for name in tensors):
             sizes = _hugging_face_sizes(path)
             return WeightFile(tensors=weights.from_hugging_face(tensors), gate=_gate(path, metadata), **sizes)
@@ -341,8 +342,9 @@ def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, n
         metadata["halting"] = json.dumps(file.gate)
     if names == "huggingface":
         tensors = weights.to_hugging_face(tensors)
-        path.with_name("config.json").write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
-    path.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata))
+        files.write(path.with_name("config.json"), json.dumps(_hugging_face_config(model), indent=2) + "\n")
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    files.write(path, safetensors.numpy.save(contiguous, metadata))
 
 
 def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:

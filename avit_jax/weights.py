@@ -180,7 +180,15 @@ def to_hugging_face(tensors: Tensors) -> Tensors:
 
 
 def from_big_vision(tensors: Tensors) -> Tensors:
-    """Timm's names and layouts for those of big_vision and AugReg."""
+    """Timm's names and layouts for those of big_vision and AugReg; raises ValueError for tensors that have no place there."""
+    known: set[str] = set()
+
+    class Noted(dict):
+        def __getitem__(self, name: str) -> np.ndarray:
+            known.add(name)
+            return super().__getitem__(name)
+
+    tensors = Noted(tensors)
     ours: Tensors = {"cls_token": tensors["cls"], "pos_embed": tensors["Transformer/posembed_input/pos_embedding"]}
     ours["patch_embed.proj.weight"] = tensors["embedding/kernel"].transpose(3, 2, 0, 1)
     ours["patch_embed.proj.bias"] = tensors["embedding/bias"]
@@ -207,4 +215,6 @@ def from_big_vision(tensors: Tensors) -> Tensors:
         ours[f"{here}.attn.qkv.bias"] = np.concatenate([tensors[f"{part}/bias"].reshape(width) for part in parts])
         ours[f"{here}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].reshape(width, width).T
         ours[f"{here}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
+    if surplus := sorted(tensors.keys() - known):
+        raise ValueError(f"no place for {', '.join(surplus[:3])}")
     return ours

@@ -54,5 +54,5 @@ def calibrate(model: avit_jax.AViT, params: Any, images: np.ndarray, budgets: li
     at = lambda shift: float(cost(gated(params, shift)))  # noqa: E731
     try:
         return {budget: calibrate_lib.find_shift(at, budget, start=0.0, tolerance=0.004) for budget in budgets}
-    except ValueError as error:
+    except calibrate_lib.OutOfReach as error:
         raise errors.UserError(str(error)) from error

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from avit_jax import build, calibrate, errors, evaluate, restore, train, train_step, weight_files
+from avit_jax import config as config_lib
 
 
 @pytest.mark.parametrize("start", [-40.0, -3.0, 7.0, 500.0])
@@ -120,7 +121,9 @@ def test_the_command_asks_for_what_is_missing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_static_network_has_no_budget_to_hold() -> None:
-    config = _config(**{"halting.enabled": False})
+    with pytest.raises(errors.UserError, match=r"costs what it costs: set config\.budget=0"):
+        config_lib.check(_config(**{"halting.enabled": False}))
+    config = _config(**{"halting.enabled": False, "budget": 0.0})
     assert "gate" not in jax.eval_shape(
         lambda: build.new_state(build.model(config), build.optimizer(config)[0], seed=0, ema=False).params
     )

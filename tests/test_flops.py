@@ -40,6 +40,9 @@ def test_macs_grow_by_the_same_with_each_layer() -> None:
 def test_macs_of_a_large_network_fit_into_a_program() -> None:
     macs = flops.static_macs(vit.deit_base())
     assert macs > 2**31 and float(jax.jit(lambda x: x / macs)(macs / 2)) == pytest.approx(0.5)
+    large = vit.deit_base(image_size=1024, depth=2)
+    macs = jax.jit(lambda active: flops.image_macs(large, active))(np.zeros((2, 1, large.num_tokens), bool))
+    assert float(macs[0]) > 2**31
 
 
 @pytest.mark.parametrize(

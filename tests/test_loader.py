@@ -1,5 +1,6 @@
 """Batches: which images, in which order, where."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -172,6 +173,12 @@ def test_evaluation_leaves_bad_records_out() -> None:
     batches = list(loader.eval_batches(reader, batch_size=16, num_threads=1))
     labels, weight = np.array(_flat(batches)), np.array(_flat(batches, "weight"))
     assert labels[weight == 1].tolist() == [i for i in range(20) if i % 5 != 3]
+
+
+def test_a_split_without_labels_is_refused() -> None:
+    source = dataclasses.replace(_numbered(4), records=[{"image": np.zeros((2, 2, 3), np.uint8), "label": -1}])
+    with pytest.raises(errors.UserError, match="record 0 of numbers has the label -1, of no class"):
+        loader.Reader(source=source, transform=_as_it_is, skip_bad=True)(0)
 
 
 def test_a_source_of_nothing_but_bad_records() -> None:

@@ -75,7 +75,7 @@ def test_table_lines_and_pictures(folder: pathlib.Path, tmp_path: pathlib.Path, 
     for line, row in zip(lines, rows, strict=True):
         assert f"{line['path']}: {line['top5'][0]} {line['probabilities'][0]:.1%}" in row
         assert line.keys() == {"path", "top5", "probabilities", "depth", "macs", "macs_ratio"}
-    assert (tmp_path / "drawn/0.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "drawn/0.depth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

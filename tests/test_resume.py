@@ -130,6 +130,15 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: py
     assert capfd.readouterr().err == "SIGINT: stopping after the step in hand; once more stops at once\n"
 
 
+def test_a_run_that_is_prolonged_has_not_ended(undisturbed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir = tmp_path / "longer"
+    shutil.copytree(undisturbed(), workdir)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        _at_step(patch, 1, lambda: 1 / 0)
+        train.train(_config(**{"train.steps": 12}), workdir, allow_changed_config=True)
+    assert not (workdir / "summary.json").exists()
+
+
 def test_a_finished_run_only_reports(undisturbed, tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "again"
     shutil.copytree(undisturbed(), workdir)

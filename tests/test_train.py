@@ -136,9 +136,15 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
     assert all(0 <= row["data_wait"] < 1 and row["images_per_second"] > 0 for row in timing)
     assert [row["step"] for row in rows if row["split"] == "eval"] == [20, 40]
 
-    (tmp_path / "summary.json").unlink()
     train.restore_and_evaluate(config, tmp_path)
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "eval.json").read_text()) == json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert (tmp_path / "eval.png").exists()
+
+
+@pytest.mark.parametrize(("decay", "told"), [(0.999, True), (0.9, False), (0.0, False)])
+def test_an_average_longer_than_the_run_is_told(tmp_path, caplog: pytest.LogCaptureFixture, decay: float, told: bool) -> None:
+    train._warn_of_a_long_average(fixtures.small_config(**{"train.steps": 300, "optimizer.ema_decay": decay}))
+    assert ("at the end 74% of the moving average" in caplog.text) == told
 
 
 def pictures_folder(root: pathlib.Path, good: int, bad: int) -> str:
@@ -206,7 +212,7 @@ def test_an_evaluation_that_fails_does_not_cost_what_was_trained(tmp_path) -> No
         train.restore_and_evaluate(folder_config(folder, **{"data.bad_records": "skip"}), tmp_path / "run")
     (tmp_path / "val/a/0.png").write_bytes(good)
     train.restore_and_evaluate(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["images"] == 8
+    assert json.loads((tmp_path / "run/eval.json").read_text())["images"] == 8
 
 
 def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(tmp_path, caplog: pytest.LogCaptureFixture) -> None:

@@ -150,7 +150,12 @@ def _as_augreg(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_augreg(tmp_path: pathlib.Path, prefix: str) -> None:
     tensors = _as_augreg(safetensors.numpy.load_file(_DATA / "timm.safetensors"))
     np.savez(tmp_path / "augreg.npz", **{prefix + name: array for name, array in tensors.items()})
-    np.testing.assert_allclose(_logits(weight_files.read(tmp_path / "augreg.npz"), _model()), _EXPECTED["timm"], atol=1e-5)
+    file = weight_files.read(tmp_path / "augreg.npz")
+    np.testing.assert_allclose(_logits(file, _model()), _EXPECTED["timm"], atol=1e-5)
+    assert file.num_heads == 3
+    np.savez(tmp_path / "augreg.npz", **tensors, **{"pre_logits/kernel": np.zeros((12, 12), np.float32)})
+    with pytest.raises(errors.UserError, match="no place for pre_logits/kernel"):
+        weight_files.read(tmp_path / "augreg.npz")
     del tensors["Transformer/encoder_norm/scale"]
     np.savez(tmp_path / "augreg.npz", **tensors)
     with pytest.raises(errors.UserError, match=r"no whole vision transformer: .*encoder_norm/scale"):

@@ -73,6 +73,10 @@ class Reader:
             record = self.source.records[i]
         except Exception as error:  # a file that is gone, or whatever array_record says of a damaged shard
             raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
+        if not 0 <= record["label"] < len(self.source.label_names):
+            raise errors.UserError(
+                f"{self.source.where(i, record)} has the label {record['label']}, of no class: name a split that has labels."
+            )
         try:
             image = record["image"] if isinstance(record["image"], np.ndarray) else pictures.decode(record["image"])
             return {"image": image, "label": np.int32(record["label"])}

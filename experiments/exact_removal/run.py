@@ -15,6 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from avit_jax import adaptive, build, errors, evaluate, flops, restore
+from avit_jax import config as config_lib
 from avit_jax.data import augment, loader
 from experiments import results
 
@@ -26,6 +27,7 @@ _OUT = flags.DEFINE_string("out", None, "JSON file to write", required=True)
 def main(_: list[str]) -> None:
     """Compares, prints and writes."""
     config = _CONFIG.value
+    config_lib.check(config)
     model = build.model(config).clone(removal=None)
     variables = {"params": restore.params(config, model, _WORKDIR.value)[0]}
     masked, removed = jax.jit(model.apply), jax.jit(functools.partial(adaptive.apply, model))
@@ -58,4 +60,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
     app.run(errors.told(main))

@@ -180,4 +180,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
     app.run(errors.told(main))
