@@ -102,5 +102,7 @@ def test_a_trained_run_to_a_page(tmp_path: pathlib.Path) -> None:
     subprocess.run(command, cwd=tests.parent, check=True, capture_output=True)
     assert len(list((tmp_path / "out").glob("*.png"))) == 7
     assert (tmp_path / "out/index.html").stat().st_size > 100_000
-    failed = subprocess.run([*command, "--config.halting.enabled=False"], cwd=tests.parent, capture_output=True, text=True)
+    failed = subprocess.run(
+        [*command, "--config.halting.enabled=False", "--config.budget=0"], cwd=tests.parent, capture_output=True, text=True
+    )
     assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith("error: figures are of a network that halts")
