@@ -181,24 +181,17 @@ def to_hugging_face(tensors: Tensors) -> Tensors:
 
 def from_big_vision(tensors: Tensors) -> Tensors:
     """Timm's names and layouts for those of big_vision and AugReg; raises ValueError for tensors that have no place there."""
-    known: set[str] = set()
-
-    class Noted(dict):
-        def __getitem__(self, name: str) -> np.ndarray:
-            known.add(name)
-            return super().__getitem__(name)
-
-    tensors = Noted(tensors)
-    ours: Tensors = {"cls_token": tensors["cls"], "pos_embed": tensors["Transformer/posembed_input/pos_embedding"]}
-    ours["patch_embed.proj.weight"] = tensors["embedding/kernel"].transpose(3, 2, 0, 1)
-    ours["patch_embed.proj.bias"] = tensors["embedding/bias"]
-    ours["head.weight"], ours["head.bias"] = tensors["head/kernel"].T, tensors["head/bias"]
+    tensors = dict(tensors)  # what is taken out of it has its place
+    ours: Tensors = {"cls_token": tensors.pop("cls"), "pos_embed": tensors.pop("Transformer/posembed_input/pos_embedding")}
+    ours["patch_embed.proj.weight"] = tensors.pop("embedding/kernel").transpose(3, 2, 0, 1)
+    ours["patch_embed.proj.bias"] = tensors.pop("embedding/bias")
+    ours["head.weight"], ours["head.bias"] = tensors.pop("head/kernel").T, tensors.pop("head/bias")
 
     def norm(there: str, here: str) -> None:
-        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors[f"{there}/scale"], tensors[f"{there}/bias"]
+        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors.pop(f"{there}/scale"), tensors.pop(f"{there}/bias")
 
     def dense(there: str, here: str) -> None:
-        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors[f"{there}/kernel"].T, tensors[f"{there}/bias"]
+        ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors.pop(f"{there}/kernel").T, tensors.pop(f"{there}/bias")
 
     norm("Transformer/encoder_norm", "norm")
     depth = len({name.split("/")[1] for name in tensors if name.startswith("Transformer/encoderblock_")})
@@ -211,10 +204,12 @@ def from_big_vision(tensors: Tensors) -> Tensors:
         attention = f"{there}/MultiHeadDotProductAttention_1"
         width = tensors[f"{attention}/out/bias"].shape[0]
         parts = [f"{attention}/{key}" for key in ("query", "key", "value")]
-        ours[f"{here}.attn.qkv.weight"] = np.concatenate([tensors[f"{part}/kernel"].reshape(width, width).T for part in parts])
-        ours[f"{here}.attn.qkv.bias"] = np.concatenate([tensors[f"{part}/bias"].reshape(width) for part in parts])
-        ours[f"{here}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].reshape(width, width).T
-        ours[f"{here}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
-    if surplus := sorted(tensors.keys() - known):
-        raise ValueError(f"no place for {', '.join(surplus[:3])}")
+        ours[f"{here}.attn.qkv.weight"] = np.concatenate(
+            [tensors.pop(f"{part}/kernel").reshape(width, width).T for part in parts]
+        )
+        ours[f"{here}.attn.qkv.bias"] = np.concatenate([tensors.pop(f"{part}/bias").reshape(width) for part in parts])
+        ours[f"{here}.attn.proj.weight"] = tensors.pop(f"{attention}/out/kernel").reshape(width, width).T
+        ours[f"{here}.attn.proj.bias"] = tensors.pop(f"{attention}/out/bias")
+    if tensors:
+        raise ValueError(f"no place for {', '.join(sorted(tensors)[:3])}")
     return ours

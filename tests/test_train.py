@@ -142,7 +142,7 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("decay", "told"), [(0.999, True), (0.9, False), (0.0, False)])
-def test_an_average_longer_than_the_run_is_told(tmp_path, caplog: pytest.LogCaptureFixture, decay: float, told: bool) -> None:
+def test_an_average_longer_than_the_run_is_told(caplog: pytest.LogCaptureFixture, decay: float, told: bool) -> None:
     train._warn_of_a_long_average(fixtures.small_config(**{"train.steps": 300, "optimizer.ema_decay": decay}))
     assert ("at the end 74% of the moving average" in caplog.text) == told
 
