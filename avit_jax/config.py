@@ -231,6 +231,9 @@ def flat(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
     """Raises errors.UserError, naming the key, where a value is none that training knows what to do with."""
     values = flat(config)
+    for key, usual in flat(default()).items():
+        if values[key] is None:  # of another type ml_collections takes none
+            raise errors.UserError(f"config.{key} must not be None; its default is {usual!r}.")
     for key, (least, largest) in _RANGES.items():
         limit = sys.float_info.max if largest is None else largest
         if not least <= values[key] <= limit:  # nan is refused too, and infinity

@@ -67,10 +67,32 @@ def _parse(argv: list[str]) -> list[str]:
     return [argv[0], *rest]
 
 
+def _run(argv: list[str], workdir: str) -> None:
+    """What the mode asks for."""
+    from avit_jax import calibrate, export, predict, train
+
+    if _MODE.value == "train":
+        train.train(_CONFIG.value, workdir, allow_changed_config=_ALLOW.value)
+    elif _MODE.value == "eval":
+        train.restore_and_evaluate(_CONFIG.value, workdir)
+    elif _MODE.value == "export":
+        if not _OUT.value:
+            errors.stop("name the file to write, for example --out=network.avit or --out=weights.safetensors.")
+        export.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, batch=_BATCH.value)
+    elif _MODE.value == "calibrate":
+        if not _OUT.value or not _BUDGET.value:
+            errors.stop("name the file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
+        train.check_batch_sizes(_CONFIG.value)
+        calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)
+    else:
+        predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
+        predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)
+
+
 def _main(argv: list[str]) -> None:
     import jax
 
-    from avit_jax import calibrate, distributed, export, predict, progress, train
+    from avit_jax import distributed, progress
 
     absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax has to tell of errors comes as exceptions too
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
@@ -84,22 +106,8 @@ def _main(argv: list[str]) -> None:
         # What writes in the background fails with tracebacks of its own; what matters of it is raised where it is waited for.
         threading.excepthook = lambda args: logger.warning("in the background: %s", errors.first_line(args.exc_value))
         sys.unraisablehook = lambda args: None
-        if _MODE.value == "train":
-            train.train(_CONFIG.value, workdir, allow_changed_config=_ALLOW.value)
-        elif _MODE.value == "eval":
-            train.restore_and_evaluate(_CONFIG.value, workdir)
-        elif _MODE.value == "export":
-            if not _OUT.value:
-                errors.stop("name the file to write, for example --out=network.avit or --out=weights.safetensors.")
-            export.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, batch=_BATCH.value)
-        elif _MODE.value == "calibrate":
-            if not _OUT.value or not _BUDGET.value:
-                errors.stop("name the file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
-            train.check_batch_sizes(_CONFIG.value)
-            calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)
-        else:
-            predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
-            predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)
+        with distributed.ended_together():
+            _run(argv, workdir)
     except (errors.UserError, OSError, ImportError, MemoryError) as error:  # output that cannot be written, gs:// without gcsfs
         errors.stop(error)
     except KeyboardInterrupt:  # before training has begun, or in another mode

@@ -34,6 +34,7 @@ _STORAGES = {
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_LARGEST = 10**7  # objects inside one, counted as often as they are there
 
 
 class Refused(Exception):
@@ -118,18 +119,42 @@ _ALLOWED = {
 }
 
 
+def _check(file: IO[bytes]) -> None:
+    """Refuses a pickle whose memo has holes, or in which some object, written out, is beyond all measure.
+
+    The first would take memory of any size; of the second kind are tuples that hold another one twice, and that again, whose
+    hash would never be done. Each place of the stack stands for how many objects are in it; None is a mark.
+    """
+    stack: list[int | None] = []
+    memo: dict[int, int | None] = {}
+    for count, (instruction, value, _) in enumerate(pickletools.genops(file)):
+        name, before = instruction.name, instruction.stack_before
+        if name.endswith("PUT") or name == "MEMOIZE":
+            place = len(memo) if value is None else value
+            if place > count:
+                raise Refused("it is no pickle that a program wrote")
+            memo[place] = stack[-1]
+            continue
+        size = (memo[value] if name.endswith("GET") else stack[-1] if name == "DUP" else 0) or 1
+        if pickletools.markobject in before:
+            while (top := stack.pop()) is not None:
+                size += top
+            before = before[: before.index(pickletools.markobject)]
+        size += sum(stack.pop() or 0 for _ in before)
+        if size > _LARGEST:
+            raise Refused("it is no pickle that a program wrote")
+        stack += [None if each is pickletools.markobject else size for each in instruction.stack_after]
+
+
 class _Unpickler(pickle.Unpickler):
     """Finds what is allowed, and storages by the given function.
 
-    Looks at the instructions first: of those that no writer of pickles leaves, one makes a memory of any size, and one lets
-    nested tuples grow without end.
+    Looks at the instructions first, for what makes a few bytes into more than fits: see `_check`.
     """
 
     def __init__(self, file: IO[bytes], storage: Callable[..., _Storage]) -> None:
         begin = file.tell()
-        for count, (instruction, value, _) in enumerate(pickletools.genops(file)):
-            if instruction.name == "DUP" or (instruction.name.endswith("PUT") and value > count):
-                raise Refused("it is no pickle that a program wrote")
+        _check(file)
         file.seek(begin)
         super().__init__(file, encoding="latin1")
         self._storage = storage

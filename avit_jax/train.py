@@ -76,7 +76,7 @@ def train(
 
     Raises:
       errors.UserError: a mistake in the configuration, the data set is missing, the workdir cannot be written or belongs to
-        another run, the loss is no longer finite, or another process of the run has ended.
+        another run, or the loss is no longer finite.
     """
     workdir = epath.Path(workdir)
     config_lib.check(config)
@@ -87,7 +87,6 @@ def train(
     evaluator = evaluate.Evaluator(config, model, source)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(distributed.Stop())
-        stack.enter_context(distributed.ended_together())
         stack.enter_context(_named_nans(config.debug.nans))
         checkpoints = None
         if distributed.is_first():
@@ -206,12 +205,11 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
     check_batch_sizes(config)
     model = build.model(config)
     evaluator = evaluate.Evaluator(config, model)
-    with distributed.ended_together():
-        params, past = restore.params(config, model, workdir)
-        params = evaluate.replicate(params)
-        results = evaluator(params)
-        for name, value in evaluator.scalars(results).items():
-            _logger.info("%s: %.6g", name, value)
-        workdir.mkdir(parents=True, exist_ok=True)  # of a weight file there is none yet
-        report = (workdir / "eval.json", workdir / "eval.png")  # the run's own report stays
-        evaluator.report(*report, params, results, train_seconds=past["train_seconds"], **past.get("parent", {}))
+    params, past = restore.params(config, model, workdir)
+    params = evaluate.replicate(params)
+    results = evaluator(params)
+    for name, value in evaluator.scalars(results).items():
+        _logger.info("%s: %.6g", name, value)
+    workdir.mkdir(parents=True, exist_ok=True)  # of a weight file there is none yet
+    report = (workdir / "eval.json", workdir / "eval.png")  # the run's own report stays
+    evaluator.report(*report, params, results, train_seconds=past["train_seconds"], **past.get("parent", {}))

@@ -236,6 +236,25 @@ def test_mistakes_that_show_later(tmp_path: pathlib.Path, arguments: list[str], 
         main._main([])
 
 
+def test_a_value_of_none_in_a_recipe() -> None:
+    config = config_lib.default()
+    config.model.depth = None
+    with pytest.raises(errors.UserError, match=r"config\.model\.depth must not be None; its default is 12"):
+        config_lib.check(config)
+
+
+def test_too_little_memory_of_the_devices(tmp_path: pathlib.Path) -> None:
+    """In a mode that does not train; 2**50 channels cannot be had anywhere."""
+    _parse(_DIGITS, "--mode=predict", f"--workdir={tmp_path}")
+
+    def predict(*_: object) -> None:
+        jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(2**50))())
+
+    with pytest.MonkeyPatch.context() as patch, _one_line("memory is too small for the run"):
+        patch.setattr("avit_jax.predict.predict", predict)
+        main._main([])
+
+
 def test_compiled_programs_are_kept_in_the_workdir(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = {}
     monkeypatch.setattr(jax.config, "update", changed.__setitem__)

@@ -167,7 +167,11 @@ _HOSTILE = {
     "a page": (lambda: b"<!DOCTYPE html><html>", "damaged"),
     "nested deeply": (_deep, "damaged"),
     "a memo without end": (lambda: _archive(b"\x80\x02K\x01r" + (60_000_000).to_bytes(4, "little") + b"."), "no pickle"),
-    "tuples in tuples": (lambda: _archive(b"\x80\x02)" + b"2\x86" * 30 + b"."), "no pickle"),
+    "tuples in tuples": (lambda: _archive(b"\x80\x02})" + b"2\x86" * 30 + b"K\x01s."), "no pickle"),
+    "tuples in tuples through the memo": (
+        lambda: _archive(b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40)) + b"K\x01s."),
+        "no pickle",
+    ),
     "no dictionary": (lambda: _file([1, 2]), "no state dict"),
     "options only": (lambda: _file({"args": argparse.Namespace(a=1)}), "args in its state dict is no tensor"),
     "a number among tensors": (lambda: _file({"model": {"a": _tensor(), "b": 1}}), "b in its state dict is no tensor"),
