@@ -221,6 +221,10 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--mode=eval"], "no checkpoint"),
         ([_DIGITS, "--mode=export"], "name the file to write"),
         ([_DIGITS, "--mode=export", "--out=network.avit"], "name a weight file, or the workdir of a run"),
+        (
+            [_DIGITS, "--mode=calibrate", "--out=w.safetensors", "--budget=0.5", "--config.eval.batch_size=30"],
+            "config.eval.batch_size 30 must be a multiple",
+        ),
         ([_DIGITS, "--config.distill.targets=both"], 'config.distill.targets must be "hard" or "soft"'),
         ([_DIGITS, "--config.distill.weight=1.5"], "config.distill.weight must be between 0 and 1"),
         ([_DIGITS, "--config.distill.temperature=0"], "config.distill.temperature must be between"),
