@@ -352,7 +352,8 @@ def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
     params = jax.device_get(params)
     gate = None
     if model.halting is not None:
-        learnt = {name: float(value) for name, value in params.get("gate", {}).items()}
+        # In as many digits as float32 needs: whoever types them gets the same gate.
+        learnt = {name: float(str(np.float32(value))) for name, value in params.get("gate", {}).items()}
         gate = _told(model.halting) | learnt | {"learnable": False}
     tensors = weights.to_torch(params, patch_shape=(model.patch_size, model.patch_size, model.channels))
     return WeightFile(tensors=tensors, norm_eps=model.norm_eps, num_heads=model.num_heads, gate=gate)

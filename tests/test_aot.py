@@ -68,7 +68,8 @@ def test_where_nothing_fits_the_largest_batch_is_none(monkeypatch: pytest.Monkey
 
 
 def test_the_table() -> None:
-    row = {"batch": 8, "fits": True, "compile_seconds": 12.345, "memory_gib": 16, "roofline_ms": 0.1234567}
+    row = {"jax": "0.10.2", "batch": 8, "fits": True, "compile_seconds": 12.345, "memory_gib": 16, "roofline_ms": 0.1234567}
     text = rows.table({"inference, a": row, "b": {"largest_batch": 128}, "inference, c": {"batch": 8, "fits": False}})
     assert "| inference, a | 8 | yes | 12.35 |" in text and "| 0.1235 |" in text
+    assert "Compiled with JAX 0.10.2." in text
     assert "| inference, c | 8 | no |" in text and "| b | 128 |" in text

@@ -70,6 +70,8 @@ def table(rows: dict[str, dict[str, object]]) -> str:
         values = [rows[key].get(name, "") for name in _COLUMNS]
         shown = ["yes" if v is True else "no" if v is False else f"{v:.4g}" if v != "" else "" for v in values]
         lines.append(f"| {key} | {rows[key]['batch']} | " + " | ".join(shown) + " |")
+    versions = sorted({str(row["jax"]) for row in rows.values() if "jax" in row})
+    lines += ["", f"Compiled with JAX {' and '.join(versions)}."] if versions else []
     searched = sorted(key for key, row in rows.items() if "largest_batch" in row)
     if searched:
         lines += ["", "| largest batch per device (a power of two), training in bfloat16 | |", "|---|---|"]
