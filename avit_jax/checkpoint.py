@@ -78,8 +78,8 @@ class Checkpoints:
             self._put_back()
         self._ignored = self._damaged()
         if not read_only:
-            for step in self._ignored:
-                self._set_aside(step)
+            while self._ignored:
+                self._set_aside(self._ignored.pop())
         best = _managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_top1,

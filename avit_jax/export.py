@@ -45,6 +45,8 @@ def write(
       platforms: where it is to run, in JAX's names.
     """
     leaves, tree = jax.tree.flatten(jax.device_get(params))
+    if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 is none of NumPy's
+        raise ValueError("the parameters of a network that is written must be of a dtype of NumPy's, such as float32.")
     apply = functools.partial(adaptive.apply, model) if model.halting is not None else model.apply
 
     def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:

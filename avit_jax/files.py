@@ -1,5 +1,7 @@
 """Files that are written whole or not at all."""
 
+import os
+
 from etils import epath
 
 
@@ -7,7 +9,8 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file; what was there before stays until the new content is complete.
 
     Args:
-      path: a local one, or of a bucket, where files come into being whole anyway.
+      path: a local one, whose folder is made where it is missing, or of a bucket, where files come into being whole anyway. A
+        link stays one.
       content: text is written as UTF-8.
 
     Raises:
@@ -15,9 +18,14 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
     """
     path = epath.Path(path)
     content = content.encode() if isinstance(content, str) else content
-    if "://" in str(path) or (path.exists() and not path.is_file()):  # such as /dev/stdout
+    if "://" in str(path):
         path.write_bytes(content)
-        return
-    whole = path.with_name(path.name + ".tmp")
-    whole.write_bytes(content)
-    whole.replace(path)
+    elif str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+        with path.open("ab") as file:  # behind /dev/stdout there may be a file in which something is already
+            file.write(content)
+    else:
+        path = epath.Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_name(path.name + ".tmp")
+        whole.write_bytes(content)
+        whole.replace(path)

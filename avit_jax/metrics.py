@@ -2,12 +2,14 @@
 
 import json
 import logging
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 from etils import epath
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from avit_jax import adaptive, files, flops, halting, losses, vit
 
@@ -72,8 +74,16 @@ class Writer:
 
     def __init__(self, workdir: epath.Path, step: int, sizes: dict[str, int]) -> None:
         self._workdir, self._is_bucket = workdir, "://" in str(workdir)
-        self._rows = {name: _rows(workdir / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "timing.jsonl")}
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        rows = {name: _rows(workdir / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "timing.jsonl")}
+        self._sizes = {name: len(content) for name, content in rows.items()}
+        self._rows = {name: bytearray(content) for name, content in rows.items()} if self._is_bucket else {}
+        board = workdir / "tensorboard"
+        event_file_writer.directory_check(str(board))
+        # Events are written at once. A SummaryWriter would leave them to a thread; when that has met one error, such as a full
+        # disk, all who write wait for it forever.
+        self._board = event_file_writer.EventsWriter(str(board / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, split: str, values: dict[str, float], timing: dict[str, float] | None = None) -> None:
         """Writes one row: the step, "train" or "eval", and the values."""
@@ -82,23 +92,26 @@ class Writer:
         if timing:
             self._append("timing.jsonl", head | timing)
         for name, value in (values | (timing or {})).items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+            event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary.scalar(f"{split}/{name}", value))
+            self._board.write_event(event)
+        self._board.flush()
 
     def sizes(self) -> dict[str, int]:
         """Bytes written to each file so far, from the first start on."""
-        return {name: len(rows) for name, rows in self._rows.items()}
+        return dict(self._sizes)
 
     def _append(self, name: str, row: dict[str, object]) -> None:
         line = (json.dumps(row) + "\n").encode()
-        self._rows[name] += line
+        self._sizes[name] += len(line)
         if self._is_bucket:  # what lies there is replaced as a whole: nothing can be appended to it
-            (self._workdir / name).write_bytes(self._rows[name])
+            self._rows[name] += line
+            (self._workdir / name).write_bytes(bytes(self._rows[name]))
         else:
             with (self._workdir / name).open("ab") as file:
                 file.write(line)
 
     def close(self) -> None:
-        """Flushes and closes the event file; rows are in their files already."""
+        """Closes the event file; all is written already."""
         self._board.close()
 
 

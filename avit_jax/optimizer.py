@@ -48,9 +48,13 @@ def create(
     learning_rate: optax.Schedule, *, weight_decay: float, clip_norm: float, layer_decay: float = 1.0
 ) -> optax.GradientTransformation:
     """AdamW behind a clip of the global gradient norm, where `clip_norm` is above 0; `layer_decay` as in `layer_scales`."""
-    chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
-    chain.append(optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays))
-    if layer_decay < 1:
-        scaled = lambda updates, _: jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay))  # noqa: E731
-        chain.append(optax.stateless(scaled))
-    return optax.chain(*chain) if len(chain) > 1 else chain[0]
+
+    def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay))
+
+    # Always three: the state is the same with and without each, so that a run may go on with another setting of them.
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
+        optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays),
+        optax.stateless(scaled) if layer_decay < 1 else optax.identity(),
+    )

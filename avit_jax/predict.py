@@ -146,26 +146,33 @@ def tell(
     Returns:
       How many pictures there were.
     """
-    lines, taken = [], set()
-    for one in predictions:
-        if not lines:
-            print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes")
-        classes = ", ".join(f"{name} {p:.1%}" for name, p in zip(one.top5, one.probabilities, strict=True))
-        path = os.fsencode(one.path).decode(errors="replace")  # names need not be UTF-8
-        print(f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {path}: {classes}")
-        lines.append(one.to_json() + "\n")
-        if folder is not None:
-            name = pathlib.Path(one.path).stem
-            while name in taken:
-                name = f"{name}-{len(taken)}"
-            taken.add(name)
-            target = epath.Path(folder)
-            target.mkdir(parents=True, exist_ok=True)
-            title = f"{one.top5[0]} {one.probabilities[0]:.0%}"
-            figure = visualize.depth_map(one.image, one.depth, num_layers=num_layers, title=title)
-            visualize.write(figure, target / f"{name}.depth.png", dpi=120)
+    lines: list[str] = []
+    taken: set[str] = set()
+    try:
+        for one in predictions:
+            if not lines:
+                print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes")
+            classes = ", ".join(f"{name} {p:.1%}" for name, p in zip(one.top5, one.probabilities, strict=True))
+            path = os.fsencode(one.path).decode(errors="replace")  # names need not be UTF-8
+            print(f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {path}: {classes}")
+            lines.append(one.to_json() + "\n")
+            if folder is not None:
+                _draw(one, epath.Path(folder), taken, num_layers)
+    finally:  # whatever comes between, an interruption too
+        if jsonl is not None and lines:
+            files.write(jsonl, "".join(lines))
     if not lines:
         raise errors.UserError("not one of the pictures could be read.")
-    if jsonl is not None:
-        files.write(jsonl, "".join(lines))
     return len(lines)
+
+
+def _draw(one: Prediction, folder: epath.Path, taken: set[str], num_layers: int) -> None:
+    """Writes the picture of the depth, under a name that is not taken yet."""
+    name = pathlib.Path(one.path).stem
+    while name in taken:
+        name = f"{name}-{len(taken)}"
+    taken.add(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{one.top5[0]} {one.probabilities[0]:.0%}"
+    figure = visualize.depth_map(one.image, one.depth, num_layers=num_layers, title=title)
+    visualize.write(figure, folder / f"{name}.depth.png", dpi=120)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from avit_jax import errors, metrics
 
 _logger = logging.getLogger(__name__)
+_LONGEST = 20  # steps in a row that may be skipped where not one between two rows is finite
 _FINITE = (
     "task_loss",
     "distill_loss",
@@ -121,6 +122,8 @@ class Log:
         self.collect()
         if not self._rows:
             return
+        if len(self._rows) < _LONGEST and all(row["nonfinite"] for _, row in self._rows):
+            return  # they wait for one that was not skipped
         steps, rows = zip(*self._rows, strict=True)
         self._rows = []
         mean = self._mean(steps, rows)

@@ -99,6 +99,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], jax.export.Exported, list[jax
         weights = io.BytesIO(archive.read("weights.npz"))
     with zipfile.ZipFile(weights) as archive:
         _check_stored(archive)
+    weights.seek(0)
     with np.load(weights, allow_pickle=False) as arrays:
         arrays = [arrays[str(i)] for i in range(len(arrays.files))]
     *expected, images = program.in_avals
@@ -113,6 +114,8 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], jax.export.Exported, list[jax
 
 
 def _check_stored(archive: zipfile.ZipFile) -> None:
-    """What is compressed may be of any size when it is read."""
+    """What is compressed, or is there several times, may be of any size when it is read."""
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
         raise ValueError("it is compressed")
+    if sum(entry.file_size for entry in archive.infolist()) > archive.start_dir:
+        raise ValueError("its parts lie over each other")

@@ -35,6 +35,8 @@ _STORAGES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LARGEST = 10**7  # objects inside one, counted as often as they are there
+_DEEPEST = 1000  # of objects in objects
+_GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # put what is above it into the lowest
 
 
 class Refused(Exception):
@@ -119,14 +121,25 @@ _ALLOWED = {
 }
 
 
-def _check(file: IO[bytes]) -> None:
-    """Refuses a pickle whose memo has holes, or in which some object, written out, is beyond all measure.
+def check_stored(archive: zipfile.ZipFile) -> None:
+    """Refuses an archive whose files are compressed or lie over each other: read, they may be of any size."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise Refused("its archive is compressed, which PyTorch's and NumPy's plain ones never are")
+    if sum(entry.file_size for entry in entries) > archive.start_dir:
+        raise Refused("the files in its archive lie over each other")
 
-    The first would take memory of any size; of the second kind are tuples that hold another one twice, and that again, whose
-    hash would never be done. Each place of the stack stands for how many objects are in it; None is a mark.
+
+def _check(file: IO[bytes]) -> None:
+    """Refuses a pickle in which a few bytes stand for more than memory, time or the stack of calls can hold.
+
+    That is: a memo with holes, which takes memory of any size; an object inside which, written out, are too many others, as in
+    tuples that hold another one twice, and that again, whose hash would never be done; many uses of a large one; and one nested
+    too deeply. Each place of the stack stands for how many objects are in it and how deep they go; None is a mark.
     """
-    stack: list[int | None] = []
-    memo: dict[int, int | None] = {}
+    stack: list[tuple[int, int] | None] = []
+    memo: dict[int, tuple[int, int] | None] = {}
+    used = 0
     for count, (instruction, value, _) in enumerate(pickletools.genops(file)):
         name, before = instruction.name, instruction.stack_before
         if name.endswith("PUT") or name == "MEMOIZE":
@@ -135,15 +148,21 @@ def _check(file: IO[bytes]) -> None:
                 raise Refused("it is no pickle that a program wrote")
             memo[place] = stack[-1]
             continue
-        size = (memo[value] if name.endswith("GET") else stack[-1] if name == "DUP" else 0) or 1
+        again = memo[value] if name.endswith("GET") else stack[-1] if name == "DUP" else None
+        size, depth = again or (1, 0)
+        used += size if again else 0
+        inside = []
         if pickletools.markobject in before:
             while (top := stack.pop()) is not None:
-                size += top
+                inside.append(top)
             before = before[: before.index(pickletools.markobject)]
-        size += sum(stack.pop() or 0 for _ in before)
-        if size > _LARGEST:
+        inside += [stack.pop() or (0, 0) for _ in before]
+        size += sum(one[0] for one in inside)
+        grows = name in _GROWING and inside
+        depth = max([depth, *(one[1] + 1 for one in (inside[:-1] if grows else inside)), inside[-1][1] if grows else 0])
+        if max(size, used) > _LARGEST or depth > _DEEPEST:
             raise Refused("it is no pickle that a program wrote")
-        stack += [None if each is pickletools.markobject else size for each in instruction.stack_after]
+        stack += [None if each is pickletools.markobject else (size, depth) for each in instruction.stack_after]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -201,6 +220,10 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, _Tensor):
                 raise Refused(f"{str(name)[:80]} in its state dict is no tensor")
+        seen = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in content.values())
+        storages = {id(tensor.storage): tensor.storage for tensor in content.values()}
+        if seen > 4 * sum(storage.size * storage.dtype.itemsize for storage in storages.values()):
+            raise Refused("its tensors show the same numbers again and again")
         return {name: value.array() for name, value in content.items()}
     except (Refused, OSError):
         raise
@@ -215,8 +238,7 @@ def _read_zip(file: IO[bytes]) -> Any:
         if len(names) != 1:
             raise Refused("it is a zip archive, but not one that PyTorch wrote")
         root = names[0].removesuffix("data.pkl")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise Refused("its archive is compressed, which PyTorch's never are")
+        check_stored(archive)
         if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
             raise Refused("its numbers are big-endian")
         storages: dict[str, _Storage] = {}

@@ -38,17 +38,20 @@ class WeightFile:
       norm_eps: epsilon of the layer norms, where the file or its company tells; else None.
       num_heads: of the attention, likewise.
       gate: gamma, beta and so on of the halting gate, where the file or its name tells; else None.
+      grid: rows and columns of patches that the position embeddings are of, where the file tells; else None: a square.
     """
 
     tensors: weights.Tensors
     norm_eps: float | None = None
     num_heads: int | None = None
     gate: dict[str, float] | None = None
+    grid: tuple[int, int] | None = None
 
 
 def fingerprint(file: WeightFile) -> str:
     """SHA-256 of all that a file holds."""
-    digest = hashlib.sha256(json.dumps([file.norm_eps, file.num_heads, file.gate]).encode())
+    grid = [file.grid] if file.grid and file.grid[0] != file.grid[1] else []
+    digest = hashlib.sha256(json.dumps([file.norm_eps, file.num_heads, file.gate, *grid]).encode())
     for name, array in sorted(file.tensors.items()):
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array))
@@ -89,9 +92,12 @@ def read(path: epath.PathLike) -> WeightFile:
         raise errors.UserError(f"{path} holds no whole vision transformer: {errors.first_line(error)}.") from error
     try:
         sizes = {name: kind(metadata[name]) for name, kind in _SIZES.items() if name in metadata}
+        grid = tuple(int(side) for side in metadata["grid"].split("x")) if "grid" in metadata else None
+        if grid and (len(grid) != 2 or min(grid) < 1):
+            raise ValueError(f"a grid of {metadata['grid']}")
     except (ValueError, OverflowError) as error:
         raise errors.UserError(f"{path} is refused: its metadata makes no sense ({errors.first_line(error)}).") from error
-    return WeightFile(tensors=tensors, gate=_gate(path, metadata), **_sane(path, sizes))
+    return WeightFile(tensors=tensors, gate=_gate(path, metadata), grid=grid, **_sane(path, sizes))
 
 
 def _sane(path: pathlib.Path, sizes: dict[str, float]) -> dict[str, float]:
@@ -128,8 +134,7 @@ def _read_torch(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
 
 def _read_npz(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
     with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise torch_files.Refused("its archive is compressed, and may be of any size")
+        torch_files.check_stored(archive)
     with np.load(path, allow_pickle=False) as arrays:
         tensors = {name: arrays[name] for name in arrays.files}
     prefixes = {name.split("/")[0] for name in tensors}
@@ -198,7 +203,7 @@ def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = Fals
         gate = dataclasses.replace(halting.HaltingConfig(**file.gate), learnable=model.halting.learnable)
         if gate != model.halting:
             _logger.warning("%s was trained with another gate, %s, than config.halting tells", name, file.gate)
-    return fit(file.tensors, model, new_head=new_head)
+    return fit(file.tensors, model, new_head=new_head, grid=file.grid)
 
 
 def infer(file: WeightFile, *, image_size: tuple[int, int], name: str) -> tuple[vit.AViT, dict[str, Any]]:
@@ -234,13 +239,16 @@ def infer(file: WeightFile, *, image_size: tuple[int, int], name: str) -> tuple[
     return model, adopt(file, model, name=name)
 
 
-def fit(tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = False) -> dict[str, Any]:
+def fit(
+    tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = False, grid: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Parameters of a model from the tensors of a file; position embeddings are resized where the image size differs.
 
     Args:
       tensors: by timm's names.
       model: which they have to fit.
       new_head: the classifiers are left out, and begin at zero, where the number of classes differs.
+      grid: as in `WeightFile`.
 
     Returns:
       Tree for `model.apply({"params": tree}, images)`, float32.
@@ -258,8 +266,9 @@ def fit(tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = 
     if new_head and any(name in tensors and tensors[name].shape != expected[name].shape for name in heads):
         tensors |= {name: expected[name] for name in heads}
     here, there = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
-    if len(there) == 3 and there[::2] == here[::2] and there != here and tensors.keys() == expected.keys():
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], model.grid, model.num_readout)
+    differs = there != here or (grid is not None and grid != model.grid)
+    if len(there) == 3 and there[::2] == here[::2] and differs and tensors.keys() == expected.keys():
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], model.grid, model.num_readout, before=grid)
     wrong = [
         f"{name} {'is missing' if name not in tensors else f'is {tensors[name].shape} and not {array.shape}'}"
         for name, array in expected.items()
@@ -277,26 +286,30 @@ def fit(tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = 
     return params
 
 
-def resize_positions(embedding: np.ndarray, grid: tuple[int, int], num_readout: int) -> np.ndarray:
+def resize_positions(
+    embedding: np.ndarray, grid: tuple[int, int], num_readout: int, *, before: tuple[int, int] | None = None
+) -> np.ndarray:
     """Position embeddings for another number of patches, bicubic, as PyTorch's `interpolate` with align_corners=False.
 
     Args:
-      embedding: `(1, R + n * n, D)` of a square picture.
+      embedding: `(1, R + n, D)`.
       grid: rows and columns of patches that are wanted.
       num_readout: R, of tokens that are no patches and keep theirs.
+      before: rows and columns that it has; None: as many of both.
 
     Returns:
       `(1, R + rows * columns, D)` float32.
 
     Raises:
-      errors.UserError: the embeddings are not of a square.
+      errors.UserError: the embeddings are not of such a grid.
     """
     head, patches = embedding[0, :num_readout], embedding[0, num_readout:]
-    side = math.isqrt(len(patches))
-    if side * side != len(patches):
-        raise errors.UserError(f"position embeddings of {len(patches)} patches are not of a square: they cannot be resized.")
-    rows, columns = (_bicubic(side, size) for size in grid)
-    patches = np.einsum("ri,cj,ijd->rcd", rows, columns, patches.reshape(side, side, -1).astype(np.float64))
+    before = before or (math.isqrt(len(patches)),) * 2
+    if not len(patches) or math.prod(before) != len(patches):
+        of = "a square" if before[0] == before[1] else f"{before[0]} x {before[1]}"
+        raise errors.UserError(f"position embeddings of {len(patches)} patches are not of {of}: they cannot be resized.")
+    rows, columns = (_bicubic(side, size) for side, size in zip(before, grid, strict=True))
+    patches = np.einsum("ri,cj,ijd->rcd", rows, columns, patches.reshape(*before, -1).astype(np.float64))
     return np.concatenate([head, patches.reshape(grid[0] * grid[1], -1)])[None].astype(np.float32)
 
 
@@ -338,6 +351,7 @@ def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, n
     file = to_file(params, model)
     tensors = file.tensors
     metadata = {"format": "pt", "norm_eps": str(file.norm_eps), "num_heads": str(file.num_heads)}
+    metadata["grid"] = "x".join(map(str, file.grid))
     if file.gate is not None:
         metadata["halting"] = json.dumps(file.gate)
     if names == "huggingface":
@@ -356,7 +370,7 @@ def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
         learnt = {name: float(str(np.float32(value))) for name, value in params.get("gate", {}).items()}
         gate = _told(model.halting) | learnt | {"learnable": False}
     tensors = weights.to_torch(params, patch_shape=(model.patch_size, model.patch_size, model.channels))
-    return WeightFile(tensors=tensors, norm_eps=model.norm_eps, num_heads=model.num_heads, gate=gate)
+    return WeightFile(tensors=tensors, norm_eps=model.norm_eps, num_heads=model.num_heads, gate=gate, grid=model.grid)
 
 
 def _hugging_face_config(model: vit.AViT) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def test_where_the_newest_is_damaged_the_one_before_comes_back(
         restored, extra = checkpoints.restore(_state())
         assert checkpoints.step() == 2
         checkpoints.save(3, _state(3), top1=0.3, extra={})
+        _equal(checkpoints.restore(_state())[0], _state(3))  # the new one, which is not damaged
     _equal(restored, _state(2))
     assert extra == {"step": 2}
     assert f"the checkpoint of step 3 in {tmp_path}/checkpoints is damaged" in caplog.text

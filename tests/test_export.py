@@ -161,6 +161,16 @@ def test_bad_files_are_refused_in_one_sentence(file: pathlib.Path, tmp_path: pat
     assert told.get(kind, "") in str(refused.value)
 
 
+def test_weights_of_any_size_and_numpys_dtypes(params: dict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZIP64_LIMIT", 1000)  # the layout of archives above 2 GiB
+        export.write(tmp_path / "network.avit", params, _MODEL, **_COLORS)
+    serving.load(tmp_path / "network.avit")
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    with pytest.raises(ValueError, match="NumPy's"):
+        export.write(tmp_path / "half.avit", half, _MODEL, **_COLORS)
+
+
 def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
     config = fixtures.small_config(**{"train.steps": 2})
     train.train(config, tmp_path / "run")

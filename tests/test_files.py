@@ -1,6 +1,8 @@
 """A file is there whole, or as it was before."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from etils import epath
@@ -14,6 +16,16 @@ def test_text_and_bytes(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "a").read_text(encoding="utf-8") == "größer" and (tmp_path / "b").read_bytes() == b"bytes"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     files.write("/dev/null", "gone")
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "link").symlink_to("folder/file")
+    files.write(tmp_path / "link", "through it")  # into a folder that was missing
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder/file").read_text() == "through it"
+    command = "from avit_jax import files; print('table', flush=True); files.write('/dev/stdout', 'lines')"
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", command], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "table\nlines" and pathlib.Path("/dev/stdout").is_symlink()
 
 
 def test_what_was_there_outlives_a_full_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

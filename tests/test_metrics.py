@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from fsspec.implementations import memory
 from matplotlib.figure import Figure
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
 from avit_jax import flops, metrics, visualize, vit
@@ -146,6 +147,21 @@ def test_writer(tmp_path: pathlib.Path) -> None:
     ]
 
 
+def test_a_full_disk_is_told_and_nobody_waits_for_tensorboard(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = metrics.Writer(tmp_path, 0, {})
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(record_writer.RecordWriter, "write", full)
+        writer.write(1, "train", {"loss": 0.5})
+    for step in range(2, 40):  # more than a queue would hold
+        writer.write(step, "train", {"loss": 0.25})
+    writer.close()
+    assert len(_events(tmp_path / "tensorboard")) == 38
+
+
 def test_writer_goes_on_where_the_checkpoint_was(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     def write(*steps: int, sizes: dict[str, int]) -> dict[str, int]:
         writer = metrics.Writer(tmp_path, steps[0] - 1, sizes)
@@ -188,7 +204,7 @@ class _Bucket(memory.MemoryFileSystem):
 
 def test_rows_and_figures_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epath.backend.fsspec_backend, "fs", lambda path: _Bucket())
-    monkeypatch.setattr(metrics.tensorboardX, "SummaryWriter", unittest.mock.MagicMock())
+    monkeypatch.setattr(metrics, "event_file_writer", unittest.mock.MagicMock())
     workdir = epath.Path("s3://bucket/run")
     writer = metrics.Writer(workdir, 0, {})
     writer.write(1, "train", {"loss": 0.5})

@@ -79,3 +79,12 @@ def test_layer_decay_scales_the_whole_update(params: dict) -> None:
         updates[decay], _ = jax.jit(tx.update)(gradient, tx.init(params), params)
     expected = jax.tree.map(jnp.multiply, updates[1.0], optimizer.layer_scales(params, 0.5))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates[0.5], expected)
+
+
+@pytest.mark.parametrize("changes", [{"clip_norm": 1.0}, {"layer_decay": 0.75}])
+def test_a_run_may_go_on_with_a_clip_or_layer_decay(params: dict, changes: dict[str, float]) -> None:
+    plain, other = (
+        optimizer.create(lambda _: 1e-3, **{"weight_decay": 0.05, "clip_norm": 0.0} | more).init(params)
+        for more in ({}, changes)
+    )
+    assert jax.tree.structure(plain) == jax.tree.structure(other)

@@ -1,7 +1,9 @@
 """Predictions of pictures: the numbers of the model itself, as table, JSON lines and pictures; and what cannot be read."""
 
+import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 
 import fixtures
 import jax
@@ -76,6 +78,16 @@ def test_table_lines_and_pictures(folder: pathlib.Path, tmp_path: pathlib.Path, 
         assert f"{line['path']}: {line['top5'][0]} {line['probabilities'][0]:.1%}" in row
         assert line.keys() == {"path", "top5", "probabilities", "depth", "macs", "macs_ratio"}
     assert (tmp_path / "drawn/0.depth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interruption_loses_no_line(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    def interrupted() -> Iterator[predict.Prediction]:
+        yield from itertools.islice(predict.predict(_config(), _WEIGHTS, [folder]), 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict.tell(interrupted(), num_layers=2, jsonl=tmp_path / "new/out.jsonl", folder=None)
+    assert len((tmp_path / "new/out.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

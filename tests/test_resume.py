@@ -184,8 +184,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path: pat
         train.train(config, tmp_path)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.step() is None
-    config.train.nonfinite = "skip"
-    with pytest.raises(errors.UserError, match=r"not finite in any of the 2 steps up to step \d+"):
+    config.train.update({"nonfinite": "skip", "steps": 30})
+    with pytest.raises(errors.UserError, match=r"not finite in any of the 20 steps up to step \d+"):
         train.train(config, tmp_path / "skip")
 
 
@@ -207,6 +207,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return total, values | {"loss": total}
 
     monkeypatch.setattr(train_step, "total_loss", patched)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_skipped_step_between_two_rows_stops_nothing(tmp_path: pathlib.Path) -> None:
+    config = fixtures.small_config(
+        **{"train.nonfinite": "skip", "train.log_every": 1, "train.steps": 12, "train.batch_size": 8}
+    )
+    train.train(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "train"]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    steps = [row["step"] for row in rows]
+    assert [row["nonfinite"] for row in rows] == [now - before - 1 for before, now in zip([0, *steps], steps, strict=False)]
+    assert sum(row["nonfinite"] for row in rows) > 0
 
 
 @pytest.mark.usefixtures("poisoned")

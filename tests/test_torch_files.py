@@ -109,6 +109,18 @@ def _file(content: object, **files: bytes) -> bytes:
     return _archive(_pickled(content), **files)
 
 
+def _overlapping() -> bytes:
+    """An archive in whose directory a file is twice, once by another name."""
+    content = _file({"a": _tensor()}, **{"data/1": bytes(2000)})
+    start = content.rindex(b"PK\x01\x02")  # the last entry of the directory, and its end
+    entry, end = content[start : content.index(b"PK\x05\x06")], bytearray(content[content.index(b"PK\x05\x06") :])
+    extra = entry.replace(b"data/1", b"data/2")
+    for at, more in ((8, 1), (10, 1), (12, len(extra))):
+        size = 4 if at == 12 else 2
+        end[at : at + size] = (int.from_bytes(end[at : at + size], "little") + more).to_bytes(size, "little")
+    return content[:start] + entry + extra + bytes(end)
+
+
 def test_a_tensor_written_by_the_helpers_of_this_test(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "good.pth"
     path.write_bytes(_file({"state_dict": {"a": _tensor(), "b": _tensor(offset=1, shape=(2,), strides=(2,))}}))
@@ -129,6 +141,8 @@ _PARAMETER = _Named("torch._utils", "_rebuild_parameter")
 _CHANGED = _tensor(state=(None, {"offset": -5}))
 _COMMAND = _Calls(os.system, "touch PWNED")
 _LEGACY = _LEGACY_HEAD + _pickled({"a": _tensor()})
+# A tuple of two million objects, which is allowed once.
+_LARGE_KEY = b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(20))
 
 _HOSTILE = {
     "runs a command": (lambda: _archive(pickle.dumps(_COMMAND)), "posix.system"),
@@ -172,6 +186,10 @@ _HOSTILE = {
         lambda: _archive(b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40)) + b"K\x01s."),
         "no pickle",
     ),
+    "a key nested too deeply": (lambda: _archive(b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s."), "no pickle"),
+    "a large key used often": (lambda: _archive(_LARGE_KEY + b"q\x30K\x01s" + b"}h\x30Ns0" * 9 + b"."), "no pickle"),
+    "one tensor many times": (lambda: _file({str(i): one for one in [_tensor()] for i in range(5)}), "again and again"),
+    "files over each other": (lambda: _overlapping(), "lie over each other"),
     "no dictionary": (lambda: _file([1, 2]), "no state dict"),
     "options only": (lambda: _file({"args": argparse.Namespace(a=1)}), "args in its state dict is no tensor"),
     "a number among tensors": (lambda: _file({"model": {"a": _tensor(), "b": 1}}), "b in its state dict is no tensor"),
