@@ -89,7 +89,7 @@ def table(rows: Rows) -> str:
 
 def draw(rows: Rows, path: pathlib.Path) -> None:
     """Top-1 over MACs: a line for each method trained at several budgets, dots for its seeds, dashes for one checkpoint."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     axis = figure.subplots()
     methods: dict[str, list[str]] = {}
     for name in rows:
@@ -118,7 +118,7 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
         axis.axhline(static, color="grey", linewidth=0.8, label="static, tuned as long")
         axis.set_ylim(static - 0.08, static + 0.01)  # what is farther below is in the table
     axis.set(xlabel="MACs, share of the static network's", ylabel="top-1 on the 10,000 test pictures", title="CIFAR-10")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
