@@ -9,12 +9,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax import build, errors, evaluate, restore, vit, weight_files
+from avit_jax import build, distributed, errors, evaluate, restore, vit, weight_files
 from avit_jax import config as config_lib
 
 _logger = logging.getLogger(__name__)
 _FARTHEST = 1000.0  # shift that no gate needs
 _FINEST = 1e-4  # a shift smaller than this is none
+_NEAR = 0.005  # a budget missed by less is met
 
 
 class OutOfReach(ValueError):
@@ -31,10 +32,10 @@ def find_shift(cost: Callable[[float], float], budget: float, *, start: float, t
       tolerance: of the share.
 
     Returns:
-      Beta. Where the cost jumps over the budget, the cheapest beta above it.
+      Beta. Where the cost jumps over the budget, the last beta before, at which it is still above.
 
     Raises:
-      ValueError: no beta comes near: the network cannot be that cheap, or that costly.
+      OutOfReach: no beta comes near: the network cannot be that cheap, or that costly.
     """
     low, high, step = start, start, 0.5
     ratio = cost(start)
@@ -83,18 +84,25 @@ def from_checkpoint(out: epath.PathLike, config: ConfigDict, checkpoint: epath.P
     params, _ = restore.trained(config, trained, checkpoint)
     start = float(params["gate"]["beta"]) if "gate" in params else trained.halting.beta
     evaluator = evaluate.Evaluator(config, with_gate(trained, params, start)[0])
+    ratios: dict[float, float] = {}
 
     def cost(beta: float) -> float:
         values = evaluator.scalars(evaluator(evaluate.replicate(with_gate(trained, params, beta)[1])))
         _logger.info("beta %.4f: %.4f of the static MACs, top-1 %.2f%%", beta, values["macs_ratio"], 100 * values["top1"])
-        return values["macs_ratio"]
+        ratios[beta] = values["macs_ratio"]
+        return ratios[beta]
 
     try:
         beta = find_shift(cost, budget, start=start)
     except OutOfReach as error:
         raise errors.UserError(str(error)) from error
     model, shifted = with_gate(trained, params, beta)
-    weight_files.write(out, shifted, model)
+    if abs(ratios[beta] - budget) > _NEAR:
+        _logger.warning(
+            "no gate shift comes to %g of the static MACs, at which the cost jumps: it is %.3f", budget, ratios[beta]
+        )
+    if distributed.is_first():
+        weight_files.write(out, shifted, model)
     gate = shifted["gate"]
     merges = f" --config.halting.merge=True --config.halting.redundancy={model.halting.redundancy:.6g}" * model.halting.merge
     _logger.info(

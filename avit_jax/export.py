@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, files, flops, restore, serving, vit, weight_files
+from avit_jax import adaptive, build, distributed, files, flops, restore, serving, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import augment
 
@@ -95,6 +95,8 @@ def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     params, names = restore.trained(config, model, checkpoint)
+    if not distributed.is_first():
+        return
     if str(path).endswith(".safetensors"):
         weight_files.write(path, params, model)
     else:

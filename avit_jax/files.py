@@ -26,6 +26,6 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
     else:
         path = epath.Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(path.name + ".tmp")
+        whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         whole.write_bytes(content)
         whole.replace(path)

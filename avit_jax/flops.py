@@ -2,7 +2,7 @@
 
 The literature's "GFLOPs" of vision transformers are MACs (DeiT-T 1.3 G, DeiT-S 4.6 G), half the floating-point operations.
 Counted are the matrix products: patch embedding, qkv, attention, projections, MLP and head, and, where halted tokens merge, the
-comparing of all pairs. Norms, softmax and GELU, about 1%, are not.
+comparing of all pairs. Norms, softmax and GELU are not.
 """
 
 import jax

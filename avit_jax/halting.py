@@ -62,7 +62,7 @@ class HaltingConfig:
         if not (self.redundancy >= 0.0 and math.isfinite(self.redundancy)):
             raise ValueError(f"redundancy must be at least 0, and finite; got {self.redundancy}.")
         if self.redundancy and not self.merge:
-            raise ValueError("redundancy is for tokens that merge: set merge too (--config.halting.merge=True).")
+            raise ValueError("redundancy is for tokens that merge: set merge=True too.")
 
 
 @jax.tree_util.register_dataclass

@@ -69,7 +69,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _run(argv: list[str], workdir: str) -> None:
     """What the mode asks for."""
-    from avit_jax import calibrate, export, predict, train
+    from avit_jax import calibrate, distributed, export, predict, train
 
     if _MODE.value == "train":
         train.train(_CONFIG.value, workdir, allow_changed_config=_ALLOW.value)
@@ -82,11 +82,14 @@ def _run(argv: list[str], workdir: str) -> None:
     elif _MODE.value == "calibrate":
         if not _OUT.value or not _BUDGET.value:
             errors.stop("name the file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
-        train.check_batch_sizes(_CONFIG.value)
+        train.check_batch_sizes(_CONFIG.value, "eval")
         calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)
     else:
         predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
-        predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)
+        if distributed.is_first():
+            predict.tell(predictions, num_layers=_CONFIG.value.model.depth, jsonl=_JSONL.value, folder=_PICTURES.value)
+        else:
+            next(predictions, None)  # takes part in restoring the network
 
 
 def _main(argv: list[str]) -> None:

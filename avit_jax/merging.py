@@ -95,7 +95,7 @@ def merge(
     """
     similar = jnp.where(stays[:, None, :], similar, -jnp.inf)
     most = similar == similar.max(axis=-1, keepdims=True)
-    into = jnp.where(most, jnp.arange(most.shape[-1]), most.shape[-1]).min(axis=-1)  # argmax, in half its time on CPU
+    into = jnp.where(most, jnp.arange(most.shape[-1]), most.shape[-1]).min(axis=-1)  # argmax, faster on CPU
     weight = jnp.where(leaves & stays.any(axis=-1, keepdims=True), size, 0.0)
     add = jax.vmap(lambda into, values: jnp.zeros_like(values).at[into].add(values))
     more, sums = add(into, weight), add(into, weight[..., None] * tokens.astype(size.dtype))

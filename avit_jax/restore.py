@@ -174,7 +174,7 @@ def trained(config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike) -> 
     Raises:
       errors.UserError: it cannot be read, or does not fit.
     """
-    if epath.Path(checkpoint).is_dir():
+    if distributed.from_first_json(epath.Path(checkpoint).is_dir()):
         weights, past = params(config, model, checkpoint)
         _warn_of_differences(config, past)
         return weights, past.get("label_names", [])

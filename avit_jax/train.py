@@ -1,10 +1,10 @@
-"""The training loop, under `pmap`. All that knows about devices is here, in `step` and in `evaluate`."""
+"""The training loop, under `pmap`. All that knows about devices is here, in `train_step` and in `evaluate`."""
 
 import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -51,9 +51,9 @@ def _next(batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None)
     return batch, idle * (time.monotonic() - started)
 
 
-def check_batch_sizes(config: ConfigDict) -> None:
-    """Raises errors.UserError where a batch cannot be spread evenly over all devices."""
-    for name in ("train", "eval"):
+def check_batch_sizes(config: ConfigDict, *names: str) -> None:
+    """Raises errors.UserError where a batch of "train" or "eval" cannot be spread evenly over all devices."""
+    for name in names:
         size = config[name].batch_size
         if size % jax.device_count():
             raise errors.UserError(
@@ -80,7 +80,7 @@ def train(
     """
     workdir = epath.Path(workdir)
     config_lib.check(config)
-    check_batch_sizes(config)
+    check_batch_sizes(config, "train", "eval")
     model = build.model(config) if model is None else model
     tx, learning_rate = build.optimizer(config)
     source = load_source(config, model)
@@ -104,17 +104,20 @@ def train(
         log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
         batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
         state = evaluate.replicate(state)
-        taught = () if teacher is None else (evaluate.replicate(teacher.params),)
-        one_step = train_step.make_train_step(model, tx, config, teacher and teacher.model)
-        step_fn = jax.pmap(one_step, axis_name=train_step.AXIS, donate_argnums=0)
-        results, values, seconds = None, None, past.get("train_seconds", 0.0)
+        step_fn = _on_devices(train_step.make_train_step(model, tx, config, teacher and teacher.model), teacher)
+        results, values, saved, seconds = None, None, start, past.get("train_seconds", 0.0)
         profile = config.debug.profile if start < config.debug.profile[0] else (0, 0)
         for step in range(start, config.train.steps + 1):
             results, new = None, step > start
             if new:
                 with _profiled(profile, step, workdir):
-                    batch, waited = _next(batches, values)
-                    state, values = step_fn(state, batch, *taught)
+                    try:
+                        batch, waited = _next(batches, values)
+                    except Exception:
+                        if step - 1 > saved:  # what has been trained is saved, even where it cannot go on
+                            _save(checkpoints, step - 1, state, log, kept, None)
+                        raise
+                    state, values = step_fn(state, batch)
                     if step == profile[1]:
                         jax.block_until_ready(values)
                 log.add(step, values, waited)
@@ -128,9 +131,9 @@ def train(
                     stopping = results is None
                 if results:
                     log.evaluated(step, evaluator.scalars(results))
-            finally:  # what has been trained is saved, even where it cannot be evaluated
+            finally:  # likewise where it cannot be evaluated
                 if results or (new and (evaluates or stopping or step % config.train.save_every == 0)):
-                    seconds = _save(checkpoints, step, state, log, kept, results)
+                    seconds, saved = _save(checkpoints, step, state, log, kept, results), step
             if stopping:
                 _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
                 return
@@ -140,6 +143,13 @@ def train(
             return
         report = (workdir / "summary.json", workdir / "depth.png")
         evaluator.report(*report, state.eval_params, results, train_seconds=seconds, **kept["parent"])
+
+
+def _on_devices(one_step: Callable[..., Any], teacher: restore.Teacher | None) -> Callable[..., Any]:
+    """The training step over all devices, of the state, which it takes for its own, and a batch."""
+    taught = () if teacher is None else (evaluate.replicate(teacher.params),)
+    step_fn = jax.pmap(one_step, axis_name=train_step.AXIS, donate_argnums=0)
+    return lambda state, batch: step_fn(state, batch, *taught)
 
 
 def _warn_of_a_long_average(config: ConfigDict) -> None:
@@ -202,7 +212,7 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     workdir = epath.Path(workdir)
     config_lib.check(config)
-    check_batch_sizes(config)
+    check_batch_sizes(config, "eval")
     model = build.model(config)
     evaluator = evaluate.Evaluator(config, model)
     params, past = restore.params(config, model, workdir)
@@ -210,6 +220,5 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
     results = evaluator(params)
     for name, value in evaluator.scalars(results).items():
         _logger.info("%s: %.6g", name, value)
-    workdir.mkdir(parents=True, exist_ok=True)  # of a weight file there is none yet
     report = (workdir / "eval.json", workdir / "eval.png")  # the run's own report stays
     evaluator.report(*report, params, results, train_seconds=past["train_seconds"], **past.get("parent", {}))

@@ -85,21 +85,19 @@ def total_loss(
     return total, parts | {"loss": total}
 
 
-def hold_budget(gate: Any, before: Any, macs_ratio: jax.Array, *, budget: float, learnable: bool) -> Any:
+def hold_budget(gate: Any, before: Any, macs_ratio: jax.Array, *, budget: float) -> Any:
     """The gate's parameters after a step that is to end at a share of the static network's MACs.
 
-    The shift moves against the error, in place of what its gradient would do: it acts at once, whatever the losses want, and
-    stays in the checkpoint.
+    The shift moves against the error, in place of what its gradient would do, and stays in the checkpoint. Where the losses
+    push the other way so hard that it has to move by d in each step, the share stays off by d / `_BUDGET_RATE`.
 
     Args:
       gate: gamma and beta, as the optimizer leaves them.
       before: as they were before the step.
       macs_ratio: share of the MACs that the batch took.
       budget: the share that it should take.
-      learnable: whether gamma keeps what the optimizer made of it.
     """
-    gamma = gate["gamma"] if learnable else before["gamma"]
-    return {"gamma": gamma, "beta": before["beta"] + _BUDGET_RATE * (macs_ratio - budget)}
+    return {"gamma": gate["gamma"], "beta": before["beta"] + _BUDGET_RATE * (macs_ratio - budget)}
 
 
 def make_train_step(
@@ -110,6 +108,7 @@ def make_train_step(
     With a teacher its parameters are the function's third argument.
     """
     seed, ema_decay = config.seed, config.optimizer.ema_decay
+    holds = bool(config.budget) and model.halting is not None
 
     def train_step(
         state: TrainState, batch: loader.Batch, teacher_params: Any = None
@@ -119,6 +118,10 @@ def make_train_step(
         teacher_logits = None if teacher is None else teacher.apply({"params": teacher_params}, images)[0]
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            if holds:  # what the optimizer does not move takes no part in the norm that gradients are clipped by
+                learns = {"gamma"} if config.halting.learnable else set()
+                gate = {name: x if name in learns else jax.lax.stop_gradient(x) for name, x in params["gate"].items()}
+                params = {**params, "gate": gate}
             logits, aux = model.apply(
                 {"params": params}, images, train=True, image_index=batch["index"], rngs={"dropout": dropout_key}
             )
@@ -131,14 +134,8 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if config.budget and model.halting is not None:
-            gate = hold_budget(
-                params["gate"],
-                state.params["gate"],
-                values["macs_ratio"],
-                budget=config.budget,
-                learnable=config.halting.learnable,
-            )
+        if holds:
+            gate = hold_budget(params["gate"], state.params["gate"], values["macs_ratio"], budget=config.budget)
             params = {**params, "gate": gate}
         ema_params = None
         if state.ema_params is not None:

@@ -91,17 +91,17 @@ def read(path: epath.PathLike) -> WeightFile:
     except (KeyError, ValueError, IndexError) as error:
         raise errors.UserError(f"{path} holds no whole vision transformer: {errors.first_line(error)}.") from error
     try:
-        sizes = {name: kind(metadata[name]) for name, kind in _SIZES.items() if name in metadata}
-        grid = tuple(int(side) for side in metadata["grid"].split("x")) if "grid" in metadata else None
-        if grid and (len(grid) != 2 or min(grid) < 1):
-            raise ValueError(f"a grid of {metadata['grid']}")
+        sizes: dict[str, Any] = {name: kind(metadata[name]) for name, kind in _SIZES.items() if name in metadata}
+        if "grid" in metadata:
+            sizes["grid"] = tuple(int(side) for side in metadata["grid"].split("x"))
     except (ValueError, OverflowError) as error:
         raise errors.UserError(f"{path} is refused: its metadata makes no sense ({errors.first_line(error)}).") from error
-    return WeightFile(tensors=tensors, gate=_gate(path, metadata), grid=grid, **_sane(path, sizes))
+    return WeightFile(tensors=tensors, gate=_gate(path, metadata), **_sane(path, sizes))
 
 
-def _sane(path: pathlib.Path, sizes: dict[str, float]) -> dict[str, float]:
-    if not (0 < sizes.get("norm_eps", 0.5) < 1 and sizes.get("num_heads", 1) > 0):
+def _sane(path: pathlib.Path, sizes: dict[str, Any]) -> dict[str, Any]:
+    grid = sizes.get("grid", (1, 1))
+    if not (0 < sizes.get("norm_eps", 0.5) < 1 and sizes.get("num_heads", 1) > 0 and len(grid) == 2 and min(grid) > 0):
         raise errors.UserError(f"{path} tells {sizes}, which makes no sense.")
     return sizes
 
@@ -168,17 +168,19 @@ def _told(gate: halting.HaltingConfig) -> dict[str, Any]:
     return told if gate.merge else {key: value for key, value in told.items() if key not in ("merge", "redundancy")}
 
 
-def _hugging_face_sizes(path: pathlib.Path) -> dict[str, float]:
+def _hugging_face_sizes(path: pathlib.Path) -> dict[str, Any]:
     config = path.with_name("config.json")
     if not config.exists():
         raise errors.UserError(f"{config} is missing: it tells the epsilon of the layer norms of {path}.")
     try:
         told = json.loads(config.read_text())
         sizes = {"norm_eps": float(told["layer_norm_eps"]), "num_heads": int(told["num_attention_heads"])}
+        if isinstance(told.get("image_size"), list):
+            sizes["grid"] = tuple(int(side) // int(told["patch_size"]) for side in told["image_size"])
         other = [key for key, value in (("hidden_act", "gelu"), ("qkv_bias", True)) if told.get(key, value) != value]
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, AttributeError) as error:
         raise errors.UserError(
-            f"{config} does not tell layer_norm_eps and num_attention_heads ({errors.first_line(error)})."
+            f"{config} does not tell layer_norm_eps, num_attention_heads and the like ({errors.first_line(error)})."
         ) from error
     if other:
         raise errors.UserError(f"{config} tells of another network: its {other[0]} is {told[other[0]]}.")

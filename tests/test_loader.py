@@ -6,7 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import fixtures
 import jax
@@ -226,6 +226,17 @@ def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
     batches = loader.train_batches(reader, batch_size=2 * 220, seed=0, start_step=0, num_threads=1)
     assert next(batches)["skipped"].sum() == 2 * sum(to_the_next)
     batches.close()
+
+
+def test_a_worker_that_has_been_killed_is_told() -> None:
+    def batches() -> Iterator[loader.Batch]:
+        yield {}
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+    told = loader._of_workers(batches())
+    assert next(told) == {}
+    with pytest.raises(errors.UserError, match=r"exit code -9.*lower --config\.data\.num_workers"):
+        next(told)
 
 
 # Killed and resumed -----------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_recipes_parse_and_build(name: str) -> None:
             "redundancy=2.0: its gate",
         ),
         ([_DIGITS, "--config.halting.redundancy=-1"], "redundancy must be at least 0"),
-        ([_DIGITS, "--config.halting.redundancy=1"], "--config.halting.merge=True"),
+        ([_DIGITS, "--config.halting.redundancy=1"], "config.halting: redundancy is for tokens that merge: set merge=True"),
         ([_DIGITS, "--config.halting.merge=True", "--config.loss.prior_mode=official"], "makes part of others"),
         ([_DIGITS, "--config.halting.beta=-1e6"], "reach 2e+05"),
         ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),

@@ -147,6 +147,16 @@ def test_tars_that_are_missing_damaged_or_incomplete(
         prepare.imagenet2012(tars, tmp_path / "data")
 
 
+def test_a_tar_of_more_pictures_than_there_are_labels(
+    tars: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(50_001)]
+    (tars / "ILSVRC2012_img_val.tar").write_bytes(tar_of(dict.fromkeys(names, b"")))
+    monkeypatch.setitem(prepare._COUNTS, "validation", 50_000)
+    with pytest.raises(errors.UserError, match="holds 50001 pictures and not 50000"):
+        prepare.imagenet2012(tars, tmp_path / "data")
+
+
 def test_a_class_that_imagenet_does_not_have(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
     files = {f"n99999999_{i}.JPEG": picture(str(i)) for i in range(8)}
     (tars / "ILSVRC2012_img_train.tar").write_bytes(tar_of({"n99999999.tar": tar_of(files)}))

@@ -68,13 +68,13 @@ def _end(process: subprocess.Popen, status: int = 0) -> str:
     return said
 
 
-def _pair(start, workdir: str, *options: str) -> list[subprocess.Popen]:
-    """Two processes with four devices each."""
+def _pair(start, workdir: str, *options: str, each: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """Two processes with four devices each; options of both, and one for each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = [f"--coordinator=localhost:{port}", "--num_processes=2", *options]
-    return [start(workdir, 4, *shared, f"--process_id={i}") for i in range(2)]
+    return [start(workdir, 4, *shared, *each[i : i + 1], f"--process_id={i}") for i in range(2)]
 
 
 def _stop_at(process: subprocess.Popen, text: str, others: Sequence[subprocess.Popen] = ()) -> int:
@@ -112,12 +112,36 @@ def test_a_dead_process_ends_the_other(start, victim: int) -> None:
     assert last.startswith("error: another process of the run has ended")
 
 
-def test_ctrl_c_reaches_the_workers_too(start, tmp_path: pathlib.Path) -> None:
+def test_other_modes_than_training_in_two_processes(start, tmp_path: pathlib.Path) -> None:
+    _end(start("run", 4))
+    for out, mode in (("network.avit", "export"), ("weights.safetensors", "calibrate")):
+        options = [f"--mode={mode}", f"--out={tmp_path / out}", *["--budget=0.7"] * (mode == "calibrate")]
+        pair = _pair(
+            start, "run", *options, each=(f"--checkpoint={tmp_path / 'run'}", f"--checkpoint={tmp_path / 'elsewhere'}")
+        )
+        said = [_end(one) for one in pair]
+        assert f"wrote {tmp_path / out}" in said[0] and not said[1], said
+        assert (tmp_path / out).exists()
+
+
+def test_a_dead_worker_costs_nothing(start, tmp_path: pathlib.Path) -> None:
+    run = start("run", 1, "--config.data.num_workers=2", "--config.train.steps=100000", "--config.train.save_every=100000")
+    _wait_for(run, "step 6/")
+    children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    workers = [child for child in children if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    said = _end(run, status=2)
+    assert said.splitlines()[-1].startswith("error: a process that reads the training data has ended"), said
+    assert fixtures.restored_state(fixtures.small_config(), tmp_path / "run").step >= 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_workers_too(start, tmp_path: pathlib.Path, number: signal.Signals) -> None:
     run = start("run", 1, "--config.data.num_workers=2")
     _wait_for(run, "step 6/24")
-    os.killpg(run.pid, signal.SIGINT)
+    os.killpg(run.pid, number)
     said = _end(run)
-    assert "stopped by SIGINT after step" in said
+    assert f"stopped by {number.name} after step" in said
     assert "Traceback" not in said
     assert fixtures.restored_state(fixtures.small_config(), tmp_path / "run").step >= 6
 

@@ -1,5 +1,6 @@
 """The training step and the loop: devices, resumption, evaluation, what a run leaves behind."""
 
+import itertools
 import json
 import pathlib
 import time
@@ -16,6 +17,7 @@ from flax import jax_utils
 from ml_collections import ConfigDict
 
 from avit_jax import build, checkpoint, errors, evaluate, flops, train, train_step
+from avit_jax.data import loader
 
 
 def batch_of(step: int, size: int, num_devices: int) -> dict[str, np.ndarray]:
@@ -67,6 +69,17 @@ def test_same_seed_same_result_other_seed_other() -> None:
     chex.assert_trees_all_equal(first, again)
     other = run_steps(fixtures.small_config(seed=1), 8, steps=0)[0]
     assert not np.array_equal(first.params["pos_embed"], other.params["pos_embed"])
+
+
+@pytest.mark.parametrize(("learnable", "moved"), [(False, {"beta"}), (True, {"beta", "gamma"})])
+def test_a_budget_leaves_the_gate_out_of_the_gradient(learnable: bool, moved: set[str]) -> None:
+    config = fixtures.small_config(**{"budget": 0.6, "halting.learnable": learnable, "optimizer.clip_norm": 1e-3})
+    state, (row, *_) = run_steps(config, 1, steps=1)
+    before = jax.jit(lambda: build.new_state(build.model(config), build.optimizer(config)[0], seed=0, ema=True))().params
+    assert {name for name, value in state.params["gate"].items() if value != before["gate"][name]} == moved
+    moments = state.opt_state[1][0].mu["gate"]
+    assert {name for name, value in moments.items() if value} == moved - {"beta"}
+    assert row["grad_norm"] > 0
 
 
 def test_ema_is_the_moving_average() -> None:
@@ -215,6 +228,27 @@ def test_an_evaluation_that_fails_does_not_cost_what_was_trained(tmp_path) -> No
     assert json.loads((tmp_path / "run/eval.json").read_text())["images"] == 8
 
 
+def test_batches_that_fail_do_not_cost_what_was_trained(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = fixtures.small_config()
+    train.train(config, tmp_path / "whole")
+
+    def failing(*arguments: object) -> Iterator[loader.Batch]:
+        yield from itertools.islice(batches(*arguments), 2)
+        raise errors.UserError("no more")
+
+    batches = train.input_batches
+    monkeypatch.setattr(train, "input_batches", failing)
+    for step in (2, 4):
+        with pytest.raises(errors.UserError, match="no more"):
+            train.train(config, tmp_path / "run")
+        with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
+            assert checkpoints.step() == step
+    monkeypatch.undo()
+    train.train(config, tmp_path / "run")
+    whole, run = (fixtures.restored_state(config, tmp_path / name) for name in ("whole", "run"))
+    jax.tree.map(np.testing.assert_array_equal, run, whole)
+
+
 def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     folder = pictures_folder(tmp_path, good=8, bad=0)
     (tmp_path / "val/a/0.png").write_bytes(b"torn")
@@ -288,7 +322,7 @@ def test_configuration_mistakes_are_user_errors() -> None:
         with pytest.raises(errors.UserError, match=words):
             build.model(fixtures.small_config(**overrides))
     with pytest.raises(errors.UserError, match="multiple of the number of devices, 8"):
-        train.check_batch_sizes(fixtures.small_config(**{"train.batch_size": 12}))
+        train.check_batch_sizes(fixtures.small_config(**{"train.batch_size": 12}), "train")
     with pytest.raises(errors.UserError, match="num_classes=10"):
         config = fixtures.small_config(**{"model.num_classes": 7})
         evaluate.Evaluator(config, build.model(config))

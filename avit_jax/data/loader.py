@@ -150,7 +150,7 @@ def _on_devices(
     index = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())[jax.process_index()]
 
     def batch(step: int) -> Batch:
-        # A whole batch at once: grain's own work on each image would cost a tenth of what Pillow's does.
+        # A whole batch at once: grain's own work on each image is not small beside Pillow's.
         decoded = functools.lru_cache(maxsize=1)(reader.decoded)  # copies of an image follow each other
         records = [read(step * batch_size + int(i), decoded) | {"index": i} for i in index]
         stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
@@ -161,9 +161,20 @@ def _on_devices(
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_leave_signals)
-    return jax_utils.prefetch_to_device(iter(batches), _PREFETCH)
+    return jax_utils.prefetch_to_device(_of_workers(iter(batches)) if num_workers else iter(batches), _PREFETCH)
+
+
+def _of_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except RuntimeError as error:  # grain's, where one has been killed
+        raise errors.UserError(
+            f"a process that reads the training data has ended ({errors.first_line(error)}): most often the memory, or "
+            "/dev/shm, is too small for so many; lower --config.data.num_workers, or set it to 0."
+        ) from error
 
 
 def _leave_signals(*_: int) -> None:
-    """Ctrl-C reaches the workers too; it is the training process that stops them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals reach the workers too, where they are sent to all of a group; it is the training process that stops them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -71,7 +71,8 @@ def _index_validation(tar_path: pathlib.Path, progress: tqdm.tqdm) -> list[Membe
     with _open(tar_path) as tar:
         members = sorted((picture.name, picture.offset_data, picture.size) for picture in tar if picture.isfile())
     progress.update(len(members))
-    return [Member(name, label, *place) for (name, *place), label in zip(members, labels, strict=False)]
+    labelled = itertools.zip_longest(members, labels[: len(members)], fillvalue="")  # how many there have to be is told later
+    return [Member(name, label, *place) for (name, *place), label in labelled]
 
 
 def _open(tar_path: pathlib.Path) -> tarfile.TarFile:
@@ -122,7 +123,7 @@ class SplitWriter:
         adapter = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat.ARRAY_RECORD]
         progress = tqdm.tqdm(total=len(self.members), desc=f"writing {self.info.name}", unit=" pictures")
         with self._tar_path.open("rb") as tar, progress:
-            for path, start, stop in zip(self.paths(), self._bounds, self._bounds[1:], strict=False):
+            for path, (start, stop) in zip(self.paths(), itertools.pairwise(self._bounds), strict=True):
                 if not path.exists():
                     unfinished = path.with_name(f"unfinished.{path.name}")
                     adapter.write_examples(
@@ -215,7 +216,7 @@ def _index(path: pathlib.Path, split: str, index: Callable[[pathlib.Path, tqdm.t
     except (OSError, tarfile.TarError) as error:
         raise errors.UserError(f'cannot read "{path}": {error}; get the tar from image-net.org (ILSVRC 2012).') from error
     if len(members) != _COUNTS[split]:
-        raise errors.UserError(f'"{path}" holds {len(members)} pictures and not {_COUNTS[split]}: it is not complete.')
+        raise errors.UserError(f'"{path}" holds {len(members)} pictures and not {_COUNTS[split]}: get the tar anew.')
     return members
 
 

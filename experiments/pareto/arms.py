@@ -42,15 +42,14 @@ class Arm:
     taught: bool = True
 
 
+_BUDGET_ALONE = {"loss.ponder_weight": 0.0, "loss.prior_weight": 0.0}
 # What we add to the paper's recipe: redundant tokens halt first and are merged, and the budget alone says how many.
 _MERGING = {
     "halting.merge": True,
     "halting.redundancy": 50.0,
     "halting.gamma": 1.0,
     "halting.beta": -42.0,
-    "loss.ponder_weight": 0.0,
-    "loss.prior_weight": 0.0,
-}
+} | _BUDGET_ALONE
 _PRIOR_AND_PONDER = {"loss.ponder_weight": 5e-4, "loss.prior_weight": 0.1}  # as in the recipe
 
 
@@ -103,7 +102,7 @@ def _ablations() -> dict[str, Arm]:
         "not_distilled": Arm(_halting(0.6), taught=False, **one),
         "no_prior": Arm(_halting(0.6, loss__prior_weight=0.0), **one),
         "no_ponder": Arm(_halting(0.6, loss__ponder_weight=0.0), **one),
-        "no_prior_no_ponder": Arm(_halting(0.6, loss__prior_weight=0.0, loss__ponder_weight=0.0), **one),
+        "no_prior_no_ponder": Arm(_halting(0.6) | _BUDGET_ALONE, **one),
         "gamma_learnt": Arm(_halting(0.6, halting__learnable=True), **one),
         "gamma_2": Arm(_halting(0.6, halting__gamma=2.0, halting__beta=-4.0), **one),
         "gamma_10": Arm(_halting(0.6, halting__gamma=10.0, halting__beta=-30.0), **one),
@@ -113,6 +112,7 @@ def _ablations() -> dict[str, Arm]:
         "merging_not_distilled": Arm(_halting(0.6) | _MERGING, taught=False, **one),
         "merging_with_prior_and_ponder": Arm(_halting(0.6) | _MERGING | _PRIOR_AND_PONDER, **one),
         "merging_by_the_papers_gate": Arm(_halting(0.6, halting__merge=True), **one),
+        "merging_by_the_papers_gate_alone": Arm(_halting(0.6, halting__merge=True) | _BUDGET_ALONE, **one),
         "merging_redundancy_20": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 20.0, "halting.beta": -17.0}, **one),
         "merging_redundancy_100": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 100.0, "halting.beta": -84.0}, **one),
         "merging_gamma_0": Arm(_halting(0.6) | _MERGING | {"halting.gamma": 0.0}, **one),  # by redundancy alone

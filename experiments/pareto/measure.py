@@ -151,7 +151,7 @@ def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[s
     for budget in BUDGETS:
         try:
             beta = calibrate.find_shift(lambda beta: at(search, beta)["macs_ratio"], budget, start=start)
-        except ValueError:  # the network cannot cost that
+        except calibrate.OutOfReach:
             continue
         values = at(test, beta)
         rows.append({"knob": beta, "budget": budget} | {key: values[key] for key in ("top1", "macs_ratio")})

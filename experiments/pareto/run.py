@@ -64,11 +64,12 @@ def speed(name: str, seed: int) -> dict[str, Any]:
 
 def wanted() -> list[tuple[str, int]]:
     """Rows and seeds that are asked for; the first seed of every row comes before the second of any."""
+    names = _ARM.value or list(arms.ARMS)
     return [
         (name, seed)
-        for seed in range(max(_SEED.value or [2]) + 1)
-        for name in _ARM.value or arms.ARMS
-        if (seed in _SEED.value if _SEED.value else seed < arms.ARMS[name].seeds)
+        for seed in _SEED.value or range(max(arms.ARMS[name].seeds for name in names))
+        for name in names
+        if _SEED.value or seed < arms.ARMS[name].seeds
     ]
 
 

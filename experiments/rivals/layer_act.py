@@ -19,7 +19,13 @@ class LayerACT(vit.AViT):
     def __call__(
         self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
     ) -> tuple[jax.Array, vit.Aux]:
-        """See `AViT.__call__`; without a gate it is that."""
+        """See `AViT.__call__`; without a gate it is that. It has no dropout.
+
+        Raises:
+          ValueError: it is to train with one.
+        """
+        if train and (self.dropout or self.drop_path):
+            raise ValueError("naive ACT has no dropout and no stochastic depth: set both to 0.")
         if self.halting is None or self.is_initializing():
             return super().__call__(images, train=train, image_index=image_index)
         x = self.embed(images)
