@@ -10,12 +10,14 @@ may stop as well. `Aux.depth` is therefore how far tokens really ran: for those 
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -121,6 +123,11 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
 
     logits, aux = jax.tree.map(in_order, jax.lax.map(run, (begins, starts)))
     return logits, aux.replace(score=aux.score.swapaxes(0, 1), active=aux.active.swapaxes(0, 1))
+
+
+def removes(model: vit.AViT) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
+    """`apply` of a network that halts, `model.apply` of one that does not: variables and images to logits and aux."""
+    return model.apply if model.halting is None else functools.partial(apply, model)
 
 
 def _embed(model: vit.AViT, variables: Any, images: jax.Array, start: jax.Array, exists: jax.Array, group: int) -> jax.Array:

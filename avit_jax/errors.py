@@ -32,7 +32,7 @@ def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def sentence(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """Evaluation: every image exactly once, whatever the batch and the number of devices; the summary and the picture of a run."""
 
-import functools
 import json
 import logging
 from collections.abc import Callable
@@ -52,8 +51,7 @@ class Evaluator:
         if training is not None:
             sources.check_same_classes(training, self.source)
         sources.check_fit(self.source, num_classes=model.num_classes, channels=model.channels)
-        removes = config.eval.adaptive and model.halting is not None
-        self._apply = functools.partial(adaptive.apply, model) if removes else model.apply
+        self._apply = adaptive.removes(model) if config.eval.adaptive else model.apply
         transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
         self.reader = loader.Reader(source=self.source, transform=transform, skip_bad=config.data.bad_records == "skip")
         step = make_eval_step(model, self._apply, mean=config.data.mean, std=config.data.std)
@@ -123,8 +121,7 @@ class Evaluator:
         images = np.stack([record["image"] for record in records])
         normal = augment.normalize(images, self._config.data.mean, self._config.data.std)
         logits, aux = jax.device_get(jax.jit(self._apply)({"params": params}, normal))
-        depth = flops.computing(aux.active, self._model.num_readout).sum(axis=0)[:, self._model.num_readout :]
-        depth = depth.reshape(count, *self._model.grid)
+        depth = np.asarray(flops.patch_depth(self._model, aux.active))
         return images, [int(record["label"]) for record in records], logits, depth
 
 

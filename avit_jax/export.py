@@ -1,6 +1,5 @@
 """A trained network as one file that runs without this package, see `avit_jax/serving.py`."""
 
-import functools
 import io
 import json
 import logging
@@ -47,12 +46,11 @@ def write(
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 is none of NumPy's
         raise ValueError("the parameters of a network that is written must be of a dtype of NumPy's, such as float32.")
-    apply = functools.partial(adaptive.apply, model) if model.halting is not None else model.apply
+    apply = adaptive.removes(model)
 
     def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, aux = apply({"params": jax.tree.unflatten(tree, leaves)}, augment.normalize(images, mean, std))
-        depth = flops.computing(aux.active, model.num_readout).sum(axis=0)[:, model.num_readout :]
-        return logits, depth.reshape(-1, *model.grid)
+        return logits, flops.patch_depth(model, aux.active)
 
     size = batch or jax.export.symbolic_shape("b")[0]
     images = jax.ShapeDtypeStruct((size, *model.pixels, model.channels), np.uint8)

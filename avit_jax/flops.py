@@ -32,6 +32,20 @@ def layer_macs(num_tokens: jax.typing.ArrayLike, model: vit.AViT) -> jax.typing.
     return num_tokens * (linear + pairs * num_tokens)
 
 
+def patch_depth(model: vit.AViT, active: jax.Array) -> jax.Array:
+    """Layers that each patch token really computes in.
+
+    Args:
+      model: for its sizes.
+      active: `(L, B, N)` bool, as in `vit.Aux`.
+
+    Returns:
+      `(B, rows, columns)` int32.
+    """
+    depth = computing(active, model.num_readout).sum(axis=0)[:, model.num_readout :]
+    return depth.reshape(-1, *model.grid)
+
+
 def fixed_macs(model: vit.AViT) -> float:
     """MACs of an image outside the layers: patch embedding and head; a float: those of DeiT-B at 1,024 pixels overflow."""
     patches = model.num_tokens - model.num_readout

@@ -1,7 +1,6 @@
 """What a trained network sees in pictures, and where it spends its thought on them."""
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ from avit_jax import config as config_lib
 from avit_jax.data import augment, pictures, transforms
 
 _BATCH = 16  # pictures at once, the last batch filled up
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _logger = logging.getLogger(__name__)
 
 
@@ -68,15 +66,15 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
     """
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
-    files = [file for path in paths for file in _files(pathlib.Path(path))]
-    if not files:
+    found = [file for path in paths for file in _files(pathlib.Path(path))]
+    if not found:
         raise errors.UserError("name pictures to predict, or folders that hold some.")
     params, names = restore.trained(config, model, checkpoint)
     transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
-    apply = functools.partial(adaptive.apply, model) if model.halting is not None else model.apply
+    apply = adaptive.removes(model)
     run = jax.jit(lambda params, images: apply({"params": params}, images))
     shown: list[tuple[pathlib.Path, np.ndarray]] = []
-    for file in files:
+    for file in found:
         try:
             picture = pictures.decode(file.read_bytes())
         except (pictures.BadPicture, OSError) as error:
@@ -92,9 +90,9 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in pictures.ENDINGS and file.is_file())
         if not found:
-            raise errors.UserError(f"there is no picture in {path}: they end in {', '.join(_SUFFIXES)}.")
+            raise errors.UserError(f"there is no picture in {path}: they end in {', '.join(pictures.ENDINGS)}.")
         return found
     if not path.exists():
         raise errors.UserError(f"there is no picture {path}.")
@@ -117,7 +115,7 @@ def _predict_batch(
     images = np.stack([image for _, image in shown] + [shown[0][1]] * (_BATCH - len(shown)))
     logits, aux = jax.device_get(run(params, augment.normalize(images, config.data.mean, config.data.std)))
     probabilities = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
-    depth = flops.computing(aux.active, model.num_readout).sum(axis=0)[:, model.num_readout :]
+    depth = np.asarray(flops.patch_depth(model, aux.active))
     macs = flops.image_macs(model, aux.active)
     for i, (path, image) in enumerate(shown):
         best = np.argsort(-probabilities[i], kind="stable")[:5]
@@ -125,7 +123,7 @@ def _predict_batch(
             path=str(path),
             top5=[names[k] if names else str(k) for k in best],
             probabilities=[float(p) for p in probabilities[i][best]],
-            depth=np.asarray(depth[i]).reshape(model.grid),
+            depth=depth[i],
             macs=float(macs[i]),
             macs_ratio=float(macs[i]) / flops.static_macs(model),
             image=image,

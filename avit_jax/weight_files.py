@@ -187,9 +187,9 @@ def _hugging_face_sizes(path: pathlib.Path) -> dict[str, Any]:
     return _sane(config, sizes)
 
 
-def load(path: epath.PathLike, model: vit.AViT, *, new_head: bool = False) -> dict[str, Any]:
+def load(path: epath.PathLike, model: vit.AViT) -> dict[str, Any]:
     """Parameters of a model from a weight file, see `read` and `adopt`."""
-    return adopt(read(path), model, name=str(path), new_head=new_head)
+    return adopt(read(path), model, name=str(path))
 
 
 def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = False) -> dict[str, Any]:

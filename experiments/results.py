@@ -6,14 +6,12 @@ import os
 import pathlib
 from typing import Any
 
+from avit_jax import files
+
 
 def save(path: os.PathLike | str, result: object) -> None:
     """Writes JSON, whole or not at all; the folder is made where it is missing."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(path)
+    files.write(path, json.dumps(result, indent=2) + "\n")
 
 
 def load(path: os.PathLike | str) -> dict[str, Any]:

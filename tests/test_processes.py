@@ -127,12 +127,21 @@ def test_other_modes_than_training_in_two_processes(start, tmp_path: pathlib.Pat
 def test_a_dead_worker_costs_nothing(start, tmp_path: pathlib.Path) -> None:
     run = start("run", 1, "--config.data.num_workers=2", "--config.train.steps=100000", "--config.train.save_every=100000")
     _wait_for(run, "step 6/")
-    children = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    children = [
+        child for path in pathlib.Path(f"/proc/{run.pid}/task").glob("*/children") for child in path.read_text().split()
+    ]
     workers = [child for child in children if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()]
     os.kill(int(workers[-1]), signal.SIGKILL)
     said = _end(run, status=2)
-    assert said.splitlines()[-1].startswith("error: a process that reads the training data has ended"), said
+    assert "\nerror: a process that reads the training data has ended" in said and "Traceback" not in said, said
     assert fixtures.restored_state(fixtures.small_config(), tmp_path / "run").step >= 6
+
+
+def test_workers_end_with_the_process_they_read_for(start) -> None:
+    run = start("run", 1, "--config.data.num_workers=2", "--config.train.steps=100000")
+    _wait_for(run, "step 6/")
+    run.kill()
+    run.communicate(timeout=30)  # their end of the pipe is closed too
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -48,10 +48,8 @@ class Mix:
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """Pixels `(..., C)` from 0 to 255, to float32 with the given mean and deviation, which are of pixels from 0 to 1."""
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) / 255.0 - mean.reshape((1,) * (images.ndim - 1) + (-1,))) / std.reshape(
-        (1,) * (images.ndim - 1) + (-1,)
-    )
+    mean, std = (jnp.asarray(values, jnp.float32).reshape((1,) * (images.ndim - 1) + (-1,)) for values in (mean, std))
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def random_affine(images: jax.Array, key: jax.Array, index: jax.Array, ranges: Affine) -> jax.Array:

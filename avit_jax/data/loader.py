@@ -8,8 +8,11 @@ batch; in evaluation also `weight` float32, 0 for padding and for what could not
 import dataclasses
 import functools
 import logging
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,7 +163,7 @@ def _on_devices(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_leave_signals)
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_serve)
     return jax_utils.prefetch_to_device(_of_workers(iter(batches)) if num_workers else iter(batches), _PREFETCH)
 
 
@@ -174,7 +177,13 @@ def _of_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
         ) from error
 
 
-def _leave_signals(*_: int) -> None:
-    """Signals reach the workers too, where they are sent to all of a group; it is the training process that stops them."""
+def _serve(*_: int) -> None:
+    """A worker lives as long as the training process, which ends it, whatever signals are sent to the whole group."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

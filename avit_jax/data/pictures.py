@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no other decoder of Pillow's is let near the bytes
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of the names of such files, in small letters
 _MAX_PIXELS = 89_478_485  # above, Pillow too suspects a decompression bomb
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is refused, with a sentence of ours
 _ORIENTATION = 0x0112  # EXIF

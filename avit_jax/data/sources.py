@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from avit_jax import errors
+from avit_jax.data import pictures
 
 Record = dict[str, Any]
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 _logger = logging.getLogger(__name__)
 
 
@@ -138,14 +138,15 @@ def _folder(root: pathlib.Path, split: str) -> Source:
         ) from error
     if not paths:
         raise errors.UserError(
-            f'no pictures in "{folder}": they belong into one folder a class, and their names end in {", ".join(_ENDINGS)}.'
+            f'no pictures in "{folder}": they belong into one folder a class, and their names end in '
+            f"{', '.join(pictures.ENDINGS)}."
         )
     _logger.info("%s: %d pictures of %d classes, %d other files ignored", folder, len(paths), len(names), ignored)
     return Source(f'"{folder}"', _Files(paths, labels), names)
 
 
 def _is_picture(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(_ENDINGS) and not entry.name.startswith(".") and entry.is_file()
+    return entry.name.lower().endswith(pictures.ENDINGS) and not entry.name.startswith(".") and entry.is_file()
 
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
@@ -157,7 +158,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         prepared = builder.data_path.exists()
     except Exception as error:  # of a wrong name, of a builder that wants TensorFlow, of a damaged description
-        raise errors.UserError(f'tensorflow-datasets cannot open "{name}": {_first_line(error)}') from error
+        raise errors.UserError(f'tensorflow-datasets cannot open "{name}": {errors.first_line(error)}') from error
     if not prepared:
         how = (
             "`python -m avit_jax.data.prepare imagenet2012`"
@@ -177,9 +178,5 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
         if not len(records):
             raise ValueError("it is empty")
     except Exception as error:  # of a wrong split or slice, of files in another format
-        raise errors.UserError(f'cannot read the split "{split}" of "{name}" {where}: {_first_line(error)}') from error
+        raise errors.UserError(f'cannot read the split "{split}" of "{name}" {where}: {errors.first_line(error)}') from error
     return Source(f'"{name}", split "{split}"', records, features["label"].names)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

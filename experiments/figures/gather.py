@@ -1,7 +1,6 @@
 """What the figures are drawn from: what a network does with each image of a data set."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -42,15 +41,15 @@ def gather(config: ConfigDict, model: vit.AViT, params: Any, reader: loader.Read
 
     @jax.jit
     def run(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        logits, aux = functools.partial(adaptive.apply, model)({"params": params}, images)
+        logits, aux = adaptive.apply(model, {"params": params}, images)
         ran = flops.computing(aux.active, model.num_readout)
-        depth = ran.sum(axis=0)[:, model.num_readout :]
+        depth = flops.patch_depth(model, aux.active)
         return {
             "guess": logits.argmax(-1),
             "macs_ratio": flops.image_macs(model, aux.active) / flops.static_macs(model),
-            "depth": depth.reshape(-1, *model.grid),
+            "depth": depth,
             "score": jnp.where(ran.any(axis=2).T, jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran), jnp.nan),
-            "halting": jax.nn.one_hot(depth - 1, model.depth).mean(axis=1),
+            "halting": jax.nn.one_hot(depth.reshape(len(images), -1) - 1, model.depth).mean(axis=1),
         }
 
     rows: dict[str, list[np.ndarray]] = {}

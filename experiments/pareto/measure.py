@@ -69,7 +69,7 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
         ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
     best, own = (min(names, key=lambda name: np.median(seconds[name])) for names in (functions, ours))
-    counted = jax.jit(functools.partial(adaptive.apply, model) if removes else model.apply)
+    counted = jax.jit(adaptive.removes(model) if removes else model.apply)
     aux = [counted({"params": params}, batch)[1] for batch in batches]
     macs = np.mean([flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux])
     ideal = flops.static_macs(parent) / float(macs)
