@@ -66,6 +66,8 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
     """
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
+    if model.channels not in (1, 3):
+        raise errors.UserError(f"pictures have 1 or 3 channels, and the network has {model.channels}.")
     found = [file for path in paths for file in _files(pathlib.Path(path))]
     if not found:
         raise errors.UserError("name pictures to predict, or folders that hold some.")

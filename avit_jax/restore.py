@@ -69,30 +69,37 @@ def _creation(
 
 
 def evaluate_before(
-    config: ConfigDict, model: vit.AViT, params: Any, teacher: Teacher | None, past: dict[str, Any]
-) -> dict[str, float]:
+    config: ConfigDict,
+    model: vit.AViT,
+    params: Any,
+    teacher: Teacher | None,
+    past: dict[str, Any],
+    stop: Callable[[], bool],
+) -> dict[str, float] | None:
     """Accuracies that are known before training, which its own is to be measured against.
 
     `parent_top1` of the static network that a halting one starts from, and `teacher_top1`, where there are such; from `past`,
-    what was saved of the run so far, where it is known.
+    what was saved of the run so far, where it is known. None where `stop` has ended it.
     """
     known = past.get("parent", {})
     before = {name: value for name, value in known.items() if name == "parent_top1"}
     if not past and config.init and not config.init_new_head and model.halting is not None:
         static = model.clone(halting=None, removal=None)
         weights = {name: value for name, value in params.items() if name != "gate"}
-        before["parent_top1"] = _top1(config, static, weights, f"the static network of {config.init}, before training")
+        before["parent_top1"] = _top1(config, static, weights, f"the static network of {config.init}, before training", stop)
     if teacher is not None and past.get("teacher") == teacher.fingerprint:
         before["teacher_top1"] = known["teacher_top1"]
     elif teacher is not None:
-        before["teacher_top1"] = _top1(config, teacher.model, teacher.params, f"the teacher {config.distill.teacher}")
-    return before
+        before["teacher_top1"] = _top1(config, teacher.model, teacher.params, f"the teacher {config.distill.teacher}", stop)
+    return None if None in before.values() else before
 
 
-def _top1(config: ConfigDict, model: vit.AViT, params: Any, name: str) -> float:
-    top1 = float(evaluate.Evaluator(config, model)(evaluate.replicate(params))["top1"])
-    _logger.info("%s: top-1 %.2f%%", name, 100 * top1)
-    return top1
+def _top1(config: ConfigDict, model: vit.AViT, params: Any, name: str, stop: Callable[[], bool]) -> float | None:
+    results = evaluate.Evaluator(config, model)(evaluate.replicate(params), stop)
+    if results is None:
+        return None
+    _logger.info("%s: top-1 %.2f%%", name, 100 * results["top1"])
+    return float(results["top1"])
 
 
 def weights_of(path: epath.PathLike) -> weight_files.WeightFile:

@@ -86,9 +86,8 @@ def train(
     source = load_source(config, model)
     evaluator = evaluate.Evaluator(config, model, source)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(distributed.Stop())
+        stop, checkpoints = stack.enter_context(distributed.Stop()), None
         stack.enter_context(_named_nans(config.debug.nans))
-        checkpoints = None
         if distributed.is_first():
             stack.enter_context(checkpoint.claim(workdir))
             checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
@@ -97,10 +96,13 @@ def train(
         if checkpoints and start < config.train.steps:
             (workdir / "summary.json").unlink(missing_ok=True)  # it tells that a run has ended
             _warn_of_a_long_average(config)
-        kept = {"config": json.loads(config.to_json_best_effort()), "label_names": source.label_names}
         teacher = restore.teacher(config, model, past, allow_changed_config)
+        kept = {"config": json.loads(config.to_json_best_effort()), "label_names": source.label_names}
         kept["teacher"] = teacher and teacher.fingerprint
-        kept["parent"] = restore.evaluate_before(config, model, state.params, teacher, past)
+        kept["parent"] = restore.evaluate_before(config, model, state.params, teacher, past, stop)
+        if kept["parent"] is None:
+            _logger.info("stopped by %s before training", stop.name)
+            return
         log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
         batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
         state = evaluate.replicate(state)
@@ -137,12 +139,23 @@ def train(
             if stopping:
                 _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
                 return
-        results = results or evaluator(state.eval_params, stop)
-        if results is None:
-            _logger.info("stopped by %s before the report; the same command writes it", stop.name)
-            return
-        report = (workdir / "summary.json", workdir / "depth.png")
-        evaluator.report(*report, state.eval_params, results, train_seconds=seconds, **kept["parent"])
+        _report(evaluator, workdir, state.eval_params, results, stop, train_seconds=seconds, **kept["parent"])
+
+
+def _report(
+    evaluator: evaluate.Evaluator,
+    workdir: epath.Path,
+    params: Any,
+    results: evaluate.Results | None,
+    stop: distributed.Stop,
+    **more: float,
+) -> None:
+    """The summary and the picture of a run, unless its evaluation has been stopped."""
+    results = results or evaluator(params, stop)
+    if results is None:
+        _logger.info("stopped by %s before the report; the same command writes it", stop.name)
+    else:
+        evaluator.report(workdir / "summary.json", workdir / "depth.png", params, results, **more)
 
 
 def _on_devices(one_step: Callable[..., Any], teacher: restore.Teacher | None) -> Callable[..., Any]:

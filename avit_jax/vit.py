@@ -155,7 +155,7 @@ class AViT(nn.Module):
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
         if self.removal is not None and (self.halting is None or self.dropout or self.remat):
             raise ValueError(
-                "removal (train.adaptive) needs halting, dropout 0, and remat off (the backward pass recomputes anyway)."
+                "removal in training needs halting, dropout 0, and remat off (the backward pass recomputes anyway)."
             )
         if self.halting is not None and not -self.width <= self.halting.channel < self.width:
             raise ValueError(f"halting channel {self.halting.channel} is not among the {self.width} channels of a token.")

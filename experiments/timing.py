@@ -1,6 +1,7 @@
 """Interleaved timing: machines drift, ratios within a round do not."""
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ import jax
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.0) -> dict[str, list[float]]:
-    """Calls all functions once to warm up, then in turn; each has to return when its work is done.
+    """Calls all functions once to warm up, then in turn, in another order each time; each has to return when its work is done.
 
     Args:
       functions: by name.
@@ -22,9 +23,10 @@ def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, secon
     for function in functions.values():
         function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    began = time.perf_counter()
+    order, began = list(functions.items()), time.perf_counter()
     while min(map(len, taken.values())) < rounds or time.perf_counter() - began < seconds:
-        for name, function in functions.items():
+        random.shuffle(order)  # so that none is always measured after the same one
+        for name, function in order:
             start = time.perf_counter()
             function()
             taken[name].append(time.perf_counter() - start)

@@ -1,7 +1,10 @@
 """Training that starts from a weight file: its numbers, the accuracy of the parent, resumption."""
 
 import json
+import os
 import pathlib
+import signal
+from collections.abc import Callable
 
 import chex
 import fixtures
@@ -84,3 +87,21 @@ def test_another_number_of_classes(parent: pathlib.Path, tmp_path: pathlib.Path)
     assert "parent_top1" not in _summary(tmp_path / "run")
     head = fixtures.restored_state(_config(other), tmp_path / "run").params["head"]["kernel"]
     assert head.shape == (16, 10) and np.abs(head).max() < 1e-6
+
+
+def test_a_signal_while_the_parent_is_evaluated_ends_the_run(
+    parent: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Signalled(evaluate.Evaluator):
+        def __call__(self, params: object, stop: Callable[[], bool] = lambda: False) -> evaluate.Results | None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(params, stop)
+
+    caplog.set_level("INFO", logger="avit_jax")
+    config = _config(parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "Evaluator", Signalled)
+        train.train(config, tmp_path / "run")
+    assert caplog.messages[-1] == "stopped by SIGTERM before training"
+    train.train(config, tmp_path / "run")
+    assert 0 < _summary(tmp_path / "run")["parent_top1"] < 1

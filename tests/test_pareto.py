@@ -106,7 +106,7 @@ def test_speed_is_told_against_the_static_network_and_the_macs(small: dict[str, 
     macs = float(flops.image_macs(small["model"], active).mean())
     assert speed["ideal"] == pytest.approx(flops.static_macs(small["model"]) / macs) and speed["ideal"] > 1.05
     assert speed["efficiency"] == pytest.approx(speed["speed_up"] / speed["ideal"]) and speed["batch"] == 8
-    assert 0.0 < measure.training_step(fixtures.small_config(), **small) < np.inf
+    assert 0.1 < measure.training_step(fixtures.small_config(), **small) < 10.0
 
 
 def test_one_checkpoint_s_curve_has_the_budgets_that_it_can_come_to(

@@ -1,6 +1,6 @@
 """The depth figure holds what it is given, and can be written."""
 
-import io
+import pathlib
 
 import numpy as np
 import pytest
@@ -69,11 +69,10 @@ def test_curves_caption_and_scale() -> None:
 
 
 @pytest.mark.parametrize(("count", "image_shape"), [(1, (8, 8, 1)), (8, (8, 16, 3))])
-def test_writes_a_png(count: int, image_shape: tuple[int, int, int]) -> None:
+def test_writes_a_png(count: int, image_shape: tuple[int, int, int], tmp_path: pathlib.Path) -> None:
     figure, _, _ = _figure(count, image_shape, (2, 4))
-    file = io.BytesIO()
-    figure.savefig(file, dpi=50)
-    picture = Image.open(file)
+    visualize.write(figure, tmp_path / "figure.png", dpi=50)
+    picture = Image.open(tmp_path / "figure.png")
     assert picture.format == "PNG"
     assert 400 < picture.width < 800
     assert 200 < picture.height < 600

@@ -25,7 +25,7 @@ from avit_jax import adaptive, errors
 from experiments import results, timing, workload
 
 _MODEL = flags.DEFINE_enum("model", "deit_tiny", ["deit_tiny", "deit_small"], "shape of the network")
-_BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64, 256], "images a call")
+_BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64, 256], "images a call", lower_bound=1)
 _BUDGET = flags.DEFINE_multi_float("budget", [0.8, 0.62, 0.4], "share of the static network's MACs")
 _REDUNDANCY = flags.DEFINE_float("redundancy", 0.0, "above 0: halted tokens merge, and the gate looks at redundancy so much")
 _SECONDS = flags.DEFINE_float("seconds", 120, "measures each batch size for so long, and for three rounds at least")

@@ -36,7 +36,13 @@ class Unrolled(vit.AViT):
         raise NotImplementedError
 
     def __call__(self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None) -> tuple[Any, vit.Aux]:
-        """See `AViT.__call__`."""
+        """See `AViT.__call__`; but it has no dropout.
+
+        Raises:
+          ValueError: it is to train with one.
+        """
+        if train and self.dropout:
+            raise ValueError("the rivals have no dropout: set it to 0.")
         if self.is_initializing():
             super().__call__(images)  # creates the parameters of the layers
         index = jnp.arange(len(images)) if image_index is None else image_index
