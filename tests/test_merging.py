@@ -168,6 +168,6 @@ def test_the_halting_layer_alone_does_not_merge(module: Any) -> None:
     layer = module(halting.HaltingConfig(merge=True))
     with pytest.raises(ValueError, match="does not merge tokens"):
         layer.apply({}, jnp.ones((1, 2, 3))) if module is halting_linen.Halting else layer(jnp.ones((1, 2, 3)))
-    for mistake, message in (({"merge": True, "redundancy": -1.0}, "at least 0"), ({"redundancy": 1.0}, "set merge too")):
+    for mistake, message in (({"merge": True, "redundancy": -1.0}, "at least 0"), ({"redundancy": 1.0}, "set merge=True too")):
         with pytest.raises(ValueError, match=message):
             halting.HaltingConfig(**mistake)
