@@ -17,9 +17,9 @@ _BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
 _LEGEND = (
     "Speed-up: images/s over those of the static network; of the ideal: that times the share of MACs; training step: its time",
     "over the static one's. ±: standard deviation over seeds, standard error for differences. `layer_act` is naive ACT, which",
-    "misses its budgets, as its losses push the gate faster than the controller follows; `avit` has the paper's gate and losses",
-    "with a budget, a teacher and removal in training; what else a row changes is in [arms.py](arms.py). A knob is the shift of",
-    "the gate, the merges of a layer, or the confidence to stop at.",
+    "misses its budgets, as its losses push the gate faster than the controller follows; `avit` has the paper's gate and",
+    "losses with a budget, a teacher and removal in training; what else a row changes is in [arms.py](arms.py). A knob is the",
+    "shift of the gate, the merges of a layer, or the confidence to stop at.",
     "",
 )
 Rows = dict[str, list[dict[str, Any]]]  # by arm, one entry a seed, seed first
