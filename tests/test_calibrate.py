@@ -111,6 +111,28 @@ def test_a_network_that_merges_is_told_with_what_it_merges_by(tmp_path: pathlib.
     assert caplog.messages[-1].endswith(told)
 
 
+def test_a_budget_that_is_jumped_over_is_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(**{"budget": 0.0})
+    model = build.model(config)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, *model.pixels, model.channels)))["params"]
+    weight_files.write(tmp_path / "dear.safetensors", params, model)
+    ratios = []
+
+    def first(cost, budget: float, *, start: float) -> float:
+        ratios.append(cost(start))
+        return start
+
+    monkeypatch.setattr(calibrate, "find_shift", first)
+    for budget in (0.2, 0.0):
+        budget = budget or ratios[0]  # first one that it misses, then the very one
+        caplog.clear()
+        calibrate.from_checkpoint(tmp_path / "out.safetensors", config, tmp_path / "dear.safetensors", budget)
+        told = f"no gate shift comes to {budget:g} of the static MACs, at which the cost jumps: it is {ratios[0]:.3f}"
+        assert (told in caplog.text) == (abs(ratios[0] - budget) > 0.005)
+
+
 def test_what_cannot_be_calibrated_is_a_sentence(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match=r"no gate shift brings the network to 0\.01"):
         calibrate.from_checkpoint(tmp_path / "x.safetensors", _config(), run, 0.01)
