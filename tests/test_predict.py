@@ -120,3 +120,9 @@ def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
         predict.tell(predict.predict(_config(), _WEIGHTS, [tmp_path / "bad.png"]), num_layers=2, jsonl=None, folder=None)
     with pytest.raises(errors.UserError, match=r"there is no .*nowhere\.pth"):
         list(predict.predict(_config(), tmp_path / "nowhere.pth", [tmp_path / "bad.png"]))
+
+
+def test_pictures_do_not_have_four_channels(tmp_path: pathlib.Path) -> None:
+    config = fixtures.small_config(**{"model.channels": 4, "data.mean": (0.5,), "data.std": (0.5,)})
+    with pytest.raises(errors.UserError, match="pictures have 1 or 3 channels, and the network has 4"):
+        next(predict.predict(config, tmp_path, [tmp_path]))

@@ -255,3 +255,10 @@ def test_a_rival_trains_in_the_same_trainer(tmp_path: pathlib.Path) -> None:
     macs = jax.jit(lambda variables: model.apply(variables, images)[1].macs)(zeros)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["macs_ratio"] == pytest.approx(float(macs[0]) / flops.static_macs(parent))
+
+
+@pytest.mark.parametrize("rival", [layer_act.LayerACT, evit.EViT])
+def test_rivals_do_not_leave_out_a_dropout_silently(rival: type[vit.AViT]) -> None:
+    model = rival(**unrolled.attributes(build.model(fixtures.small_config(**{"model.dropout": 0.1}))))
+    with pytest.raises(ValueError, match="no dropout"):
+        model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)), train=True)
