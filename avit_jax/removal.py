@@ -2,8 +2,8 @@
 
 The images are sorted by how many tokens they still have, and taken in groups of a few. A group gathers its active tokens, runs
 at the smallest of some compiled numbers of tokens that holds its first image, and puts the results back into their places; an
-image without active tokens is never visited. All of it is one program: loops whose length the device decides, and no value that
-the host reads back. Nothing is known here of the layer but that it takes `(params, tokens, active, extras)`.
+image without active tokens is never visited. All of it is one program: loops whose length the device decides, or switches, and
+no value that Python reads back. Nothing is known here of the layer but that it takes `(params, tokens, active, extras)`.
 """
 
 import dataclasses
@@ -27,11 +27,15 @@ class Plan:
       step: tokens; a group is padded to a multiple of it, of twice as many below half of all tokens. Compile time grows with
         the number of multiples, and with the group.
       wave: images that are sorted, and whose tokens are held in memory, at a time; of inference. A group is not larger.
+      switch: a switch chooses the number of tokens of each group, in place of loops, and one scatter puts its tokens back, in
+        place of a slice for each image. For a GPU, where the host reads the condition of a loop, but not that of a switch; on
+        CPU XLA runs the branches of a switch on a single core.
     """
 
     group: int
     step: int
     wave: int = 96
+    switch: bool = False
 
     def __post_init__(self) -> None:
         if min(self.group, self.step, self.wave) < 1:
@@ -48,10 +52,16 @@ class Plan:
         return (*(n for n in fine if 2 * n >= num_tokens or n % (2 * self.step) == 0), num_tokens)
 
 
-def training_plan(num_tokens: int) -> Plan:
-    """A good plan for training with N tokens: groups of a power of two images, of 2,080 tokens at most if that is not one."""
-    group = 2 ** (max(1, 2080 // num_tokens).bit_length() - 1)
-    return Plan(group=group, step=max(8, num_tokens // 48 * 8))
+def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
+    """A good plan for training with N tokens: groups of a power of two images, of few tokens in all if that is not one.
+
+    Args:
+      num_tokens: N.
+      backend: "cpu", "gpu" or "tpu"; default: that of JAX.
+    """
+    gpu = (backend or jax.default_backend()) == "gpu"
+    group = 2 ** (max(1, (25_600 if gpu else 2080) // num_tokens).bit_length() - 1)
+    return Plan(group=group, step=max(8, num_tokens // 48 * 8), switch=gpu)
 
 
 def groups(count: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
@@ -81,6 +91,7 @@ class _Group:
       there: `(g, num)` bool, whether it is not padding; None where every image exists and has all tokens.
       active: `(g, N)` bool, of the images.
       place: `(g, N)` where each active token is among the `num`.
+      scatter: whether tokens go back all at once.
     """
 
     image: jax.Array
@@ -89,6 +100,7 @@ class _Group:
     there: jax.Array | None
     active: jax.Array
     place: jax.Array
+    scatter: bool = flax.struct.field(pytree_node=False)
 
     def gather(self, x: jax.Array) -> jax.Array:
         """Tokens `(g, num, D)` of `(B, N, D)`; padding is 0."""
@@ -98,6 +110,11 @@ class _Group:
 
     def put(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """`x` with the tokens in their places."""
+        if self.scatter:  # what is not there gets a place that does not exist, and that nothing else has
+            image = jnp.where(self.exists, self.image, len(x) + jnp.arange(len(self.image)))
+            beyond = x.shape[1] + jnp.arange(self.token.shape[1])
+            token = self.token if self.there is None else jnp.where(self.there, self.token, beyond)
+            return x.at[image[:, None], token].set(tokens, mode="drop", unique_indices=True)
         if self.there is not None:
             tokens = jnp.take_along_axis(tokens, self.place[..., None], axis=1)
         replace = self.active & self.exists[:, None]
@@ -113,10 +130,11 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
     """Runs `carry = step(carry, group)` for every group that has an active token."""
     batch, num_tokens = active.shape
     ends = jnp.cumsum(active, axis=1)
-    token = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(num_tokens) + 1))(ends)
+    search = functools.partial(jnp.searchsorted, method="compare_all" if plan.switch else "scan")
+    token = jax.vmap(lambda ends: search(ends, jnp.arange(num_tokens) + 1))(ends)
     token = jnp.minimum(token, num_tokens - 1)
     image, count = groups(ends[:, -1], min(plan.group, batch))
-    together = min(max(1, _FULL // plan.group), len(image))
+    together = 1 if plan.switch else min(max(1, _FULL // plan.group), len(image))
     largest, smallest = (jnp.pad(count[:, i], (0, together)) for i in (0, -1))  # the 0 at the end ends the loops
 
     def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:
@@ -131,17 +149,27 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
             there=None if full else jnp.arange(num)[None] < count[i][:, None],
             active=active[images],
             place=jnp.clip(ends[images] - 1, 0, num - 1),
+            scatter=plan.switch,
         )
         return step(carry, group), i + width
 
-    # From the fullest groups to the emptiest; a loop runs those that need its number of tokens, none if there is none. Loops
-    # and not lax.switch, whose branches XLA runs on a single core of a CPU. Where nothing has halted yet, as in the first
-    # layers, several groups run as one, without a mask.
-    token_counts = plan.token_counts(num_tokens)[::-1]
-    state = (carry, jnp.zeros((), jnp.int32))
+    token_counts = plan.token_counts(num_tokens)
     full = functools.partial(run, num_tokens, full=True)
+    state = (carry, jnp.zeros((), jnp.int32))
+    if plan.switch:
+        nothing = lambda state: (state[0], state[1] + 1)  # noqa: E731
+        branches = [nothing, *(functools.partial(run, num) for num in token_counts), full]
+
+        def switch(_: int, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            which = search(jnp.array((0, *token_counts)), largest[state[1]])
+            which = jnp.where(smallest[state[1]] == num_tokens, len(branches) - 1, which)
+            return jax.lax.switch(which, branches, state)
+
+        return jax.lax.fori_loop(0, len(image), switch, state)[0]
+    # From the fullest groups to the emptiest; a loop runs those that need its number of tokens, none if there is none. Where
+    # nothing has halted yet, as in the first layers, several groups run as one, without a mask.
     state = jax.lax.while_loop(lambda state: smallest[state[1] + together - 1] == num_tokens, full, state)
-    for num, fewer in zip(token_counts, (*token_counts[1:], 0), strict=True):
+    for num, fewer in zip(token_counts[::-1], (*token_counts[-2::-1], 0), strict=True):
         state = jax.lax.while_loop(
             lambda state, fewer=fewer: largest[state[1]] > fewer, lambda state, num=num: run(num, state), state
         )

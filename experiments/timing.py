@@ -1,5 +1,6 @@
 """Interleaved timing: machines drift, ratios within a round do not."""
 
+import os
 import platform
 import random
 import statistics
@@ -45,4 +46,4 @@ def environment() -> dict[str, str]:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": f"{len(jax.devices())} x {device.device_kind}",
-    }
+    } | ({"xla_flags": os.environ["XLA_FLAGS"]} if os.environ.get("XLA_FLAGS") else {})

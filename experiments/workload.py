@@ -1,5 +1,6 @@
 """Real pictures, and a network that costs a given share of the static one on them."""
 
+import concurrent.futures
 import os
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +9,18 @@ import jax
 import numpy as np
 
 import avit_jax
-from avit_jax import adaptive, errors
 from avit_jax import calibrate as calibrate_lib
+from avit_jax import errors
 from avit_jax.data import augment, loader, sources, transforms
 
 
 def pixels(name: str, split: str, data_dir: str, *, size: tuple[int, int], crop_ratio: float, count: int) -> np.ndarray:
-    """The first `count` pictures of a split, as evaluation sees them, `(count, H, W, C)` uint8."""
+    """The first `count` pictures of a split, as evaluation sees them, `(count, H, W, C)` uint8; again if there are fewer."""
     source = sources.load(name, split=split, data_dir=data_dir, image_size=size)
     read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=size, crop_ratio=crop_ratio))
-    return np.stack([read(i)["image"] for i in range(count)])
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        images = list(threads.map(lambda i: read(i)["image"], range(min(count, len(source.records)))))
+    return np.stack([images[i % len(images)] for i in range(count)])
 
 
 def load_images(count: int) -> tuple[np.ndarray, str]:
@@ -47,12 +50,16 @@ def gated(params: Any, shift: float) -> Any:
     return {"params": {**params, "gate": {"gamma": np.float32(1.0), "beta": np.float32(shift)}}}
 
 
-def calibrate(model: avit_jax.AViT, params: Any, images: np.ndarray, budgets: list[float]) -> dict[float, float]:
-    """Gate shift for each share of the static network's MACs; raises errors.UserError for one that it cannot come to."""
-    static = avit_jax.flops.static_macs(model)
-    cost = jax.jit(lambda variables: adaptive.apply(model, variables, images)[1].macs.mean() / static)
-    at = lambda shift: float(cost(gated(params, shift)))  # noqa: E731
+def calibrate(model: avit_jax.AViT, macs: Callable[[float], float], budgets: list[float]) -> dict[float, float]:
+    """Gate shift for each share of the static network's MACs; raises errors.UserError for one that it cannot come to.
+
+    Args:
+      model: for the MACs of the static network.
+      macs: mean MACs of an image at a gate shift.
+      budgets: shares.
+    """
+    share = lambda shift: macs(shift) / avit_jax.flops.static_macs(model)  # noqa: E731
     try:
-        return {budget: calibrate_lib.find_shift(at, budget, start=0.0, tolerance=0.004) for budget in budgets}
+        return {budget: calibrate_lib.find_shift(share, budget, start=0.0, tolerance=0.004) for budget in budgets}
     except calibrate_lib.OutOfReach as error:
         raise errors.UserError(str(error)) from error

@@ -1,4 +1,7 @@
-"""Settings of every test: eight CPU devices, exact matmuls, no silent rank promotion, quick compilation."""
+"""Settings of every test: eight CPU devices, exact matmuls, no silent rank promotion, quick compilation.
+
+AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator.
+"""
 
 import os
 import tempfile
@@ -9,7 +12,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
+_PLATFORM = os.environ.get("AVIT_TEST_PLATFORM", "cpu")
+jax.config.update("jax_platforms", _PLATFORM)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is nearly all that the tests do: equal programs are compiled once a session.
@@ -20,7 +24,8 @@ jax.config.update("jax_compilation_cache_dir", _cache.name)
 @pytest.fixture(autouse=True)
 def _compile_quickly(request: pytest.FixtureRequest) -> None:
     """Programs are optimised less, but for the comparison with the released implementation."""
-    jax.config.update("jax_disable_most_optimizations", "golden" not in request.module.__name__)
+    quickly = _PLATFORM == "cpu" and "golden" not in request.module.__name__
+    jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,6 @@
 """Removal against masking: the same logits and decisions for less work, whatever the batch, the plan and the device."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -92,6 +93,8 @@ _CASES = [  # distilled, redundancy, batch, plan
     (False, 0.0, 19, _PLAN),
     (True, 5.0, 19, adaptive.Plan(group=1, step=11, wave=4)),
     (False, 0.0, 7, adaptive.Plan(group=8, step=64, wave=6)),
+    (False, 0.0, 19, adaptive.Plan(group=3, step=8, wave=8, switch=True)),
+    (True, 5.0, 7, adaptive.Plan(group=4, step=8, switch=True)),
 ]
 
 
@@ -267,7 +270,7 @@ def test_autotune_measures_once_and_remembers(tmp_path, monkeypatch, caplog) -> 
     with caplog.at_level(logging.INFO, "avit_jax"):
         plan = adaptive.autotune(model, variables, images, cache=cache)
     assert "fastest" in caplog.text
-    assert list(json.loads(cache.read_text()).values()) == [{"group": plan.group, "step": plan.step, "wave": plan.wave}]
+    assert list(json.loads(cache.read_text()).values()) == [dataclasses.asdict(plan)]
     with monkeypatch.context() as patch:
         patch.setattr(adaptive, "apply", None)  # not measured again
         assert adaptive.autotune(model, variables, images, cache=cache) == plan

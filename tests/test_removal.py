@@ -42,6 +42,8 @@ def _loss_and_grads(model: vit.AViT, variables: Any, images: np.ndarray) -> Any:
     [
         ({}, 5, removal.Plan(group=2, step=8)),
         ({"distilled": True, "drop_path": 0.3, "halting": _MERGES}, 7, removal.Plan(group=3, step=32)),
+        ({}, 5, removal.Plan(group=2, step=8, switch=True)),
+        ({"distilled": True, "drop_path": 0.3, "halting": _MERGES}, 7, removal.Plan(group=3, step=8, switch=True)),
     ],
 )
 @pytest.mark.parametrize("beta", [-1.0, 100.0, -100.0])
@@ -110,8 +112,10 @@ def test_token_counts() -> None:
 
 
 def test_training_plans_of_small_and_large_pictures() -> None:
-    plans = [removal.training_plan(num_tokens) for num_tokens in (17, 65, 197, 785, 4097)]
+    plans = [removal.training_plan(num_tokens, "cpu") for num_tokens in (17, 65, 197, 785, 4097)]
     assert [(plan.group, plan.step) for plan in plans] == [(64, 8), (32, 8), (8, 32), (2, 128), (1, 680)]
+    plan = removal.training_plan(197, "gpu")
+    assert (plan.group, plan.step, plan.switch) == (128, 32, True)
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (5, 5), (20, 20), (21, 12), (41, 16), (1000, 20)])

@@ -3,11 +3,11 @@
 AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=experiments/inference_speed/deit_tiny
 
 Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it is
-unset; float32; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of
-the static network's multiply-accumulates (MACs). Programs are compiled and warmed up beforehand, compile time is told apart;
-input is on the device before a call, and every call is waited for. Calls are interleaved: each round runs every row once, over
-at least 16 pictures, and ratios are taken within a round. The static network runs in chunks of 1 to 16 pictures; speed-ups are
-against the fastest of them. Memory is XLA's own account of arguments, results and temporaries.
+unset; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of the
+static network's multiply-accumulates (MACs). Programs are compiled and warmed up beforehand, compile time is told apart (one
+program serves every gate); input is on the device before a call, and every call is waited for. Calls are interleaved: each
+round runs every row once, over at least 16 pictures, and ratios are taken within a round. The static network runs in chunks of
+several sizes; speed-ups are against the fastest of them. Memory is XLA's own account of arguments, results and temporaries.
 """
 
 import functools
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -27,36 +28,48 @@ from experiments import results, timing, workload
 _MODEL = flags.DEFINE_enum("model", "deit_tiny", ["deit_tiny", "deit_small"], "shape of the network")
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64, 256], "images a call", lower_bound=1)
 _BUDGET = flags.DEFINE_multi_float("budget", [0.8, 0.62, 0.4], "share of the static network's MACs")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the network; pictures are float32")
 _REDUNDANCY = flags.DEFINE_float("redundancy", 0.0, "above 0: halted tokens merge, and the gate looks at redundancy so much")
 _SECONDS = flags.DEFINE_float("seconds", 120, "measures each batch size for so long, and for three rounds at least")
 _OUT = flags.DEFINE_string("out", None, "writes <out>.json and <out>.png")
 
-_CHUNKS = (1, 4, 8, 16)
 _PER_ROUND = 16  # pictures a round, at least
 
 
-class Row:
-    """One compiled program on batches of images; a call runs over all of them, each waited for."""
+class Program:
+    """A function of variables and a batch of images, compiled."""
 
-    def __init__(self, function: Callable[..., Any], variables: Any, batches: list[jax.Array]) -> None:
+    def __init__(self, function: Callable[..., Any], variables: Any, batch: jax.Array) -> None:
         started = time.monotonic()
-        self._run = jax.jit(function).lower(variables, batches[0]).compile()
+        self.run = jax.jit(function).lower(variables, batch).compile()
         self.compile_seconds = time.monotonic() - started
-        memory = self._run.memory_analysis()
+        memory = self.run.memory_analysis()
         self.memory = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        self._variables, self._batches = variables, batches
+
+
+class Row:
+    """A program on batches of images; a call runs over all of them, each waited for."""
+
+    def __init__(self, program: Program, variables: Any, batches: list[jax.Array]) -> None:
+        self.program, self._variables, self._batches = program, jax.device_put(variables), batches
         self.latencies: list[float] = []
 
     def __call__(self) -> None:
         for batch in self._batches:
             started = time.perf_counter()
-            jax.block_until_ready(self._run(self._variables, batch))
+            jax.block_until_ready(self.program.run(self._variables, batch))
             self.latencies.append(time.perf_counter() - started)
 
     def macs(self) -> tuple[float, float]:
         """Mean MACs of an image, without and with padding; of an adaptive row."""
-        aux = [self._run(self._variables, batch)[1] for batch in self._batches]
+        aux = [self.program.run(self._variables, batch)[1] for batch in self._batches]
         return tuple(float(np.mean([getattr(a, name) for a in aux])) for name in ("macs", "macs_padded"))
+
+
+def chunks(batch: int) -> list[int]:
+    """Sizes of the chunks that a batch is tried in: small ones for the caches of a CPU, large ones for an accelerator."""
+    sizes = (1, 4, 8, 16) if jax.default_backend() == "cpu" else (64, 256, batch)
+    return sorted({size for size in sizes if batch % size == 0})
 
 
 def in_a_round(batch: int) -> int:
@@ -74,36 +87,32 @@ def torch_rows(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> d
 
     def row(chunk: int) -> Callable[[], Any]:
         images = np.concatenate(batches).reshape(-1, chunk, *batches[0].shape[1:])
-        each = [torch_vit.function(params, part, width=model.width, num_heads=model.num_heads) for part in images]
+        options = {"width": model.width, "num_heads": model.num_heads, "dtype": _DTYPE.value, "device": device}
+        each = [torch_vit.function(params, part, **options) for part in images]
         return lambda: [function() for function in each]
 
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     size = len(batches[0])
-    return {f"torch, chunks of {chunk}": row(chunk) for chunk in (8, 16, size) if size % chunk == 0}
+    sizes = {8, 16, size} if device == "cpu" else set(chunks(size))
+    return {f"torch, chunks of {chunk}": row(chunk) for chunk in sorted(sizes) if size % chunk == 0}
 
 
 def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -> dict[str, Any]:
     """All rows at one batch size."""
     count = in_a_round(batch)
-    shifts = workload.calibrate(model, params, images[:count], _BUDGET.value)
     batches = [jax.device_put(images[i : i + batch]) for i in range(0, count, batch)]
-    plain = model.clone(halting=None)
-    static = {
-        f"static, chunks of {chunk}": Row(workload.chunked(plain.apply, chunk), {"params": params}, batches)
-        for chunk in _CHUNKS
-        if batch % chunk == 0
-    }
-    chunk = max(chunk for chunk in _CHUNKS if chunk <= 8 and batch % chunk == 0)
-    masked = {
-        f"masked {_BUDGET.value[-1]}": Row(
-            workload.chunked(model.apply, chunk), workload.gated(params, shifts[_BUDGET.value[-1]]), batches
-        )
-    }
-    removed = {
-        f"adaptive {budget}": Row(functools.partial(adaptive.apply, model), workload.gated(params, shift), batches)
-        for budget, shift in shifts.items()
-    }
-    removed["adaptive 1.0"] = Row(functools.partial(adaptive.apply, model), workload.gated(params, -1e3), batches)
-    rows = static | masked | removed
+    remove = Program(functools.partial(adaptive.apply, model), workload.gated(params, 0.0), batches[0])
+    at = lambda shift: Row(remove, workload.gated(params, shift), batches)  # noqa: E731
+    shifts = workload.calibrate(model, lambda shift: at(shift).macs()[0], _BUDGET.value)
+    removed = {f"adaptive {budget}": at(shift) for budget, shift in shifts.items()} | {"adaptive 1.0": at(-1e3)}
+    static, variables = {}, {"params": params}
+    for chunk in chunks(batch):
+        program = Program(workload.chunked(model.clone(halting=None).apply, chunk), variables, batches[0])
+        static[f"static, chunks of {chunk}"] = Row(program, variables, batches)
+    chunk = max(chunk for chunk in chunks(batch) if chunk <= 8 or jax.default_backend() != "cpu")
+    last, variables = _BUDGET.value[-1], workload.gated(params, shifts[_BUDGET.value[-1]])
+    program = Program(workload.chunked(model.apply, chunk), variables, batches[0])
+    rows = static | {f"masked {last}": Row(program, variables, batches)} | removed
     functions = rows | torch_rows(params, batches, model)
     seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
     best = min(static, key=lambda name: np.median(seconds[name]))
@@ -116,7 +125,8 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
             latencies = rows[name].latencies[len(batches) :]  # the first round warms up
             p50, p95 = (1e3 * float(np.percentile(latencies, q)) for q in (50, 95))
             result[name] |= {"p50_ms": p50, "p95_ms": p95}
-            result[name] |= {"compile_seconds": rows[name].compile_seconds, "memory_mb": rows[name].memory / 1e6}
+            program = rows[name].program
+            result[name] |= {"compile_seconds": program.compile_seconds, "memory_mb": program.memory / 1e6}
         if name in removed:
             macs, padded = removed[name].macs()
             ideal = static_macs / macs
@@ -173,9 +183,9 @@ def main(_: list[str]) -> None:
     """Measures every batch size, prints and writes."""
     images, where = workload.load_images(max(map(in_a_round, _BATCH.value)))
     halting = avit_jax.HaltingConfig(learnable=True, merge=_REDUNDANCY.value > 0, redundancy=_REDUNDANCY.value)
-    model = getattr(avit_jax, _MODEL.value)(halting=halting)
+    model = getattr(avit_jax, _MODEL.value)(halting=halting, dtype=jnp.dtype(_DTYPE.value))
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
-    what = {"model": _MODEL.value, "redundancy": _REDUNDANCY.value, "images": where, "dtype": "float32"}
+    what = {"model": _MODEL.value, "redundancy": _REDUNDANCY.value, "images": where, "dtype": _DTYPE.value}
     result: dict[str, Any] = {**timing.environment(), **what, "batches": []}
     for batch in _BATCH.value:
         result["batches"].append(measure(model, params, images, batch))

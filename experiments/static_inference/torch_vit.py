@@ -83,15 +83,19 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-def function(params: Any, images: np.ndarray, *, width: int, num_heads: int) -> Callable[[], np.ndarray]:
-    """Logits of the images `(B, 224, 224, 3)`, by a DeiT with the given parameters of ours."""
+def function(
+    params: Any, images: np.ndarray, *, width: int, num_heads: int, dtype: str = "float32", device: str = "cpu"
+) -> Callable[[], np.ndarray]:
+    """Logits of the images `(B, 224, 224, 3)`, by a DeiT with the given parameters of ours, all in `dtype`."""
     network = VisionTransformer(width, num_heads).eval()
     state_dict = weights.to_torch(params, patch_shape=(16, 16, 3))
     network.load_state_dict({name: torch.tensor(array) for name, array in state_dict.items()})
-    pixels = torch.tensor(images.transpose(0, 3, 1, 2).copy())
+    network, pixels = (
+        x.to(device, getattr(torch, dtype)) for x in (network, torch.tensor(images.transpose(0, 3, 1, 2).copy()))
+    )
 
     def run() -> np.ndarray:
         with torch.inference_mode():
-            return network(pixels).numpy()
+            return network(pixels).float().cpu().numpy()
 
     return run

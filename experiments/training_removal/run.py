@@ -2,12 +2,13 @@
 
 AVIT_DATA_DIR=... python -m experiments.training_removal.run --out=experiments/training_removal/result.json
 
-DeiT-T, float32, loss and gradients of one batch of real pictures with the paper's ponder and prior loss; random weights, the
+DeiT-T, loss and gradients of one batch of real pictures with the paper's ponder and prior loss; random weights, the
 gate shift calibrated to shares of the static network's MACs in inference. In training the tokens of an image go on after its
 class token has halted, since ponder and prior loss count them: the share of active tokens is told beside. Memory is XLA's
 temporaries.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ import numpy as np
 from absl import app, flags
 
 import avit_jax
-from avit_jax import errors, losses, removal
+from avit_jax import adaptive, errors, losses, removal
 from experiments import results, timing, workload
 
 _BATCH = flags.DEFINE_integer("batch", 32, "images a step")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the network")
 _BUDGET = flags.DEFINE_multi_float("budget", [0.8, 0.62, 0.4], "share of the static network's MACs in inference")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "interleaved repeats")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write")
@@ -49,21 +51,30 @@ def difference(grads: Any, expected: Any) -> float:
     )
 
 
-def measure(model: avit_jax.AViT, variables: Any, images: jax.Array) -> dict[str, Any]:
-    """Masked, masked with rematerialisation, and removed, at one gate."""
+Programs = dict[str, tuple[Callable[..., Any], dict[str, float]]]  # each with what compiling it took and told
+
+
+def compiled(model: avit_jax.AViT, variables: Any, images: jax.Array) -> Programs:
+    """Masked, masked with rematerialisation, and removed."""
     models = {
         "masked": model,
         "masked, remat": model.clone(remat=True),
         "removed": model.clone(removal=removal.training_plan(model.num_tokens)),
     }
-    rows, functions, outputs = {}, {}, {}
+    programs = {}
     for name, each in models.items():
         started = time.monotonic()
         run = jax.jit(build(each)).lower(variables, images).compile()
-        rows[name] = {"compile_seconds": time.monotonic() - started}
-        rows[name]["temporaries_mb"] = run.memory_analysis().temp_size_in_bytes / 1e6
-        functions[name] = lambda run=run: jax.block_until_ready(run(variables, images))
-        outputs[name] = functions[name]()
+        row = {"compile_seconds": time.monotonic() - started}
+        programs[name] = run, row | {"temporaries_mb": run.memory_analysis().temp_size_in_bytes / 1e6}
+    return programs
+
+
+def measure(programs: Programs, variables: Any, images: jax.Array) -> dict[str, Any]:
+    """All programs at one gate."""
+    rows = {name: dict(row) for name, (_, row) in programs.items()}
+    functions = {name: lambda run=run: jax.block_until_ready(run(variables, images)) for name, (run, _) in programs.items()}
+    outputs = {name: function() for name, function in functions.items()}
     seconds = timing.interleave(functions, _ROUNDS.value)
     (_, active), expected = outputs["masked"]
     for name, row in rows.items():
@@ -76,12 +87,17 @@ def measure(model: avit_jax.AViT, variables: Any, images: jax.Array) -> dict[str
 def main(_: list[str]) -> None:
     """Measures at every budget, prints and writes."""
     images, where = workload.load_images(_BATCH.value)
-    model = avit_jax.deit_tiny(halting=avit_jax.HaltingConfig(learnable=True))
+    model = avit_jax.deit_tiny(halting=avit_jax.HaltingConfig(learnable=True), dtype=jnp.dtype(_DTYPE.value))
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
-    shifts = {1.0: -1e3} | workload.calibrate(model, params, images, _BUDGET.value)
-    result = {**timing.environment(), "images": where, "batch": _BATCH.value, "rounds": _ROUNDS.value, "budgets": {}}
+    infer = jax.jit(functools.partial(adaptive.apply, model))
+    macs = lambda shift: float(infer(workload.gated(params, shift), images)[1].macs.mean())  # noqa: E731
+    shifts = {1.0: -1e3} | workload.calibrate(model, macs, _BUDGET.value)
+    result = {**timing.environment(), "images": where, "dtype": _DTYPE.value, "batch": _BATCH.value, "rounds": _ROUNDS.value}
+    result["budgets"] = {}
+    images = jax.device_put(images)
+    programs = compiled(model, workload.gated(params, 0.0), images)
     for budget, shift in shifts.items():
-        result["budgets"][budget] = measure(model, workload.gated(params, shift), jax.device_put(images))
+        result["budgets"][budget] = measure(programs, jax.device_put(workload.gated(params, shift)), images)
         print(budget, json.dumps(result["budgets"][budget], indent=2), flush=True)
     if _OUT.value:
         results.save(_OUT.value, result)
