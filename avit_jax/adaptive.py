@@ -66,8 +66,8 @@ def default_plan(batch: int | None, backend: str | None = None) -> Plan:
       backend: "cpu", "gpu" or "tpu"; default: that of JAX.
     """
     backend = backend or jax.default_backend()
-    if backend == "gpu":
-        return Plan(group=256, step=32, wave=1024, switch=True)
+    if backend == "gpu":  # of an unknown batch a whole wave is held in memory
+        return Plan(group=256, step=32, wave=1024, switch=True) if batch else Plan(group=64, step=32, wave=256, switch=True)
     if backend != "cpu":
         return Plan(group=16, step=32, wave=256)
     if batch and batch >= 32:  # larger groups are faster by themselves, but lose more to padding, in small batches most
@@ -104,6 +104,7 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
     plan = plan or default_plan(batch if known else None)
     plan = dataclasses.replace(plan, group=min(plan.group, plan.wave, batch if known else plan.wave))
     size = plan.wave_size(batch) if known else plan.wave
+    plan = plan.evenly(size)
     waves = -(-batch // size)
     begins = jnp.arange(waves) * size
     if known:  # the last wave begins earlier, with images that do not count: no copy of all images to fill it up
@@ -116,7 +117,7 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
         begin, start = places
         place = start + jnp.arange(size)
         exists = (begin <= place) & (place < batch)
-        x = _embed(model, variables, images, start, exists, size if plan.switch else plan.group)
+        x = _embed(model, variables, images, start, exists, size if plan.switch and known else plan.group)
         return _classify(model, variables, x, exists, plan)
 
     def in_order(x: jax.Array) -> jax.Array:
@@ -134,7 +135,7 @@ def removes(model: vit.AViT) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
 
 
 def _embed(model: vit.AViT, variables: Any, images: jax.Array, start: jax.Array, exists: jax.Array, group: int) -> jax.Array:
-    """Tokens `(size, N, D)` of the images from `start` on, group by group: of small arrays, which stay in the cache."""
+    """Tokens `(size, N, D)` of the images from `start` on, so many at a time: small arrays stay in the cache of a CPU."""
     size = len(exists)
 
     def embed(begin: jax.Array) -> jax.Array:
@@ -145,6 +146,8 @@ def _embed(model: vit.AViT, variables: Any, images: jax.Array, start: jax.Array,
         begin = jnp.minimum(place, size - group)  # the last group may overlap the one before
         return jax.lax.dynamic_update_slice_in_dim(x, embed(start + begin), begin, 0), place + group
 
+    if group == size:
+        return embed(start)
     tokens = jax.eval_shape(embed, start)
     x = jnp.zeros((size, *tokens.shape[1:]), tokens.dtype)
     stop = jnp.max(jnp.where(exists, jnp.arange(size) + 1, 0))
@@ -215,9 +218,9 @@ def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan) -> jax.Array:
 def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.PathLike | str = _CACHE) -> Plan:
     """Measures plans around the default one on these images, and returns the fastest; give it to `apply`.
 
-    The first call takes a minute or two, nearly all of it to compile. The result is remembered for this device, version of JAX,
-    model, shape and dtype of the images: the same question is answered from the file from then on. Measure on real images and
-    trained weights, on an idle machine: what is fastest depends on what halts.
+    The first call takes a minute or two, on a GPU longer, nearly all of it to compile. The result is remembered for this
+    device, version of JAX, model, shape and dtype of the images: the same question is answered from the file from then on.
+    Measure on real images and trained weights, on an idle machine: what is fastest depends on what halts.
 
     Args:
       model: as for `apply`.
@@ -234,6 +237,7 @@ def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.Pa
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not there, or not ours: measured, and written anew
     default = default_plan(len(images))
+    default = dataclasses.replace(default, group=min(default.group, len(images)))
     groups = sorted({max(1, default.group // 2), default.group, min(2 * default.group, len(images))})
     plans = [
         dataclasses.replace(default, group=group, step=step) for group in groups for step in (default.step, 2 * default.step)

@@ -23,13 +23,14 @@ class Plan:
     """How images are batched; affects speed, memory and the last digits only.
 
     Attributes:
-      group: images that go through a layer together; more where all of them still have all tokens.
+      group: images that go through a layer together; fewer, to have groups of about one size; with loops more where all of
+        them still have all tokens.
       step: tokens; a group is padded to a multiple of it, of twice as many below half of all tokens. Compile time grows with
         the number of multiples, and with the group.
       wave: images that are sorted, and whose tokens are held in memory, at a time; of inference. A group is not larger.
       switch: a switch chooses the number of tokens of each group, in place of loops, and one scatter puts its tokens back, in
-        place of a slice for each image. For a GPU, where the host reads the condition of a loop, but not that of a switch; on
-        CPU XLA runs the branches of a switch on a single core.
+        place of a slice for each image. For a GPU: there the host reads the condition of a loop, but not that of a switch as
+        long as XLA keeps it in a command buffer (by default it does). On CPU XLA runs the branches of a switch on one core.
     """
 
     group: int
@@ -40,6 +41,10 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.group, self.step, self.wave) < 1:
             raise ValueError(f"group, step and wave must be at least 1; got {self}.")
+
+    def evenly(self, batch: int) -> "Plan":
+        """The plan whose groups, as many as this one's, share out the batch."""
+        return dataclasses.replace(self, group=-(-batch // -(-batch // self.group)))
 
     def wave_size(self, batch: int) -> int:
         """Images a wave of this batch: at most `wave`, rounded up to whole groups; the last wave may hold fewer."""
@@ -53,11 +58,11 @@ class Plan:
 
 
 def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
-    """A good plan for training with N tokens: groups of a power of two images, of few tokens in all if that is not one.
+    """A good plan for training with N tokens: groups of a power of two images, of 2,080 tokens (on a GPU 25,600) at most.
 
     Args:
       num_tokens: N.
-      backend: "cpu", "gpu" or "tpu"; default: that of JAX.
+      backend: "cpu", "gpu" or "tpu"; default: that of JAX, which starts it.
     """
     gpu = (backend or jax.default_backend()) == "gpu"
     group = 2 ** (max(1, (25_600 if gpu else 2080) // num_tokens).bit_length() - 1)
@@ -129,11 +134,12 @@ class _Group:
 def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, plan: Plan) -> Any:
     """Runs `carry = step(carry, group)` for every group that has an active token."""
     batch, num_tokens = active.shape
+    plan = plan.evenly(batch)
     ends = jnp.cumsum(active, axis=1)
     search = functools.partial(jnp.searchsorted, method="compare_all" if plan.switch else "scan")
     token = jax.vmap(lambda ends: search(ends, jnp.arange(num_tokens) + 1))(ends)
     token = jnp.minimum(token, num_tokens - 1)
-    image, count = groups(ends[:, -1], min(plan.group, batch))
+    image, count = groups(ends[:, -1], plan.group)
     together = 1 if plan.switch else min(max(1, _FULL // plan.group), len(image))
     largest, smallest = (jnp.pad(count[:, i], (0, together)) for i in (0, -1))  # the 0 at the end ends the loops
 

@@ -1,6 +1,6 @@
 """Settings of every test: eight CPU devices, exact matmuls, no silent rank promotion, quick compilation.
 
-AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator.
+AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator; without `-n`, as each process takes its memory.
 """
 
 import os

@@ -19,6 +19,7 @@ from jax import export
 from avit_jax import adaptive, flops, halting, vit
 
 _PLAN = adaptive.Plan(group=3, step=8, wave=8)
+_PLANS = [_PLAN, dataclasses.replace(_PLAN, switch=True)]
 
 
 def _model(**changes: Any) -> vit.AViT:
@@ -208,6 +209,7 @@ def test_padding_of_the_default_plan_is_small(budget: float, batch: int, bound: 
         low, high = (low, mean) if ratio > budget else (mean, high)
     assert ratio == pytest.approx(budget, abs=0.01)
     size = plan.wave_size(batch)
+    plan = plan.evenly(size)
     waves = [active[:, start : start + size] for start in range(0, batch, size)]
     assert macs * batch / sum(_padded_by_hand(model, wave, plan) for wave in waves) >= bound
 
@@ -228,10 +230,11 @@ def test_one_program_a_batch_size() -> None:
             ).block_until_ready()
 
 
-def test_each_device_its_own_images() -> None:
+@pytest.mark.parametrize("plan", _PLANS)
+def test_each_device_its_own_images(plan: adaptive.Plan) -> None:
     model = _model(distilled=True)
     variables, images = _variables(model), _images(model, 8 * 3)
-    run = jax.pmap(functools.partial(adaptive.apply, model, plan=_PLAN), in_axes=(None, 0))
+    run = jax.pmap(functools.partial(adaptive.apply, model, plan=plan), in_axes=(None, 0))
     logits, aux = jax.device_get(run(variables, images.reshape(8, 3, *images.shape[1:])))
     expected, masked = _masked(model)(variables, images)
     np.testing.assert_allclose(logits.reshape(24, -1), expected, rtol=0, atol=1e-5)
@@ -239,13 +242,14 @@ def test_each_device_its_own_images() -> None:
     np.testing.assert_array_equal(aux.depth.reshape(24, -1), computing.sum(axis=0))
 
 
+@pytest.mark.parametrize("plan", _PLANS)
 @pytest.mark.parametrize("batch", [5, "b"])
-def test_export(batch: int | str) -> None:
+def test_export(batch: int | str, plan: adaptive.Plan) -> None:
     model = _model()
     variables = _variables(model)
     size = export.symbolic_shape(batch)[0] if isinstance(batch, str) else batch
     spec = jax.ShapeDtypeStruct((size, *model.pixels, model.channels), jnp.float32)
-    run = jax.jit(functools.partial(adaptive.apply, model, variables, plan=_PLAN))
+    run = jax.jit(functools.partial(adaptive.apply, model, variables, plan=plan))
     program = export.export(jax.jit(lambda images: run(images)[0]), platforms=("cpu", "cuda", "tpu"))(spec)
     for count in (5,) if batch == 5 else (1, 8, 21):
         images = _images(model, count)

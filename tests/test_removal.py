@@ -111,6 +111,11 @@ def test_token_counts() -> None:
     assert removal.Plan(group=1, step=2).token_counts(4) == (2, 4)
 
 
+@pytest.mark.parametrize(("batch", "group"), [(1, 1), (8, 8), (9, 5), (16, 8), (17, 6), (257, 8)])
+def test_groups_share_out_the_batch(batch: int, group: int) -> None:
+    assert removal.Plan(group=8, step=8).evenly(batch).group == group
+
+
 def test_training_plans_of_small_and_large_pictures() -> None:
     plans = [removal.training_plan(num_tokens, "cpu") for num_tokens in (17, 65, 197, 785, 4097)]
     assert [(plan.group, plan.step) for plan in plans] == [(64, 8), (32, 8), (8, 32), (2, 128), (1, 680)]

@@ -4,10 +4,11 @@ AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=experiments/in
 
 Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it is
 unset; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of the
-static network's multiply-accumulates (MACs). Programs are compiled and warmed up beforehand, compile time is told apart (one
-program serves every gate); input is on the device before a call, and every call is waited for. Calls are interleaved: each
-round runs every row once, over at least 16 pictures, and ratios are taken within a round. The static network runs in chunks of
-several sizes; speed-ups are against the fastest of them. Memory is XLA's own account of arguments, results and temporaries.
+static network's multiply-accumulates (MACs); where the batch is larger than the data set, pictures come again. Programs are
+compiled and warmed up beforehand, compile time is told apart (one program serves every gate); input is on the device before a
+call, and every call is waited for. Calls are interleaved: each round runs every row once, over at least 16 pictures, and
+ratios are taken within a round. The static network runs in chunks of several sizes; speed-ups are against the fastest of them.
+Memory is XLA's own account of arguments, results and temporaries.
 """
 
 import functools
