@@ -90,9 +90,8 @@ def function(
     network = VisionTransformer(width, num_heads).eval()
     state_dict = weights.to_torch(params, patch_shape=(16, 16, 3))
     network.load_state_dict({name: torch.tensor(array) for name, array in state_dict.items()})
-    network, pixels = (
-        x.to(device, getattr(torch, dtype)) for x in (network, torch.tensor(images.transpose(0, 3, 1, 2).copy()))
-    )
+    network.to(device, getattr(torch, dtype))
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2).copy(), dtype=getattr(torch, dtype), device=device)
 
     def run() -> np.ndarray:
         with torch.inference_mode():
