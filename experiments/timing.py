@@ -1,6 +1,7 @@
 """Interleaved timing: machines drift, ratios within a round do not."""
 
 import os
+import pathlib
 import platform
 import random
 import statistics
@@ -39,6 +40,17 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
+def processor() -> str:
+    """Name of the host's processor and its widest vectors: "AMD EPYC, avx2"; the architecture where Linux does not tell more."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    known = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
+    name = " ".join(known.get("model name", [platform.machine()]))
+    return ", ".join([name, *[vectors for vectors in ("avx512f", "avx2") if vectors in known.get("flags", [])][:1]])
+
+
 def environment() -> dict[str, str]:
     """What the figures depend on."""
     device = jax.devices()[0]
@@ -46,4 +58,5 @@ def environment() -> dict[str, str]:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": f"{len(jax.devices())} x {device.device_kind}",
+        "processor": processor(),
     } | ({"xla_flags": os.environ["XLA_FLAGS"]} if os.environ.get("XLA_FLAGS") else {})
