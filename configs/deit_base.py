@@ -3,7 +3,8 @@
 python -m avit_jax.main --config=configs/deit_base.py --workdir=runs/deit_base \
   --config.init=hf-hub:timm/deit_base_patch16_224.fb_in1k
 
-Hardware: meant for 8 accelerators, 48 images each. Expected: unknown; DeiT-B has 81.8% top-1 for 17.6 GMACs (DeiT paper).
+Hardware: meant for 8 accelerators, 48 images each. Expected: unknown; DeiT-B has 81.8% top-1 (DeiT paper), for
+17.6 GMACs by our count.
 """
 
 from ml_collections import ConfigDict

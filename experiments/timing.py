@@ -41,7 +41,7 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def processor() -> str:
-    """Name of the host's processor and its widest vectors: "AMD EPYC, avx2"; the architecture where Linux does not tell more."""
+    """Name of the processor and its widest vectors, as in "AMD EPYC, avx2"; the architecture where Linux does not tell more."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """Compiles the training step and adaptive inference for Cloud TPUs, without having one, and tells what memory they need.
 
 pip install '.[tpu]'
-JAX_PLATFORMS=cpu python -m experiments.aot.run --out=experiments/aot
+JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot
 
 Writes result.json and table.md; what is in result.json already is not compiled again. `roofline ms` is an estimate and no
 measurement: the static network's MACs (three times, for training; four with rematerialisation) at the published bfloat16 peak.

@@ -1,6 +1,6 @@
 """Images per second with halted tokens removed, against the static network, masking, and plain PyTorch.
 
-AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=experiments/inference_speed/deit_tiny
+AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=runs/deit_tiny
 
 Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it is
 unset; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of the
