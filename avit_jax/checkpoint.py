@@ -58,8 +58,8 @@ class Checkpoints:
     """The checkpoints of one workdir, in its folder `checkpoints`; a context manager that waits for the last write.
 
     Used by one process, the first where there are several. A checkpoint appears under its name when all of it has been
-    written, and one whose files have changed since is never restored: it is moved out of the folder, with a warning, and the
-    one before takes its place.
+    written, and one whose files have changed since is never restored: it is renamed, with a warning, and the one before takes
+    its place.
 
     Args:
       workdir: a local path or one that etils reads, such as `gs://`.
@@ -71,7 +71,6 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False) -> None:
         self._directory = folder(workdir)
-        self._workdir = self._directory.parent
         self._saving: int | None = None
         if not read_only:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -95,6 +94,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
         except Exception as error:  # of a damaged checkpoint that could not be moved away, or cannot be told by its digests
             raise errors.UserError(f"{self._directory} cannot be read ({errors.first_line(error)}).") from error
+        # Asked so, processes count their steps otherwise than `distributed.Stop`, and would miss the one to stop after.
+        self._manager.reached_preemption = lambda step: False
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -121,7 +122,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(jax.device_get(state)), extra=ocp.args.JsonSave(extra))
         with self._told():
             self._manager.wait_until_finished()
-            replaced = self._workdir / f"{_REPLACED}{step}"
+            replaced = self._directory / f"{_REPLACED}{step}"
             if step in self._manager.all_steps():
                 (self._directory / str(step)).rename(replaced)  # it is not gone before the other is there, see `_put_back`
                 self._manager.reload()
@@ -130,6 +131,11 @@ class Checkpoints:
             if replaced.exists():
                 self._manager.wait_until_finished()
                 replaced.rmtree()
+
+    def wait(self) -> None:
+        """Returns when what has been saved is written; raises errors.UserError where it could not be."""
+        with self._told():
+            self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -168,8 +174,7 @@ class Checkpoints:
 
     def _choose(self, which: str) -> int:
         """Step of the checkpoint to restore."""
-        with self._told():
-            self._manager.wait_until_finished()
+        self.wait()
         step = self.step(which)
         if step is None:
             raise errors.UserError(
@@ -202,7 +207,7 @@ class Checkpoints:
 
     def _put_back(self) -> None:
         """After a run that ended while it replaced a checkpoint: the old one takes its place again, unless the new one has."""
-        for old in self._workdir.glob(f"{_REPLACED}*"):
+        for old in self._directory.glob(f"{_REPLACED}*"):
             target = self._directory / old.name.removeprefix(_REPLACED)
             if target.exists():
                 old.rmtree()
@@ -236,11 +241,11 @@ class Checkpoints:
         return f"{differing[0]} is not as it was written" if differing else ""
 
     def _set_aside(self, step: int) -> None:
-        target = self._workdir / f"damaged_checkpoint_{step}"
+        target = self._directory / f"damaged_checkpoint_{step}"
         if target.exists():
             target.rmtree()
         (self._directory / str(step)).rename(target)
-        _logger.warning("moved it to %s", target)
+        _logger.warning("renamed it to %s", target)
 
     def _check_fit(self, step: int, state: Any) -> None:
         """Compares shapes before anything is read: Orbax would leave an array out, or fail halfway with a page of text."""

@@ -322,8 +322,8 @@ def of_then(before: dict[str, Any]) -> dict[str, Any]:
     return flat(json.loads(default().to_json_best_effort())) | flat(before)
 
 
-def check_same(config: ConfigDict, before: dict[str, Any]) -> None:
-    """Raises errors.UserError, naming the keys, where a run was begun with values that would give other numbers.
+def changes(config: ConfigDict, before: dict[str, Any]) -> str:
+    """What differs of the values that would give other numbers, by name; empty where nothing does.
 
     Args:
       config: of now.
@@ -331,9 +331,14 @@ def check_same(config: ConfigDict, before: dict[str, Any]) -> None:
     """
     now, then = flat(json.loads(config.to_json_best_effort())), of_then(before)
     differing = sorted(key for key in (now.keys() | then.keys()) - _FREE if now.get(key) != then.get(key))
+    return ", ".join(f"{key} from {then.get(key, 'nothing')} to {now.get(key, 'nothing')}" for key in differing)
+
+
+def check_same(config: ConfigDict, before: dict[str, Any]) -> None:
+    """Raises errors.UserError where a run was begun with another configuration; see `changes`."""
+    differing = changes(config, before)
     if differing:
-        changes = ", ".join(f"{key} from {then.get(key, 'nothing')} to {now.get(key, 'nothing')}" for key in differing)
         raise errors.UserError(
-            f"the run in this workdir was begun with another configuration; changed: {changes}. Go back to it, set another "
+            f"the run in this workdir was begun with another configuration; changed: {differing}. Go back to it, set another "
             "--workdir, or go on all the same with --allow_changed_config."
         )

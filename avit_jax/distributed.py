@@ -28,13 +28,14 @@ def _on_abort(number: int) -> None:
     os._exit(2)
 
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, *, stops: bool) -> None:
     """Makes this process one of several, before JAX is used; without arguments only on Cloud TPU, which tells them.
 
     Args:
       coordinator: `host:port` of the first process.
       num_processes: how many there are.
       process_id: which one this is, from 0.
+      stops: whether `Stop` is going to look for SIGTERM, which ends the process otherwise.
 
     Raises:
       errors.UserError: only some of the three are given, they make no sense, or the others do not answer.
@@ -49,6 +50,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     elif not _is_address(coordinator) or not 0 <= process_id < num_processes:
         raise errors.UserError("--coordinator is host:port of the first process, and --process_id lies below --num_processes.")
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+    jax.config.update("jax_enable_preemption_service", stops)
     try:
         jax.distributed.initialize(
             *arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -80,6 +82,12 @@ def from_first_json(value: Any) -> Any:
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(from_first(np.int32(text.size)))
     return json.loads(from_first(np.resize(text, size)).tobytes())
+
+
+def check_same(fingerprint: str, name: object) -> None:
+    """Raises errors.UserError where what is named has another fingerprint than on the first process."""
+    if from_first_json(fingerprint) != fingerprint:
+        raise errors.UserError(f"{name} is not the same here as on the first process: bring the same to all hosts.")
 
 
 class Stop:

@@ -51,6 +51,7 @@ class Evaluator:
         if training is not None:
             sources.check_same_classes(training, self.source)
         sources.check_fit(self.source, num_classes=model.num_classes, channels=model.channels)
+        distributed.check_same(self.source.fingerprint(), self.source.name)
         self._apply = adaptive.removes(model) if config.eval.adaptive else model.apply
         transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
         self.reader = loader.Reader(source=self.source, transform=transform, skip_bad=config.data.bad_records == "skip")

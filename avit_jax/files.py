@@ -27,5 +27,9 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
         path = epath.Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        whole.write_bytes(content)
-        whole.replace(path)
+        try:
+            whole.write_bytes(content)
+            whole.replace(path)
+        except BaseException:  # a full disk is not to stay full of halves
+            whole.unlink(missing_ok=True)
+            raise

@@ -82,7 +82,7 @@ def _run(argv: list[str], workdir: str) -> None:
     elif _MODE.value == "calibrate":
         if not _OUT.value or not _BUDGET.value:
             errors.stop("name the file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
-        train.check_batch_sizes(_CONFIG.value, "eval")
+        train.check(_CONFIG.value, "eval")
         calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)
     else:
         predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
@@ -101,7 +101,8 @@ def _main(argv: list[str]) -> None:
     name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
     workdir = _WORKDIR.value or f"runs/{name}"
     try:
-        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        several = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        distributed.initialize(*several, stops=_MODE.value == "train")
         if _MODE.value in ("train", "eval") and not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

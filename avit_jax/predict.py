@@ -92,13 +92,26 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in pictures.ENDINGS and file.is_file())
+        found = sorted(file for file in _walk(path) if file.suffix.lower() in pictures.ENDINGS and file.is_file())
         if not found:
             raise errors.UserError(f"there is no picture in {path}: they end in {', '.join(pictures.ENDINGS)}.")
         return found
     if not path.exists():
         raise errors.UserError(f"there is no picture {path}.")
     return [path]
+
+
+def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """All files below a folder, also behind links, but none twice where links lead in circles."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(parent)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders.sort()
+        yield from (pathlib.Path(parent, name) for name in names)
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:

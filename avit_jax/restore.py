@@ -33,6 +33,7 @@ def begin(
     model: vit.AViT,
     tx: optax.GradientTransformation,
     checkpoints: Checkpoints | None,
+    label_names: list[str],
     allow_changed_config: bool,
 ) -> tuple[build.TrainState, dict[str, Any]]:
     """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none."""
@@ -43,6 +44,9 @@ def begin(
         progress.check_past(past)
         if not allow_changed_config:
             config_lib.check_same(config, past["config"])
+            odd = changed_class(past, label_names)
+            if odd:
+                raise errors.UserError(f"{odd}: bring it back, or go on all the same with --allow_changed_config.")
         if int(state.step) > config.train.steps:
             raise errors.UserError(
                 f"the checkpoint is of step {int(state.step)}, beyond config.train.steps, {config.train.steps}: raise it, "
@@ -58,6 +62,15 @@ def begin(
     state = jax.jit(create)()
     params = {**state.params, **params}  # what no file holds starts as it is created
     return state.replace(params=params, ema_params=None if state.ema_params is None else jax.tree.map(jnp.copy, params)), {}
+
+
+def changed_class(past: dict[str, Any], label_names: list[str]) -> str:
+    """The first class of another name than when the network was trained, in words; empty where there is none."""
+    then = past.get("label_names", label_names)
+    odd = [i for i, (before, now) in enumerate(zip(then, label_names, strict=False)) if before != now]
+    if len(then) != len(label_names):
+        return f"the data set has {len(label_names)} classes, and had {len(then)} when the network was trained"
+    return f'class {odd[0]} of the data set is "{label_names[odd[0]]}", and was "{then[odd[0]]}" in training' if odd else ""
 
 
 def _creation(
@@ -111,9 +124,7 @@ def weights_of(path: epath.PathLike) -> weight_files.WeightFile:
     is_file = str(path).startswith(weight_files.HUB) or not epath.Path(path).is_dir()
     if distributed.from_first_json(is_file):
         file = weight_files.read(path)
-        fingerprint = weight_files.fingerprint(file)
-        if distributed.from_first_json(fingerprint) != fingerprint:
-            raise errors.UserError(f"{path} is another file here than on the first process: bring the same one to all hosts.")
+        distributed.check_same(weight_files.fingerprint(file), path)
         return file
     past: dict[str, Any] = {}
     if distributed.is_first():

@@ -23,6 +23,7 @@ def load_source(config: ConfigDict, model: vit.AViT) -> sources.Source:
     """The training split; raises errors.UserError where it is not there or does not fit the model."""
     source = sources.load(config.data.name, split=config.data.train_split, data_dir=config.data.dir, image_size=model.pixels)
     sources.check_fit(source, num_classes=model.num_classes, channels=model.channels)
+    distributed.check_same(source.fingerprint(), source.name)
     return source
 
 
@@ -51,8 +52,15 @@ def _next(batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None)
     return batch, idle * (time.monotonic() - started)
 
 
-def check_batch_sizes(config: ConfigDict, *names: str) -> None:
-    """Raises errors.UserError where a batch of "train" or "eval" cannot be spread evenly over all devices."""
+def check(config: ConfigDict, *names: str) -> None:
+    """Raises errors.UserError where the configuration makes no sense, or is not that of the first process.
+
+    Or where a batch of "train" or "eval", whichever is named, cannot be spread evenly over all devices.
+    """
+    config_lib.check(config)
+    differing = config_lib.changes(config, distributed.from_first_json(json.loads(config.to_json_best_effort())))
+    if differing:
+        raise errors.UserError(f"the configuration differs from the first process's: {differing}; start all with the same one.")
     for name in names:
         size = config[name].batch_size
         if size % jax.device_count():
@@ -79,8 +87,7 @@ def train(
         another run, or the loss is no longer finite.
     """
     workdir = epath.Path(workdir)
-    config_lib.check(config)
-    check_batch_sizes(config, "train", "eval")
+    check(config, "train", "eval")
     model = build.model(config) if model is None else model
     tx, learning_rate = build.optimizer(config)
     source = load_source(config, model)
@@ -91,7 +98,7 @@ def train(
         if distributed.is_first():
             stack.enter_context(checkpoint.claim(workdir))
             checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-        state, past = restore.begin(config, model, tx, checkpoints, allow_changed_config)
+        state, past = restore.begin(config, model, tx, checkpoints, source.label_names, allow_changed_config)
         start = int(state.step)
         if checkpoints and start < config.train.steps:
             (workdir / "summary.json").unlink(missing_ok=True)  # it tells that a run has ended
@@ -139,18 +146,21 @@ def train(
             if stopping:
                 _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
                 return
-        _report(evaluator, workdir, state.eval_params, results, stop, train_seconds=seconds, **kept["parent"])
+        _report(evaluator, workdir, checkpoints, state.eval_params, results, stop, train_seconds=seconds, **kept["parent"])
 
 
 def _report(
     evaluator: evaluate.Evaluator,
     workdir: epath.Path,
+    checkpoints: checkpoint.Checkpoints | None,
     params: Any,
     results: evaluate.Results | None,
     stop: distributed.Stop,
     **more: float,
 ) -> None:
-    """The summary and the picture of a run, unless its evaluation has been stopped."""
+    """The summary and the picture of a run whose last checkpoint is written, unless its evaluation has been stopped."""
+    if checkpoints is not None:
+        checkpoints.wait()
     results = results or evaluator(params, stop)
     if results is None:
         _logger.info("stopped by %s before the report; the same command writes it", stop.name)
@@ -224,11 +234,13 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
       errors.UserError: no such checkpoint, it does not fit the configuration, or the data set is missing.
     """
     workdir = epath.Path(workdir)
-    config_lib.check(config)
-    check_batch_sizes(config, "eval")
+    check(config, "eval")
     model = build.model(config)
     evaluator = evaluate.Evaluator(config, model)
     params, past = restore.params(config, model, workdir)
+    odd = restore.changed_class(past, evaluator.source.label_names)
+    if odd:
+        _logger.warning("%s: the accuracy means nothing unless both are the same", odd)
     params = evaluate.replicate(params)
     results = evaluator(params)
     for name, value in evaluator.scalars(results).items():

@@ -268,7 +268,10 @@ def fit(
     if new_head and any(name in tensors and tensors[name].shape != expected[name].shape for name in heads):
         tensors |= {name: expected[name] for name in heads}
     here, there = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
-    differs = there != here or (grid is not None and grid != model.grid)
+    patches = there[1] - model.num_readout if len(there) == 3 else 0
+    side = math.isqrt(max(0, patches))
+    before = grid or ((side, side) if side**2 == patches else None)
+    differs = there != here or before not in (None, model.grid)
     if len(there) == 3 and there[::2] == here[::2] and differs and tensors.keys() == expected.keys():
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], model.grid, model.num_readout, before=grid)
     wrong = [

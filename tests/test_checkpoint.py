@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from avit_jax import checkpoint, errors
 
@@ -95,11 +96,19 @@ def test_a_replaced_checkpoint_is_not_lost_on_the_way(tmp_path: pathlib.Path, mo
     with checkpoint.Checkpoints(tmp_path) as checkpoints:  # put back
         _equal(checkpoints.restore(_state())[0], _state(2))
         checkpoints.save(2, _state(9), top1=0.6, extra={})
-    shutil.copytree(tmp_path / "checkpoints/2", tmp_path / "replaced_checkpoint_2")
-    (tmp_path / "replaced_checkpoint_2/sha256.json").unlink()
+    shutil.copytree(tmp_path / "checkpoints/2", tmp_path / "checkpoints/replaced_checkpoint_2")
+    (tmp_path / "checkpoints/replaced_checkpoint_2/sha256.json").unlink()
     with checkpoint.Checkpoints(tmp_path) as checkpoints:  # the new one was whole
         _equal(checkpoints.restore(_state())[0], _state(9))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_orbax_does_not_ask_whether_to_stop(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _state(1), top1=None, extra={})
+    assert not asked
 
 
 def test_a_bucket_stays_a_bucket() -> None:
@@ -162,7 +171,7 @@ def test_where_the_newest_is_damaged_the_one_before_comes_back(
     _equal(restored, _state(2))
     assert extra == {"step": 2}
     assert f"the checkpoint of step 3 in {tmp_path}/checkpoints is damaged" in caplog.text
-    assert (tmp_path / "damaged_checkpoint_3").is_dir()
+    assert (tmp_path / "checkpoints/damaged_checkpoint_3").is_dir()
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         _equal(checkpoints.restore(_state())[0], _state(3))
 

@@ -40,3 +40,4 @@ def test_what_was_there_outlives_a_full_disk(tmp_path: pathlib.Path, monkeypatch
     with pytest.raises(OSError, match="no space"):
         files.write(tmp_path / "a", "after")
     assert (tmp_path / "a").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -98,12 +98,23 @@ def test_exif_orientation(orientation: int) -> None:
     assert_halves(pictures.decode(encoded(stored, "png", exif=exif)))
 
 
+def _with_exif(jpeg: bytes, exif: bytes) -> bytes:
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+def test_an_odd_exif_field_does_no_harm() -> None:
+    orientation = struct.pack("<HHIHxx", 0x0112, 3, 1, 3)  # upside down
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 3, b"72")  # in letters
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + bytes(4)
+    jpeg = encoded(halves().transpose(Image.Transpose.ROTATE_180), "jpeg", quality=100, subsampling=0)
+    assert_halves(pictures.decode(_with_exif(jpeg, exif)), atol=8)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_data_is_ignored() -> None:
     jpeg = encoded(halves(), "jpeg", quality=100, subsampling=0)
     exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff" + b"\xff" * 30
-    damaged = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
-    assert_halves(pictures.decode(damaged), atol=8)
+    assert_halves(pictures.decode(_with_exif(jpeg, exif)), atol=8)
 
 
 def test_first_frame_of_an_animation() -> None:

@@ -111,6 +111,14 @@ def test_a_network_used_otherwise_than_trained_is_told(
     assert caplog.messages == ["config.halting.gamma is 5.0, and the network was trained with 3.0"]
 
 
+def test_linked_folders_are_looked_into_once(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/there").symlink_to(folder / "more")
+    (folder / "more/circle").symlink_to(tmp_path / "links")
+    found = [prediction.path for prediction in predict.predict(_config(), _WEIGHTS, [tmp_path / "links"])]
+    assert found == sorted(str(tmp_path / "links/there" / file.name) for file in (folder / "more").glob("*.png"))
+
+
 def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
     for paths, told in (([], "name pictures"), ([tmp_path], "no picture in"), ([tmp_path / "no.png"], r"no picture .*no\.png")):
         with pytest.raises(errors.UserError, match=told):

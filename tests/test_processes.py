@@ -124,6 +124,26 @@ def test_other_modes_than_training_in_two_processes(start, tmp_path: pathlib.Pat
         assert (tmp_path / out).exists()
 
 
+def test_processes_of_another_configuration(start) -> None:
+    rates = [f"--config.optimizer.learning_rate={rate}" for rate in (1e-3, 2e-3)]
+    first, second = (_end(one, status=2) for one in _pair(start, "run", each=rates))
+    assert "differs from the first process's: optimizer.learning_rate from 0.001 to 0.002" in second
+    assert "another process of the run has ended" in first
+
+
+def test_sigterm_ends_what_is_no_training(start, tmp_path: pathlib.Path) -> None:
+    _end(start("run", 4))
+    os.mkfifo(tmp_path / "picture.png")
+    one = ["--coordinator=localhost:0", "--num_processes=1", "--process_id=0"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        one[0] = f"--coordinator=localhost:{free.getsockname()[1]}"
+    process = start("run", 4, "--mode=predict", *one, str(tmp_path / "picture.png"))
+    with (tmp_path / "picture.png").open("wb"):  # waits for the process to read it
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
+
+
 def test_a_dead_worker_costs_nothing(start, tmp_path: pathlib.Path) -> None:
     run = start("run", 1, "--config.data.num_workers=2", "--config.train.steps=100000", "--config.train.save_every=100000")
     _wait_for(run, "step 6/")

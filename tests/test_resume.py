@@ -1,10 +1,12 @@
 """A run that is interrupted, by whatever and whenever, ends where an undisturbed one does; what cannot go on says why."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import build, checkpoint, distributed, errors, evaluate, train, train_step
+from avit_jax import build, checkpoint, distributed, errors, evaluate, restore, train, train_step
+from avit_jax.data import sources
 
 _OVERRIDES = {"train.steps": 9, "train.log_every": 4, "train.eval_every": 6, "train.save_every": 3}
 
@@ -139,6 +142,22 @@ def test_a_run_that_is_prolonged_has_not_ended(undisturbed, tmp_path: pathlib.Pa
     assert not (workdir / "summary.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax closes event loops that have work left
+def test_a_run_whose_last_checkpoint_is_not_written_has_not_ended(
+    undisturbed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: checkpoint.Checkpoints) -> None:
+        raise OSError("no space left on device")
+
+    workdir = tmp_path / "full"
+    shutil.copytree(undisturbed(), workdir)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write_digests", full)
+    with pytest.raises(errors.UserError, match=r"step 12 cannot be written .*no space left"):
+        train.train(_config(**{"train.steps": 12}), workdir, allow_changed_config=True)
+    assert not (workdir / "summary.json").exists()
+
+
 def test_a_finished_run_only_reports(undisturbed, tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "again"
     shutil.copytree(undisturbed(), workdir)
@@ -174,6 +193,34 @@ def test_a_changed_configuration(undisturbed, tmp_path: pathlib.Path) -> None:
     train.train(_config(**changed), workdir, allow_changed_config=True)
     assert fixtures.restored_state(_config(), workdir).step == 10
     assert _steps(workdir, "train") == [4, 6, 8, 9, 10]
+
+
+def test_classes_of_other_names(undisturbed, tmp_path: pathlib.Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    workdir, digits = tmp_path / "renamed", sources._digits
+    shutil.copytree(undisturbed(), workdir)
+    names = [str(i) for i in (0, 2, 1, *range(3, 10))]
+    monkeypatch.setattr(sources, "_digits", lambda *args: dataclasses.replace(digits(*args), label_names=names))
+    odd = 'class 1 of the data set is "2", and was "1" in training'
+    with pytest.raises(errors.UserError, match=f"{odd}: .*--allow_changed_config"):
+        train.train(_config(), workdir)
+    with caplog.at_level("WARNING", logger="avit_jax"):
+        train.restore_and_evaluate(_config(), workdir)
+    assert odd in caplog.text
+    train.train(_config(), workdir, allow_changed_config=True)
+    assert "has 9 classes, and had 10" in restore.changed_class({"label_names": names}, names[1:])
+
+
+def test_processes_that_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config()
+    others = _config(**{"optimizer.learning_rate": 2e-3, "data.dir": "/elsewhere"})
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "from_first_json", lambda _: json.loads(others.to_json_best_effort()))
+        with pytest.raises(errors.UserError, match=r"first process's: optimizer\.learning_rate from 0\.002 to 0\.001; start"):
+            train.check(config, "train")
+    monkeypatch.setattr(distributed, "from_first_json", lambda _: "another fingerprint")
+    for load in (evaluate.Evaluator, train.load_source):
+        with pytest.raises(errors.UserError, match=r'the digits, split ".*" is not the same here as on the first process'):
+            load(config, build.model(config))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 """Where images come from."""
 
+import dataclasses
+import functools
 import io
 import os
 import pathlib
@@ -179,6 +181,17 @@ def test_folder_without_pictures(folder: pathlib.Path, split: str, expected: str
     (folder / "empty/cat").mkdir(parents=True)
     with pytest.raises(errors.UserError, match=expected):
         sources.load("folder", split=split, data_dir=str(folder), image_size=(8, 8))
+
+
+def test_fingerprint_of_a_folder(folder: pathlib.Path) -> None:
+    shutil.copytree(folder / "train", folder / "copy/train", symlinks=True)
+    load = functools.partial(sources.load, "folder", split="train", image_size=(8, 8))
+    here = load(data_dir=str(folder))
+    assert load(data_dir=str(folder / "copy")).fingerprint() == here.fingerprint()
+    (folder / "copy/train/dog/1.JPG").rename(folder / "copy/train/dog/0.JPG")
+    assert load(data_dir=str(folder / "copy")).fingerprint() != here.fingerprint()
+    for change in ({"label_names": ["dog", "cat", "fox"]}, {"records": list(here.records)[1:]}):
+        assert dataclasses.replace(here, **change).fingerprint() != here.fingerprint()
 
 
 def test_folder_that_loops(folder: pathlib.Path) -> None:

@@ -322,7 +322,7 @@ def test_configuration_mistakes_are_user_errors() -> None:
         with pytest.raises(errors.UserError, match=words):
             build.model(fixtures.small_config(**overrides))
     with pytest.raises(errors.UserError, match="multiple of the number of devices, 8"):
-        train.check_batch_sizes(fixtures.small_config(**{"train.batch_size": 12}), "train")
+        train.check(fixtures.small_config(**{"train.batch_size": 12}), "train")
     with pytest.raises(errors.UserError, match="num_classes=10"):
         config = fixtures.small_config(**{"model.num_classes": 7})
         evaluate.Evaluator(config, build.model(config))

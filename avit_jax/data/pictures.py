@@ -4,13 +4,22 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no other decoder of Pillow's is let near the bytes
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of the names of such files, in small letters
 _MAX_PIXELS = 89_478_485  # above, Pillow too suspects a decompression bomb
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is refused, with a sentence of ours
 _ORIENTATION = 0x0112  # EXIF
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadPicture(Exception):
@@ -52,7 +61,8 @@ def _upright(picture: Image.Image) -> Image.Image:
         orientation = picture.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data of a picture that is whole
         return picture
-    return ImageOps.exif_transpose(picture) if orientation in range(2, 9) else picture
+    # Not ImageOps.exif_transpose: it writes all EXIF data anew, and fails where any field is odd.
+    return picture.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else picture
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -1,6 +1,8 @@
 """Where images come from: random access to records `{"image", "label"}`, with label names."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -32,6 +34,12 @@ class Source:
     records: Sequence[Record]
     label_names: list[str]
     channels: int = 3
+
+    def fingerprint(self) -> str:
+        """SHA-256 of its length and the names of its classes; of files also of their names and classes, wherever they lie."""
+        files = isinstance(self.records, _Files)
+        paths = [pathlib.PurePath(path).parts[-2:] for path in self.records.paths] if files else []
+        return hashlib.sha256(json.dumps([len(self.records), self.label_names, paths]).encode()).hexdigest()
 
     def where(self, i: int, record: Record) -> str:
         """What a message calls the i-th record."""
