@@ -1,6 +1,7 @@
 """The one exception that means: the user can mend this; and what is shown of those of other libraries."""
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,9 +12,12 @@ class UserError(Exception):
     """A mistake outside the program; its message is one sentence that says what to do, and is all that is shown."""
 
 
-def stop(message: object) -> NoReturn:
-    """Ends the program with one sentence and exit status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+def stop(message: object, *, at_once: bool = False) -> NoReturn:
+    """Ends the program with one sentence and exit status 2; at once: nothing is waited for."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    if at_once:
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 

@@ -112,10 +112,11 @@ def _main(argv: list[str]) -> None:
         sys.unraisablehook = lambda args: None
         with distributed.ended_together():
             _run(argv, workdir)
+    # Where there are several processes, each waits in the end for the others, which may be waiting for this one: at once.
     except (errors.UserError, OSError, ImportError, MemoryError) as error:  # output that cannot be written, gs:// without gcsfs
-        errors.stop(error)
+        errors.stop(error, at_once=jax.distributed.is_initialized())
     except KeyboardInterrupt:  # before training has begun, or in another mode
-        errors.stop("interrupted.")
+        errors.stop("interrupted.", at_once=jax.distributed.is_initialized())
 
 
 if __name__ == "__main__":
