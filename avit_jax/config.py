@@ -330,7 +330,8 @@ def changes(config: ConfigDict, before: dict[str, Any]) -> str:
       before: of then, as JSON holds it.
     """
     now, then = flat(json.loads(config.to_json_best_effort())), of_then(before)
-    differing = sorted(key for key in (now.keys() | then.keys()) - _FREE if now.get(key) != then.get(key))
+    keys = sorted((now.keys() | then.keys()) - _FREE)
+    differing = [key for key in keys if json.dumps(now.get(key)) != json.dumps(then.get(key))]  # of which nan equals nan
     return ", ".join(f"{key} from {then.get(key, 'nothing')} to {now.get(key, 'nothing')}" for key in differing)
 
 
