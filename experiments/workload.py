@@ -1,6 +1,7 @@
 """Real pictures, and a network that costs a given share of the static one on them."""
 
 import concurrent.futures
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 import avit_jax
 from avit_jax import calibrate as calibrate_lib
-from avit_jax import errors
+from avit_jax import errors, evaluate
 from avit_jax.data import augment, loader, sources, transforms
 
 
@@ -33,6 +34,33 @@ def load_images(count: int) -> tuple[np.ndarray, str]:
     images = pixels(name, split, data_dir or "", size=(224, 224), crop_ratio=0.875, count=count)
     images = np.broadcast_to(images, (*images.shape[:-1], 3))
     return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where
+
+
+class Devices:
+    """Local devices, as many as share out a batch evenly, each with images of its own.
+
+    On CPU `XLA_FLAGS=--xla_force_host_platform_device_count=2` makes two, so that each of two cores may have one.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self._devices = jax.local_devices()[: math.gcd(batch, jax.local_device_count())]
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+    def compile(self, function: Callable[..., Any], variables: Any, images: jax.Array) -> Any:
+        """A function of variables and images, compiled for arguments like these, as `replicate` and `split` give them."""
+        return jax.pmap(function, axis_name=evaluate.AXIS, devices=self._devices).lower(variables, images).compile()
+
+    def replicate(self, variables: Any) -> Any:
+        """Variables for all devices."""
+        return evaluate.replicate(variables, self._devices)
+
+    def split(self, images: np.ndarray) -> jax.Array:
+        """A batch, shared out."""
+        mesh = jax.sharding.Mesh(self._devices, (evaluate.AXIS,))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(evaluate.AXIS))
+        return jax.device_put(images.reshape(len(self), -1, *images.shape[1:]), sharding)
 
 
 def chunked(apply: Callable[..., Any], chunk: int) -> Callable[[Any, jax.Array], jax.Array]:

@@ -12,7 +12,7 @@ import pytest
 from avit_jax import build, calibrate, flops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from experiments import results
+from experiments import results, workload
 from experiments.pareto import arms, measure, report
 
 
@@ -107,6 +107,15 @@ def test_speed_is_told_against_the_static_network_and_the_macs(small: dict[str, 
     assert speed["ideal"] == pytest.approx(flops.static_macs(small["model"]) / macs) and speed["ideal"] > 1.05
     assert speed["efficiency"] == pytest.approx(speed["speed_up"] / speed["ideal"]) and speed["batch"] == 8
     assert 0.1 < measure.training_step(fixtures.small_config(), **small) < 10.0
+
+
+def test_a_batch_is_shared_out_over_as_many_devices_as_divide_it() -> None:
+    devices, images = workload.Devices(12), np.arange(24.0, dtype=np.float32).reshape(12, 2)
+    assert len(devices) == 4 and len(workload.Devices(1)) == 1
+    variables, shared = devices.replicate(np.float32(3.0)), devices.split(images)
+    assert {shard.data.shape for shard in shared.addressable_shards} == {(1, 3, 2)}
+    tripled = devices.compile(lambda variables, images: variables * images, variables, shared)(variables, shared)
+    np.testing.assert_array_equal(tripled.reshape(images.shape), 3.0 * images)
 
 
 def test_one_checkpoint_s_curve_has_the_budgets_that_it_can_come_to(

@@ -2,13 +2,14 @@
 
 AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=runs/deit_tiny
 
-Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it is
-unset; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of the
+Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it
+is unset; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of the
 static network's multiply-accumulates (MACs); where the batch is larger than the data set, pictures come again. Programs are
 compiled and warmed up beforehand, compile time is told apart (one program serves every gate); input is on the device before a
-call, and every call is waited for. Calls are interleaved: each round runs every row once, over at least 16 pictures, and
-ratios are taken within a round. The static network runs in chunks of several sizes; speed-ups are against the fastest of them.
-Memory is XLA's own account of arguments, results and temporaries.
+call, and every call is waited for. A batch is shared out over the devices there are, of which a CPU may have several. Calls
+are interleaved: each round runs every row once, over at least 16 pictures, and ratios are taken within a round. The static
+network runs in chunks of several sizes; speed-ups are against the fastest of them. Memory is XLA's own account of arguments,
+results and temporaries.
 """
 
 import functools
@@ -40,19 +41,21 @@ _PER_ROUND = 16  # pictures a round, at least
 class Program:
     """A function of variables and a batch of images, compiled."""
 
-    def __init__(self, function: Callable[..., Any], variables: Any, batch: jax.Array) -> None:
+    def __init__(self, function: Callable[..., Any], variables: Any, batch: jax.Array, devices: workload.Devices) -> None:
+        self.devices = devices
         started = time.monotonic()
-        self.run = jax.jit(function).lower(variables, batch).compile()
+        self.run = devices.compile(function, devices.replicate(variables), batch)
         self.compile_seconds = time.monotonic() - started
-        memory = self.run.memory_analysis()
-        self.memory = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        memory = self.run.memory_analysis()  # of one device
+        each = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        self.memory = len(devices) * each
 
 
 class Row:
     """A program on batches of images; a call runs over all of them, each waited for."""
 
     def __init__(self, program: Program, variables: Any, batches: list[jax.Array]) -> None:
-        self.program, self._variables, self._batches = program, jax.device_put(variables), batches
+        self.program, self._variables, self._batches = program, program.devices.replicate(variables), batches
         self.latencies: list[float] = []
 
     def __call__(self) -> None:
@@ -68,8 +71,8 @@ class Row:
 
 
 def chunks(batch: int) -> list[int]:
-    """Sizes of the chunks that a batch is tried in: small ones for the caches of a CPU, large ones for an accelerator."""
-    sizes = (1, 4, 8, 16) if jax.default_backend() == "cpu" else (64, 256, batch)
+    """Sizes of the chunks that a batch of one device is tried in: small ones for the caches of a CPU, else large ones."""
+    sizes = (1, 2, 4, 8, 16) if jax.default_backend() == "cpu" else (64, 256, batch)
     return sorted({size for size in sizes if batch % size == 0})
 
 
@@ -78,7 +81,7 @@ def in_a_round(batch: int) -> int:
     return -(-max(batch, _PER_ROUND) // batch) * batch
 
 
-def torch_rows(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> dict[str, Callable[[], Any]]:
+def torch_rows(params: Any, batches: list[np.ndarray], model: avit_jax.AViT) -> dict[str, Callable[[], Any]]:
     """Plain PyTorch with the same weights, in each way to chunk a batch; none where torch is not installed."""
     try:
         from experiments.static_inference import torch_vit
@@ -100,21 +103,23 @@ def torch_rows(params: Any, batches: list[jax.Array], model: avit_jax.AViT) -> d
 
 def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -> dict[str, Any]:
     """All rows at one batch size."""
-    count = in_a_round(batch)
-    batches = [jax.device_put(images[i : i + batch]) for i in range(0, count, batch)]
-    remove = Program(functools.partial(adaptive.apply, model), workload.gated(params, 0.0), batches[0])
+    count, devices = in_a_round(batch), workload.Devices(batch)
+    whole = [images[i : i + batch] for i in range(0, count, batch)]
+    batches = [devices.split(images) for images in whole]
+    compiled = lambda function, variables: Program(function, variables, batches[0], devices)  # noqa: E731
+    remove = compiled(functools.partial(adaptive.apply, model), workload.gated(params, 0.0))
     at = lambda shift: Row(remove, workload.gated(params, shift), batches)  # noqa: E731
     shifts = workload.calibrate(model, lambda shift: at(shift).macs()[0], _BUDGET.value)
     removed = {f"adaptive {budget}": at(shift) for budget, shift in shifts.items()} | {"adaptive 1.0": at(-1e3)}
-    static, variables = {}, {"params": params}
-    for chunk in chunks(batch):
-        program = Program(workload.chunked(model.clone(halting=None).apply, chunk), variables, batches[0])
+    static, variables, sizes = {}, {"params": params}, chunks(batch // len(devices))
+    for chunk in sizes:
+        program = compiled(workload.chunked(model.clone(halting=None).apply, chunk), variables)
         static[f"static, chunks of {chunk}"] = Row(program, variables, batches)
-    chunk = max(chunk for chunk in chunks(batch) if chunk <= 8 or jax.default_backend() != "cpu")
+    chunk = max(chunk for chunk in sizes if chunk <= 8 or jax.default_backend() != "cpu")
     last, variables = _BUDGET.value[-1], workload.gated(params, shifts[_BUDGET.value[-1]])
-    program = Program(workload.chunked(model.apply, chunk), variables, batches[0])
+    program = compiled(workload.chunked(model.apply, chunk), variables)
     rows = static | {f"masked {last}": Row(program, variables, batches)} | removed
-    functions = rows | torch_rows(params, batches, model)
+    functions = rows | torch_rows(params, whole, model)
     seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
     best = min(static, key=lambda name: np.median(seconds[name]))
     static_macs = avit_jax.flops.static_macs(model)
@@ -133,13 +138,13 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
             ideal = static_macs / macs
             result[name] |= {"macs_ratio": macs / static_macs, "ideal_speed_up": ideal, "efficiency": speed_up / ideal}
             result[name] |= {"unpadded_share": macs / padded}
-    rounds = len(seconds[best])
     torch = [name for name in seconds if name.startswith("torch")]
     if torch:
         fastest = min(torch, key=lambda name: np.median(seconds[name]))
         for name in removed:
             result[name]["speed_up_over_torch"] = timing.median_ratio(seconds[fastest], seconds[name])
-    return {"batch": batch, "rounds": rounds, "images_a_round": count, "best_static": best, "rows": result}
+    what = {"batch": batch, "devices": len(devices), "rounds": len(seconds[best]), "images_a_round": count}
+    return what | {"best_static": best, "rows": result}
 
 
 def show(result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from experiments.rivals import tome, unrolled
 
 _BATCH = 256
 _CHUNKS = (16, 32, 64, 128)
-_GROUPS = (16, 32, 64)  # the network is small: larger ones than the default, which is for DeiT-T
+_GROUPS = (8, 16, 32)  # the network is small: larger ones than the default, which is for DeiT-T
 _BATCHES = 4  # of real images, timed together
 _ROUNDS = 7
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -41,6 +41,8 @@ def images(config: ConfigDict) -> np.ndarray:
 def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, images: np.ndarray) -> dict[str, Any]:
     """Speed of a network over its static parent's, both as fast as their chunks or groups of the batch allow; interleaved.
 
+    On as many devices as there are: a batch is shared out over them.
+
     Args:
       model: the network.
       params: its parameters.
@@ -52,14 +54,18 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
       `speed_up`, median over rounds; `ideal`, by the MACs of these images; `efficiency`, their ratio; `images_per_second`.
     """
     removes = model.halting is not None and type(model) is vit.AViT
-    batches = [jax.device_put(batch) for batch in np.split(images, _BATCHES)]
+    devices = workload.Devices(_BATCH)
+    whole = np.split(images, _BATCHES)
+    batches = [devices.split(batch) for batch in whole]
 
     def timed(apply: Callable[..., Any], params: Any) -> Callable[[], Any]:
-        run = jax.jit(lambda params, images: apply({"params": params}, images))
-        return lambda: jax.block_until_ready([run(params, batch) for batch in batches])
+        variables = devices.replicate({"params": params})
+        run = devices.compile(apply, variables, batches[0])
+        return lambda: jax.block_until_ready([run(variables, batch) for batch in batches])
 
     def chunked(network: vit.AViT, params: Any, name: str) -> dict[str, Callable[[], Any]]:
-        return {f"{name} {chunk}": timed(workload.chunked(network.apply, chunk), params) for chunk in _CHUNKS}
+        sizes = {min(chunk, _BATCH // len(devices)) for chunk in _CHUNKS}
+        return {f"{name} {chunk}": timed(workload.chunked(network.apply, chunk), params) for chunk in sizes}
 
     functions = chunked(parent, parent_params, "parent")
     if removes:
@@ -70,7 +76,7 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
     seconds = timing.interleave(functions | ours, _ROUNDS)
     best, own = (min(names, key=lambda name: np.median(seconds[name])) for names in (functions, ours))
     counted = jax.jit(adaptive.removes(model) if removes else model.apply)
-    aux = [counted({"params": params}, batch)[1] for batch in batches]
+    aux = [counted({"params": params}, batch)[1] for batch in whole]
     macs = np.mean([flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux])
     ideal = flops.static_macs(parent) / float(macs)
     speed_up = timing.median_ratio(seconds[best], seconds[own])
