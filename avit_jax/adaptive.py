@@ -70,7 +70,7 @@ def default_plan(batch: int | None, backend: str | None = None) -> Plan:
         return Plan(group=256, step=32, wave=1024, switch=True) if batch else Plan(group=64, step=32, wave=256, switch=True)
     if backend != "cpu":
         return Plan(group=16, step=32, wave=256)
-    if batch and batch >= 32:  # larger groups are faster by themselves, but lose more to padding, in small batches most
+    if batch and batch >= 64:  # larger groups are faster by themselves, but lose more to padding, in small batches most
         return Plan(group=8, step=8, wave=64 if batch < 128 else 128)
     if batch is None or batch >= 16:
         return Plan(group=4, step=8)
