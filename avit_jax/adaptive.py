@@ -56,7 +56,7 @@ class Aux:
     distillation_output: jax.Array | None = None
 
 
-def default_plan(batch: int | None, backend: str | None = None) -> Plan:
+def default_plan(batch: int | None, backend: str | None = None, cores: int | None = None) -> Plan:
     """A good plan for batches of this size.
 
     Chosen by measuring DeiT-T, on two cores of a CPU and on one NVIDIA H200; on TPUs a guess, not measured.
@@ -64,12 +64,15 @@ def default_plan(batch: int | None, backend: str | None = None) -> Plan:
     Args:
       batch: images of a call, None if unknown.
       backend: "cpu", "gpu" or "tpu"; default: that of JAX.
+      cores: of a CPU that each device has; default: all there are, shared out over the devices.
     """
     backend = backend or jax.default_backend()
     if backend == "gpu":  # of an unknown batch a whole wave is held in memory
         return Plan(group=256, step=32, wave=1024, switch=True) if batch else Plan(group=64, step=32, wave=256, switch=True)
     if backend != "cpu":
         return Plan(group=16, step=32, wave=256)
+    if (cores or (os.cpu_count() or 1) // jax.local_device_count()) <= 1:  # a core alone is as fast with few images
+        return Plan(group=2 if batch is None or batch > 8 else 1, step=8, wave=32, full=4)
     if batch and batch >= 64:  # larger groups are faster by themselves, but lose more to padding, in small batches most
         return Plan(group=8, step=8, wave=64 if batch < 128 else 128)
     if batch is None or batch >= 16:
@@ -219,8 +222,9 @@ def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.Pa
     """Measures plans around the default one on these images, and returns the fastest; give it to `apply`.
 
     The first call takes a minute or two, on a GPU longer, nearly all of it to compile. The result is remembered for this
-    device, version of JAX, model, shape and dtype of the images: the same question is answered from the file from then on.
-    Measure on real images and trained weights, on an idle machine: what is fastest depends on what halts.
+    kind and number of devices, version of JAX, model, shape and dtype of the images: the same question is answered from the
+    file from then on. Measure on real images and trained weights, on an idle machine: what is fastest depends on what
+    halts.
 
     Args:
       model: as for `apply`.
@@ -230,7 +234,8 @@ def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.Pa
     """
     cache = pathlib.Path(cache).expanduser()
     shape = f"{images.dtype}{list(images.shape)}"
-    key = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {shape}, {' '.join(repr(model).split())}"
+    devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    key = f"{devices}, jax {jax.__version__}, {shape}, {' '.join(repr(model).split())}"
     try:
         known = json.loads(cache.read_text())
         return Plan(**known[key])

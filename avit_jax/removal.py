@@ -15,16 +15,14 @@ import flax
 import jax
 import jax.numpy as jnp
 
-_FULL = 12  # images that go through a layer together where all of them still have all tokens, or a group if that is more
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """How images are batched; affects speed, memory and the last digits only.
 
     Attributes:
-      group: images that go through a layer together; fewer, to have groups of about one size; with loops more where all of
-        them still have all tokens.
+      group: images that go through a layer together; fewer, to have groups of about one size.
+      full: with loops, images that go through a layer together where all of them still have all tokens: as many groups as fit.
       step: tokens; a group is padded to a multiple of it, of twice as many below half of all tokens. Compile time grows with
         the number of multiples, and with the group.
       wave: images that are sorted, and whose tokens are held in memory, at a time; of inference. A group is not larger.
@@ -36,11 +34,12 @@ class Plan:
     group: int
     step: int
     wave: int = 96
+    full: int = 12
     switch: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.group, self.step, self.wave) < 1:
-            raise ValueError(f"group, step and wave must be at least 1; got {self}.")
+        if min(self.group, self.step, self.wave, self.full) < 1:
+            raise ValueError(f"group, step, wave and full must be at least 1; got {self}.")
 
     def evenly(self, batch: int) -> "Plan":
         """The plan whose groups, as many as this one's, share out the batch."""
@@ -140,7 +139,7 @@ def _visit(step: Callable[[Any, _Group], Any], carry: Any, active: jax.Array, pl
     token = jax.vmap(lambda ends: search(ends, jnp.arange(num_tokens) + 1))(ends)
     token = jnp.minimum(token, num_tokens - 1)
     image, count = groups(ends[:, -1], plan.group)
-    together = 1 if plan.switch else min(max(1, _FULL // plan.group), len(image))
+    together = 1 if plan.switch else min(max(1, plan.full // plan.group), len(image))
     largest, smallest = (jnp.pad(count[:, i], (0, together)) for i in (0, -1))  # the 0 at the end ends the loops
 
     def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:

@@ -92,7 +92,7 @@ _CASES = [  # distilled, redundancy, batch, plan
     (True, 0.0, 5, None),
     (False, 5.0, 5, adaptive.Plan(group=8, step=8)),
     (False, 0.0, 19, _PLAN),
-    (True, 5.0, 19, adaptive.Plan(group=1, step=11, wave=4)),
+    (True, 5.0, 19, adaptive.Plan(group=1, step=11, wave=4, full=3)),
     (False, 0.0, 7, adaptive.Plan(group=8, step=64, wave=6)),
     (False, 0.0, 19, adaptive.Plan(group=3, step=8, wave=8, switch=True)),
     (True, 5.0, 7, adaptive.Plan(group=4, step=8, switch=True)),
@@ -194,11 +194,23 @@ def _depths(rng: np.random.Generator, images: int, model: vit.AViT, mean: float)
 
 
 @pytest.mark.parametrize(
-    ("budget", "batch", "bound"), [(0.8, 64, 0.95), (0.62, 64, 0.92), (0.4, 64, 0.88), (0.62, 256, 0.94), (0.62, 16, 0.89)]
+    ("budget", "batch", "cores", "bound"),
+    [
+        (0.8, 64, 2, 0.95),
+        (0.62, 64, 2, 0.92),
+        (0.4, 64, 2, 0.88),
+        (0.62, 256, 2, 0.94),
+        (0.62, 16, 2, 0.89),
+        (0.8, 32, 1, 0.97),
+        (0.62, 32, 1, 0.95),
+        (0.4, 32, 1, 0.92),
+        (0.62, 128, 1, 0.95),
+        (0.62, 8, 1, 0.96),
+    ],
 )
-def test_padding_of_the_default_plan_is_small(budget: float, batch: int, bound: float) -> None:
+def test_padding_of_the_default_plan_is_small(budget: float, batch: int, cores: int, bound: float) -> None:
     model = vit.deit_tiny()
-    plan = adaptive.default_plan(batch, "cpu")
+    plan = adaptive.default_plan(batch, "cpu", cores)
     layers = np.arange(model.depth)[:, None, None]
     low, high = 0.0, 14.0
     for _ in range(12):  # a mean depth that meets the budget
@@ -233,13 +245,14 @@ def test_one_program_a_batch_size() -> None:
 @pytest.mark.parametrize("plan", _PLANS)
 def test_each_device_its_own_images(plan: adaptive.Plan) -> None:
     model = _model(distilled=True)
-    variables, images = _variables(model), _images(model, 8 * 3)
+    devices = jax.local_device_count()
+    variables, images = _variables(model), _images(model, 3 * devices)
     run = jax.pmap(functools.partial(adaptive.apply, model, plan=plan), in_axes=(None, 0))
-    logits, aux = jax.device_get(run(variables, images.reshape(8, 3, *images.shape[1:])))
+    logits, aux = jax.device_get(run(variables, images.reshape(devices, 3, *images.shape[1:])))
     expected, masked = _masked(model)(variables, images)
-    np.testing.assert_allclose(logits.reshape(24, -1), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits.reshape(len(images), -1), expected, rtol=0, atol=1e-5)
     computing = flops.computing(masked.active, 2)
-    np.testing.assert_array_equal(aux.depth.reshape(24, -1), computing.sum(axis=0))
+    np.testing.assert_array_equal(aux.depth.reshape(len(images), -1), computing.sum(axis=0))
 
 
 @pytest.mark.parametrize("plan", _PLANS)
