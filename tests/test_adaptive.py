@@ -201,11 +201,11 @@ def _depths(rng: np.random.Generator, images: int, model: vit.AViT, mean: float)
         (0.4, 64, 2, 0.88),
         (0.62, 256, 2, 0.94),
         (0.62, 16, 2, 0.89),
-        (0.8, 32, 1, 0.97),
-        (0.62, 32, 1, 0.95),
-        (0.4, 32, 1, 0.92),
-        (0.62, 128, 1, 0.95),
-        (0.62, 8, 1, 0.96),
+        (0.8, 64, 1, 0.98),
+        (0.62, 64, 1, 0.96),
+        (0.4, 64, 1, 0.94),
+        (0.62, 256, 1, 0.96),
+        (0.62, 16, 1, 0.96),
     ],
 )
 def test_padding_of_the_default_plan_is_small(budget: float, batch: int, cores: int, bound: float) -> None:
