@@ -293,6 +293,9 @@ def test_autotune_measures_once_and_remembers(tmp_path, monkeypatch, caplog) -> 
         assert adaptive.autotune(model, variables, images, cache=cache) == plan
         with pytest.raises(TypeError):
             adaptive.autotune(model, variables, images[:3], cache=cache)  # another question
+        patch.setattr(jax, "local_device_count", lambda: 2)
+        with pytest.raises(TypeError):
+            adaptive.autotune(model, variables, images, cache=cache)  # the cores are shared out otherwise
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING, "avit_jax"):
         adaptive.autotune(model, variables, images, cache=tmp_path / "file" / "plans.json")
