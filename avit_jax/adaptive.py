@@ -71,7 +71,7 @@ def default_plan(batch: int | None, backend: str | None = None, cores: int | Non
         return Plan(group=256, step=32, wave=1024, switch=True) if batch else Plan(group=64, step=32, wave=256, switch=True)
     if backend != "cpu":
         return Plan(group=16, step=32, wave=256)
-    if (cores or (os.cpu_count() or 1) // jax.local_device_count()) <= 1:  # a core alone is as fast with an image at a time
+    if (cores or (os.cpu_count() or 1) // jax.local_device_count()) <= 1:  # a core alone loses little by an image at a time
         return Plan(group=1, step=8, wave=16, full=4)
     if batch and batch >= 64:  # larger groups are faster by themselves, but lose more to padding, in small batches most
         return Plan(group=8, step=8, wave=64 if batch < 128 else 128)

@@ -1,4 +1,4 @@
-"""The training loop, under `pmap`. All that knows about devices is here, in `train_step` and in `evaluate`."""
+"""The training loop, under `pmap`. What shares work out over devices is here, in `train_step` and in `evaluate`."""
 
 import contextlib
 import json

@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 
@@ -38,6 +38,12 @@ def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, secon
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """Median over rounds of the ratio within the round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def fastest(seconds: Mapping[str, list[float]], names: Collection[str]) -> str:
+    """Of these functions the one that takes least, by the median over rounds of its time over the first one's."""
+    first = seconds[next(iter(names))]
+    return min(names, key=lambda name: median_ratio(seconds[name], first))
 
 
 def processor() -> str:

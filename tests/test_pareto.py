@@ -12,7 +12,7 @@ import pytest
 from avit_jax import build, calibrate, flops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from experiments import results, workload
+from experiments import results, timing, workload
 from experiments.pareto import arms, measure, report
 
 
@@ -39,6 +39,12 @@ def test_rivals_cost_what_their_names_say(method: str, budget: float) -> None:
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(model.init, jax.random.key(0), images))
     macs = jax.jit(lambda variables: model.apply(variables, images)[1].macs)(zeros)  # compiles nothing but that
     assert float(macs[0]) / flops.static_macs(model) == pytest.approx(budget, abs=0.025)
+
+
+def test_the_fastest_is_chosen_within_rounds() -> None:
+    seconds = {"one": [1.0, 4.0, 1.1], "two": [0.9, 3.6, 2.0]}  # of the plain medians that of "one" is less
+    assert timing.fastest(seconds | {"other": [0.1] * 3}, ["one", "two"]) == "two"
+    assert timing.fastest(seconds, ["two", "one"]) == "two"
 
 
 def _run(top1: float, **more: object) -> dict[str, object]:

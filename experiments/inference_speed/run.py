@@ -2,6 +2,8 @@
 
 AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=runs/deit_tiny
 
+Batch sizes that the file has already, measured on the same kind of machine, stay in it.
+
 Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it
 is unset; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of the
 static network's multiply-accumulates (MACs); where the batch is larger than the data set, pictures come again. Programs are
@@ -121,7 +123,7 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
     rows = static | {f"masked {last}": Row(program, variables, batches)} | removed
     functions = rows | torch_rows(params, whole, model)
     seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
-    best = min(static, key=lambda name: np.median(seconds[name]))
+    best = timing.fastest(seconds, static)
     static_macs = avit_jax.flops.static_macs(model)
     result = {}
     for name, taken in seconds.items():
@@ -140,7 +142,7 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
             result[name] |= {"unpadded_share": macs / padded}
     torch = [name for name in seconds if name.startswith("torch")]
     if torch:
-        fastest = min(torch, key=lambda name: np.median(seconds[name]))
+        fastest = timing.fastest(seconds, torch)
         for name in removed:
             result[name]["speed_up_over_torch"] = timing.median_ratio(seconds[fastest], seconds[name])
     what = {"batch": batch, "devices": len(devices), "rounds": len(seconds[best]), "images_a_round": count}
@@ -192,11 +194,16 @@ def main(_: list[str]) -> None:
     model = getattr(avit_jax, _MODEL.value)(halting=halting, dtype=jnp.dtype(_DTYPE.value))
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
     what = {"model": _MODEL.value, "redundancy": _REDUNDANCY.value, "images": where, "dtype": _DTYPE.value}
-    result: dict[str, Any] = {**timing.environment(), **what, "batches": []}
+    what = timing.environment() | what
+    before = results.load(f"{_OUT.value}.json") if _OUT.value else {}
+    if before and before | what != before:
+        raise errors.UserError(f"{_OUT.value}.json is of another device, model or version: name another --out.")
+    batches = {batch["batch"]: batch for batch in before.get("batches", [])}  # other sizes stay
     for batch in _BATCH.value:
-        result["batches"].append(measure(model, params, images, batch))
-        show(result["batches"][-1])
+        batches[batch] = measure(model, params, images, batch)
+        show(batches[batch])
         if _OUT.value:
+            result = what | {"batches": [batches[size] for size in sorted(batches)]}
             results.save(f"{_OUT.value}.json", result)
             draw(result, pathlib.Path(f"{_OUT.value}.png"))
 

@@ -74,7 +74,7 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
     else:
         ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
-    best, own = (min(names, key=lambda name: np.median(seconds[name])) for names in (functions, ours))
+    best, own = (timing.fastest(seconds, names) for names in (functions, ours))
     counted = jax.jit(adaptive.removes(model) if removes else model.apply)
     aux = [counted({"params": params}, batch)[1] for batch in whole]
     macs = np.mean([flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux])
