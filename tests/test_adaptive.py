@@ -177,9 +177,9 @@ def _padded_by_hand(model: vit.AViT, active: np.ndarray, plan: adaptive.Plan) ->
     return total
 
 
-@pytest.mark.parametrize("plan", [_PLAN, adaptive.Plan(group=8, step=2, wave=8)])
-def test_padded_macs_count_every_padded_row(plan: adaptive.Plan) -> None:
-    model = _model()
+@pytest.mark.parametrize(("plan", "redundancy"), [(_PLAN, 0.0), (adaptive.Plan(group=8, step=2, wave=8), 2.0)])
+def test_padded_macs_count_every_padded_row(plan: adaptive.Plan, redundancy: float) -> None:
+    model = _model(halting=_gate(redundancy))
     _, aux = _removed(model, plan)(_variables(model), _images(model, 8))
     assert (aux.macs_padded >= aux.macs).all()
     np.testing.assert_allclose(aux.macs_padded.sum(), _padded_by_hand(model, np.asarray(aux.active), plan), rtol=1e-5)
@@ -268,6 +268,15 @@ def test_export(batch: int | str, plan: adaptive.Plan) -> None:
         images = _images(model, count)
         expected = _masked(model)(variables, images)[0]
         np.testing.assert_allclose(program.call(images), expected, rtol=0, atol=1e-5)
+
+
+def test_masked_export_with_a_symbolic_batch() -> None:
+    model = _model(halting=_gate(2.0))
+    variables = _variables(model)
+    spec = jax.ShapeDtypeStruct((*export.symbolic_shape("b"), *model.pixels, model.channels), jnp.float32)
+    program = export.export(jax.jit(lambda images: model.apply(variables, images)[0]))(spec)
+    images = _images(model, 3)
+    np.testing.assert_allclose(program.call(images), _masked(model)(variables, images)[0], rtol=0, atol=1e-5)
 
 
 def test_mistakes_are_value_errors() -> None:

@@ -42,6 +42,14 @@ def test_tokens_merge_into_the_most_similar_that_stays() -> None:
     np.testing.assert_array_equal(merged[0, [1, 3]], tokens[0, [1, 3]])
 
 
+def test_the_most_similar_is_not_taken_where_it_leaves_and_of_equals_the_first_is() -> None:
+    leaves = jnp.array([[True, True, False, False]])
+    _, sizes = merging.merge(jnp.ones((1, 4, 2)), jnp.ones((1, 4)), _SIMILAR, leaves=leaves, stays=~leaves)
+    np.testing.assert_allclose(sizes[0], [1.0, 1.0, 1.0, 3.0])
+    _, sizes = merging.merge(jnp.ones((1, 4, 2)), jnp.ones((1, 4)), jnp.ones((1, 4, 4)), leaves=leaves, stays=~leaves)
+    np.testing.assert_allclose(sizes[0], [1.0, 1.0, 3.0, 1.0])
+
+
 def test_nothing_changes_where_none_stays_or_none_leaves() -> None:
     tokens, size, no = jnp.arange(8.0).reshape(1, 4, 2), jnp.ones((1, 4)), jnp.zeros((1, 4), bool)
     for leaves, stays in ((~no, no), (no, ~no)):
@@ -66,11 +74,12 @@ _IMAGES = np.random.default_rng(0).standard_normal((6, 40, 32, 2)).astype(np.flo
 
 def _written_out(model: vit.AViT, params: Any) -> tuple[jax.Array, jax.Array]:
     """Logits and active tokens by the definition, token by token."""
+    first = model.num_readout  # patch
     layer = block.Block(**model.block_sizes)
     x = np.asarray(model.apply({"params": params}, _IMAGES, method="embed"))
     size, cumulative = np.ones(x.shape[:2], np.float32), np.zeros(x.shape[:2], np.float32)
     active, actives, readout = np.ones(x.shape[:2], bool), [], 0.0
-    remainder = np.ones(x.shape[0], np.float32)
+    remainder = np.ones(x.shape[:2], np.float32)
     for i in range(model.depth):
         actives.append(active.copy())
         variables = {"params": jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"])}
@@ -79,7 +88,7 @@ def _written_out(model: vit.AViT, params: Any) -> tuple[jax.Array, jax.Array]:
         unit = x[..., :8] / np.linalg.norm(x[..., :8], axis=-1, keepdims=True)
         score = model.halting.gamma * x[..., 0] + model.halting.beta
         for image in range(len(x)):
-            patches = [n for n in range(1, x.shape[1]) if active[image, n]]
+            patches = [n for n in range(first, x.shape[1]) if active[image, n]]
             for n in patches:
                 cosines = [float(unit[image, n] @ unit[image, m]) for m in patches if m < n]
                 score[image, n] += model.halting.redundancy * max(cosines, default=-1.0)
@@ -88,23 +97,27 @@ def _written_out(model: vit.AViT, params: Any) -> tuple[jax.Array, jax.Array]:
             score = np.ones_like(score)
         cumulative += np.where(active, score, 0.0)
         stays = active & (cumulative < 0.99)
-        weight = np.where(stays[:, 0], score[:, 0], np.where(active[:, 0], remainder, 0.0))
-        remainder = remainder - np.where(stays[:, 0], score[:, 0], 0.0)
-        readout = readout + weight[:, None] * x[:, 0]
+        weight = np.where(stays, score, np.where(active, remainder, 0.0))
+        remainder = remainder - np.where(stays, score, 0.0)
+        readout = readout + weight[:, :first, None] * x[:, :first]
         before = x.copy(), size.copy()
         for image, n in zip(*np.nonzero(active & ~stays), strict=True):
-            left = [m for m in range(1, x.shape[1]) if stays[image, m]]
-            if n and left:
+            left = [m for m in range(first, x.shape[1]) if stays[image, m]]
+            if n >= first and left:
                 m = max(left, key=lambda m: float(unit[image, n] @ unit[image, m]))
                 x[image, m] = size[image, m] * x[image, m] + before[1][image, n] * before[0][image, n]
                 size[image, m] += before[1][image, n]
                 x[image, m] /= size[image, m]
         active = stays
-    return model.apply({"params": params}, readout[:, None], method="classify"), np.stack(actives)
+    return model.apply({"params": params}, readout, method="classify"), np.stack(actives)
 
 
-def test_the_network_does_what_the_definition_says() -> None:
-    model = _model()
+_BY_SCORE = halting.HaltingConfig(gamma=4.0, beta=-3.0, merge=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"distilled": True}, {"halting": _BY_SCORE}])
+def test_the_network_does_what_the_definition_says(changes: dict[str, Any]) -> None:
+    model = _model(**changes)
     params = _params(model)
     logits, aux = jax.jit(model.apply)({"params": params}, _IMAGES)
     expected, active = _written_out(model, params)

@@ -115,14 +115,19 @@ def test_tome_merges_the_most_similar_pairs() -> None:
     assert sizes[0].tolist() == [1, 3, 7, 9, 2, 4, 6, 13]
 
 
-def test_tome_gives_equal_tokens_the_attention_of_all_of_them(params: Any) -> None:
+@pytest.mark.parametrize("after_mlp", [False, True])
+def test_tome_gives_equal_tokens_the_attention_of_all_of_them(after_mlp: bool, params: Any) -> None:
     # All patches alike: whatever is merged, class token and patches see the same.
     plain = jax.tree.map(lambda x: x, params) | {"pos_embed": jnp.zeros_like(params["pos_embed"])}
     images = np.ones_like(_IMAGES)
     expected = _apply(_STATIC, plain, images)[0]
-    logits, aux = _apply(tome.ToMe(**_SIZES, merges=5), plain, images)
+    logits, aux = _apply(tome.ToMe(**_SIZES, merges=5, after_mlp=after_mlp), plain, images)
     np.testing.assert_allclose(logits, expected, atol=2e-5)
-    assert aux.active.sum(axis=2)[:, 0].tolist() == [17, 12, 7, 4]  # of 7 tokens three pairs at most
+    counts = [17, 12, 7, 4]  # of 7 tokens three pairs at most
+    assert aux.active.sum(axis=2)[:, 0].tolist() == counts
+    computes = counts if after_mlp else [12, 7, 4, 3]
+    macs = [_layer_macs(*each) + each[0] // 2 * ((each[0] + 1) // 2) * 8 for each in zip(counts, computes, strict=True)]
+    np.testing.assert_allclose(aux.macs, sum(macs) + flops.fixed_macs(_STATIC))
 
 
 def test_dynamic_vit_masks_in_training_what_it_removes_afterwards(params: Any) -> None:

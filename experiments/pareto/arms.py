@@ -84,6 +84,7 @@ def _arms() -> dict[str, Arm]:
     arms |= {
         f"tome_{budget}": _static(rival=of(tome.ToMe, merges=merges)) for budget, merges in ((0.4, 15), (0.6, 8), (0.8, 4))
     }
+    arms["tome_after_mlp"] = _static(rival=of(tome.ToMe, merges=19, after_mlp=True))  # 0.41, as avit_merging_0.4
     arms["early_exit"] = _static(rival=of(early_exit.EarlyExit))
     return arms | _ablations()
 

@@ -52,12 +52,14 @@ class ToMe(unrolled.Unrolled):
 
     Attributes:
       merges: pairs of tokens that every layer merges; fewer where fewer are left.
+      after_mlp: whether they merge at the end of a layer, where A-ViT's tokens halt, in place of between attention and MLP.
     """
 
     merges: int = 4
+    after_mlp: bool = False
 
     def run_layers(self, x: jax.Array, layers: unrolled.Layers) -> tuple[jax.Array, vit.Aux]:
-        """Tokens merge between attention and MLP of each layer; attention counts a token as often as it has patches."""
+        """Tokens merge in each layer; attention counts a token as often as it has patches."""
         counts, macs = [], 0.0
         size = jnp.ones(x.shape[:2], jnp.float32)
         for i in range(self.depth):
@@ -67,7 +69,10 @@ class ToMe(unrolled.Unrolled):
             macs += pairs_compared * self.width // self.num_heads
             pairs = match(layers.queries_and_keys(i, x)[1].mean(axis=1), min(self.merges, (x.shape[1] - 1) // 2))
             x = layers(i, x, "attention", key_weight=size[:, None])
-            x, size = merge(x, size, pairs)
+            if not self.after_mlp:
+                x, size = merge(x, size, pairs)
             x = layers(i, x, "mlp")
             macs += self.mlp_macs(x.shape[1])
+            if self.after_mlp:
+                x, size = merge(x, size, pairs)
         return self.classify(x[:, :1], train=layers.train), self.aux(counts, len(x), macs)
