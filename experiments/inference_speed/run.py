@@ -2,7 +2,7 @@
 
 AVIT_DATA_DIR=... python -m experiments.inference_speed.run --out=runs/deit_tiny
 
-Batch sizes that the file has already, measured on the same kind of machine, stay in it.
+Batch sizes that the file has already stay in it; it has to be of the same kind of machine, versions and model.
 
 Protocol. Real pictures, the first ones of ImageNet's validation and training split in AVIT_DATA_DIR, of the digits where it
 is unset; random weights. The gate shift is calibrated on these very pictures so that the network costs the named share of the
