@@ -37,7 +37,8 @@ class Aux:
     """What was computed beside the logits.
 
     Attributes:
-      score: `(L, B, N)` raw halting scores, at least float32; only those of active tokens mean something.
+      score: `(L, B, N)` raw halting scores, at least float32; only those of active tokens mean something; where
+        tokens merge, 1 in the last layer.
       active: `(L, B, N)` bool, whether the token really computed in the layer.
       depth: `(B, N)` int32, layers the token really computed in.
       macs: `(B,)` float32, multiply-accumulates of the image without padding: `flops.image_macs`.
@@ -175,17 +176,18 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
         x, state, readout = carry
         params, is_last = layer
         active = state.active
-        x, score = block.run_removed(each, params, plan, gate, x, active, dtype)
+        x, score = block.run_removed(each, params, plan, gate, x, active, dtype, is_last)
         state, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
         readout = readout + weight[:, :num_readout, None] * x[:, :num_readout, : model.width]
         unfinished = state.active[:, :num_readout].any(axis=1, keepdims=True)
         state = dataclasses.replace(state, active=state.active & unfinished)
         return (x, state, readout), (score, active)
 
-    layers = (variables["params"]["layers"], jnp.arange(model.depth) == model.depth - 1)
+    lasts = jnp.arange(model.depth) == model.depth - 1
+    layers = (variables["params"]["layers"], lasts)
     (_, state, readout), (score, active) = jax.lax.scan(layer, (x, state, readout), layers)
     macs = flops.image_macs(model, active)
-    padded = jax.vmap(lambda count: padded_macs(model, count, plan))(active.sum(axis=-1))
+    padded = jax.vmap(lambda count, is_last: padded_macs(model, count, plan, is_last))(active.sum(axis=-1), lasts)
     aux = Aux(
         score=score.swapaxes(0, 1),
         active=active.swapaxes(0, 1),
@@ -198,13 +200,14 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
     return model.apply(variables, readout, method="classify"), aux
 
 
-def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan) -> jax.Array:
+def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan, is_last: jax.typing.ArrayLike = False) -> jax.Array:
     """MACs of one layer on each image of a wave, with the padding that the plan brings.
 
     Args:
       model: for its sizes.
       count: `(B,)` tokens each image still has.
       plan: for its group and step.
+      is_last: whether it is the last layer.
 
     Returns:
       `(B,)` float32; the images of a group share its cost evenly, that of empty places included.
@@ -213,7 +216,7 @@ def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan) -> jax.Array:
     image, count = removal.groups(count, plan.group)
     compiled = jnp.array((0, *plan.token_counts(model.num_tokens)))
     ran = compiled[jnp.searchsorted(compiled, count[:, :1])].astype(jnp.float32)
-    macs = plan.group * flops.layer_macs(ran, model)
+    macs = plan.group * flops.layer_macs(ran, model, is_last)
     macs = jnp.where(count > 0, macs / jnp.maximum((count > 0).sum(axis=1, keepdims=True), 1), 0.0)
     return jnp.zeros(batch).at[image.reshape(-1)].set(macs.reshape(-1), mode="drop")
 

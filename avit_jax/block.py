@@ -103,11 +103,22 @@ class Block(nn.Module):
         active: jax.Array | None = None,
         keep: jax.Array | None = None,
         image_index: jax.Array | None = None,
+        *,
+        size: jax.Array | None = None,
         key_weight: jax.Array | None = None,
     ) -> jax.Array:
-        """The first branch of `transform`; `key_weight`, `(B, 1, N)` or `(B, N, N)`, multiplies what queries give to keys."""
+        """The first branch of `transform`.
+
+        Args:
+          x: as in `transform`, like the next three.
+          active: see there.
+          keep: see there.
+          image_index: see there.
+          size: `(B, N)` how many keys each token counts as; None for 1.
+          key_weight: `(B, N, N)` what queries give to keys is multiplied by it; may be 0.
+        """
         a = self._where_active(self.norm1(x), active)
-        return x + self._drop(self._attend(a, active, key_weight), keep, 0, image_index)
+        return x + self._drop(self._attend(a, active, size, key_weight), keep, 0, image_index)
 
     def mlp(
         self,
@@ -128,13 +139,18 @@ class Block(nn.Module):
         """Of normed tokens `(B, N, D)`, all heads: `(3, B, H, N, K)`."""
         return per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
 
-    def _attend(self, a: jax.Array, active: jax.Array | None, key_weight: jax.Array | None) -> jax.Array:
+    def _attend(
+        self, a: jax.Array, active: jax.Array | None, size: jax.Array | None, key_weight: jax.Array | None
+    ) -> jax.Array:
         # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
         q, k, v = self.queries_keys_values(a)
         logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(-2, -1))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        bias = None if size is None else jnp.log(size)  # in the exponent: one pass less over all pairs than a factor
         if active is not None:
-            logits = logits + jnp.where(active, 0.0, _HALTED_KEY_BIAS)[:, None, None, :]
+            bias = jnp.where(active, 0.0 if bias is None else bias, _HALTED_KEY_BIAS)
+        if bias is not None:
+            logits = logits + bias[:, None, None, :]
         # Softmax, but divided by its sum after the product with the values: one pass less over all pairs of tokens.
         weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
         if key_weight is not None:
@@ -157,6 +173,7 @@ class Block(nn.Module):
         notes: merging.Notes | None,
         active: jax.Array | None,
         gate: tuple[jax.Array, jax.Array],
+        is_last: jax.Array,
         keep: jax.Array | None = None,
         image_index: jax.Array | None = None,
     ) -> tuple[jax.Array, merging.Notes | None, jax.Array]:
@@ -167,6 +184,7 @@ class Block(nn.Module):
           notes: on the tokens, where halted ones merge; else None.
           active: as in `transform`.
           gate: gamma and beta.
+          is_last: whether this is the last layer, after which all halt, so that none merges.
           keep: as in `transform`.
           image_index: as in `transform`.
 
@@ -177,12 +195,19 @@ class Block(nn.Module):
         if notes is None:
             x = self.transform(x, active, keep, image_index)
             return x, None, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=channel)
-        x = self.attention(x, active, keep, image_index, notes.size[:, None, :])
+        x = self.attention(x, active, keep, image_index, size=notes.size)
         x = self.mlp(x, active, keep, image_index)
+        merge = functools.partial(self._merge_and_score, active=active, gate=gate)
+        return jax.lax.cond(is_last, lambda x, notes: (x, notes, jnp.ones_like(notes.size)), merge, x, notes)
+
+    def _merge_and_score(
+        self, x: jax.Array, notes: merging.Notes, active: jax.Array | None, gate: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, merging.Notes, jax.Array]:
+        """The rest of `transform_and_score` where halted tokens merge."""
         patches = notes.is_patch if active is None else notes.is_patch & active
         similar = merging.similarity(x, self.compared)
         redundancy = self.halting.redundancy * merging.redundancy(similar, patches)
-        score = halting_lib.score(x, gamma=gate[0], beta=gate[1] + redundancy, channel=channel)
+        score = halting_lib.score(x, gamma=gate[0], beta=gate[1] + redundancy, channel=self.halting.channel)
         cumulative = notes.cumulative + score
         stays = halting_lib.goes_on(cumulative, self.halting.epsilon)
         x, size = merging.merge(x, notes.size, similar, leaves=patches & ~stays, stays=patches & stays)
@@ -211,11 +236,11 @@ class Block(nn.Module):
             # prior over active tokens alone no gradient arrives here for a halted token.
             x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
             notes = merging.note(size, state, num_readout)
-            x, notes, score = self.transform_and_score(x, notes, active, gate, keep, image_index)
+            x, notes, score = self.transform_and_score(x, notes, active, gate, is_last, keep, image_index)
         else:
             layer, notes = (self.clone(parent=None), self.variables["params"]), merging.note(size, state, num_readout)
             packed = x if size is None else merging.pack(x, notes)
-            packed, score = run_removed(*layer, self.removal, gate, packed, active, x.dtype, keep)
+            packed, score = run_removed(*layer, self.removal, gate, packed, active, x.dtype, is_last, keep)
             x, notes = (packed, None) if size is None else merging.unpack(packed, x.dtype)[:2]
         size = None if size is None else notes.size
         state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
@@ -236,6 +261,7 @@ def run_removed(
     x: jax.Array,
     active: jax.Array,
     dtype: jax.typing.DTypeLike,
+    is_last: jax.Array,
     keep: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`Block.transform_and_score` of the active tokens alone; halted ones, and what is noted of them, stay as they are.
@@ -248,6 +274,7 @@ def run_removed(
       x: tokens `(B, N, D)`; packed (`merging.pack`) where halted ones merge.
       active: `(B, N)` bool.
       dtype: of the tokens before they were packed.
+      is_last: as in `Block.transform_and_score`.
       keep: as in `Block.transform`.
 
     Returns:
@@ -257,13 +284,15 @@ def run_removed(
         x = removal_lib.transform(functools.partial(run_block, block), plan, params, x, active, keep)
         return x, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
     run = functools.partial(_run_packed, block, jnp.dtype(dtype))
-    x = removal_lib.transform(run, plan, (params, jax.tree.map(jnp.asarray, gate)), x, active, keep)
+    differentiable = (params, *map(jnp.asarray, gate), jnp.asarray(is_last, jnp.float32))
+    x = removal_lib.transform(run, plan, differentiable, x, active, keep)
     return x, x[..., -1]
 
 
 def _run_packed(
-    block: Block, dtype: Any, params_and_gate: Any, packed: jax.Array, active: jax.Array | None, keep: jax.Array | None
+    block: Block, dtype: Any, differentiable: Any, packed: jax.Array, active: jax.Array | None, keep: jax.Array | None
 ) -> jax.Array:
-    params, gate = params_and_gate
+    params, gamma, beta, is_last = differentiable
     x, notes, _ = merging.unpack(packed, dtype)
-    return merging.pack(*block.apply({"params": params}, x, notes, active, gate, keep, method="transform_and_score"))
+    layer = functools.partial(block.apply, {"params": params}, method="transform_and_score")
+    return merging.pack(*layer(x, notes, active, (gamma, beta), is_last > 0, keep))

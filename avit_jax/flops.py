@@ -25,10 +25,15 @@ def computing(active: jax.Array, num_readout: int) -> jax.Array:
     return active & active[:, :, :num_readout].any(axis=-1, keepdims=True)
 
 
-def layer_macs(num_tokens: jax.typing.ArrayLike, model: vit.AViT) -> jax.typing.ArrayLike:
-    """MACs of one layer of a model on one image with `num_tokens` tokens, any shape; with comparing them, where they merge."""
+def layer_macs(
+    num_tokens: jax.typing.ArrayLike, model: vit.AViT, is_last: jax.typing.ArrayLike = False
+) -> jax.typing.ArrayLike:
+    """MACs of one layer of a model on one image with `num_tokens` tokens, any shape.
+
+    With comparing them, where they merge: in all layers but the last.
+    """
     linear = 4 * model.width**2 + 2 * model.width * model.mlp_width  # qkv and projection, then the MLP
-    pairs = 2 * model.width + model.compared  # queries times keys, and weights times values
+    pairs = 2 * model.width + model.compared * (1 - is_last)  # queries times keys, and weights times values
     return num_tokens * (linear + pairs * num_tokens)
 
 
@@ -69,4 +74,5 @@ def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
       `(B,)` float32 MACs.
     """
     num_tokens = computing(active, model.num_readout).sum(axis=-1).astype(jnp.float32)
-    return fixed_macs(model) + layer_macs(num_tokens, model).sum(axis=0)
+    is_last = (jnp.arange(model.depth) == model.depth - 1)[:, None]
+    return fixed_macs(model) + layer_macs(num_tokens, model, is_last).sum(axis=0)

@@ -28,7 +28,8 @@ class Aux:
     """What the network computed beside the logits. A network without halting reports score 0 and depth L.
 
     Attributes:
-      score: `(L, B, N)` raw halting scores, at least float32; those of halted tokens mean nothing.
+      score: `(L, B, N)` raw halting scores, at least float32; those of halted tokens mean nothing; where tokens
+        merge, 1 in the last layer.
       active: `(L, B, N)` bool, whether the token computes in the layer.
       depth: `(B, N)` int32, layers used.
       ponder_cost: `(B, N)` depth + remainder, in layers.

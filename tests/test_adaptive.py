@@ -168,11 +168,11 @@ def _padded_by_hand(model: vit.AViT, active: np.ndarray, plan: adaptive.Plan) ->
     """MACs of a wave of images, layer by layer and group by group."""
     total = active.shape[1] * flops.fixed_macs(model)
     counts = plan.token_counts(model.num_tokens)
-    for layer in active.sum(axis=-1):
+    for i, layer in enumerate(active.sum(axis=-1)):
         left = sorted(layer, reverse=True)
         while left and left[0]:
             tokens = min(n for n in counts if n >= left[0])
-            total += plan.group * flops.layer_macs(tokens, model)
+            total += plan.group * flops.layer_macs(tokens, model, i == model.depth - 1)
             left = left[plan.group :]
     return total
 

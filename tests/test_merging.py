@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax import adaptive, block, flops, halting, halting_linen, halting_nnx, merging, vit
+from avit_jax import adaptive, block, flops, halting, halting_linen, halting_nnx, merging, removal, vit
 
 
 def test_similarity_is_the_cosine_of_the_first_channels_and_has_no_gradient() -> None:
@@ -83,7 +83,7 @@ def _written_out(model: vit.AViT, params: Any) -> tuple[jax.Array, jax.Array]:
     for i in range(model.depth):
         actives.append(active.copy())
         variables = {"params": jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"])}
-        x = layer.apply(variables, x * active[..., None], active, key_weight=size[:, None], method="attention")
+        x = layer.apply(variables, x * active[..., None], active, size=size, method="attention")
         x = np.array(layer.apply(variables, x, active, method="mlp"))
         unit = x[..., :8] / np.linalg.norm(x[..., :8], axis=-1, keepdims=True)
         score = model.halting.gamma * x[..., 0] + model.halting.beta
@@ -134,17 +134,17 @@ def test_where_nothing_halts_it_is_the_plain_network() -> None:
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_comparing_tokens_is_counted() -> None:
+def test_comparing_tokens_is_counted_in_all_layers_but_the_last() -> None:
     model = _model()
     plain = model.clone(halting=dataclasses.replace(model.halting, merge=False, redundancy=0.0))
     active = np.ones((4, 1, model.num_tokens), bool)
     more = flops.image_macs(model, active) - flops.image_macs(plain, active)
-    np.testing.assert_allclose(more, 4 * model.num_tokens**2 * 8)
+    np.testing.assert_allclose(more, 3 * model.num_tokens**2 * 8)
     assert flops.static_macs(model) == flops.static_macs(plain)
     aux = jax.jit(functools.partial(adaptive.apply, model))({"params": _params(model)}, _IMAGES)[1]
     count = np.asarray(aux.active.sum(axis=-1), np.float64)
     linear = 4 * 24**2 + 2 * 24 * 96
-    by_hand = (count * linear + count**2 * (2 * 24 + 8)).sum(axis=0) + flops.fixed_macs(model)
+    by_hand = (count * linear + count**2 * 2 * 24).sum(axis=0) + (count[:-1] ** 2 * 8).sum(axis=0) + flops.fixed_macs(model)
     np.testing.assert_allclose(aux.macs, by_hand, rtol=1e-6)
 
 
@@ -153,8 +153,8 @@ def test_a_key_of_size_two_is_two_keys() -> None:
     layer = block.Block(**model.block_sizes)
     variables = {"params": jax.tree.map(lambda stacked: stacked[0], _params(model)["layers"])}
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 3, 24)), jnp.float32)
-    sizes = jnp.array([[[1.0, 2.0, 1.0]]])
-    once = layer.apply(variables, x, key_weight=sizes, method="attention")
+    sizes = jnp.array([[1.0, 2.0, 1.0]])
+    once = layer.apply(variables, x, size=sizes, method="attention")
     twice = layer.apply(variables, x[:, jnp.array([0, 1, 1, 2])], method="attention")
     np.testing.assert_allclose(once, twice[:, jnp.array([0, 1, 3])], atol=1e-5)
 
@@ -168,12 +168,25 @@ def test_no_patch_is_lost() -> None:
     carry = (x, state, jnp.zeros((len(x), 1, 24)), model.sizes(state))
     for i in range(model.depth):
         variables = {"params": jax.tree.map(lambda stacked, i=i: stacked[i], _params(model)["layers"])}
-        carry, _ = layer.apply(variables, carry, (False, None), (0.5, -5.0), None)
+        carry, _ = layer.apply(variables, carry, (jnp.array(False), None), (0.5, -5.0), None)
         _, state, _, size = carry
         goes_on = state.active[:, 1:]
         assert goes_on.any(axis=1).all()
         np.testing.assert_array_equal((size[:, 1:] * goes_on).sum(axis=1), model.num_tokens - 1)
     assert size.max() > 2
+
+
+@pytest.mark.parametrize("plan", [None, removal.Plan(group=2, step=4)])
+def test_in_the_last_layer_none_merges(plan: removal.Plan | None) -> None:
+    model = _model(removal=plan)
+    layer = block.Block(**model.block_sizes)
+    x = model.apply({"params": _params(_model())}, _IMAGES, method="embed")
+    state = halting.init(x.shape[:2])
+    variables = {"params": jax.tree.map(lambda stacked: stacked[0], _params(_model())["layers"])}
+    for is_last in (True, False):
+        carry = (x, state, jnp.zeros((len(x), 1, 24)), model.sizes(state))
+        (_, _, _, size), (score, _) = layer.apply(variables, carry, (jnp.array(is_last), None), (0.5, 0.0), None)
+        assert (size == 1.0).all() == is_last and (score == 1.0).all() == is_last
 
 
 @pytest.mark.parametrize("module", [halting_linen.Halting, halting_nnx.Halting])

@@ -16,7 +16,7 @@ from experiments.pareto import arms
 from experiments.rivals import tome, unrolled
 
 _BATCH = 256
-_CHUNKS = (16, 32, 64, 128)
+_CHUNKS = (8, 16, 32, 64, 128)
 _GROUPS = (8, 16, 32)  # the network is small: larger ones than the default, which is for DeiT-T
 _BATCHES = 4  # of real images, timed together
 _ROUNDS = 7
@@ -118,7 +118,8 @@ def training_step(config: ConfigDict, model: vit.AViT, params: Any, parent: vit.
 def early_end(model: vit.AViT, params: Any, images: np.ndarray) -> float:
     """Share of the static MACs saved as an image's other tokens stop once its class token has halted; on these images."""
     active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(params, images)
-    going_on = flops.layer_macs(active.sum(axis=-1).astype(np.float32), model).sum(axis=0).mean()
+    is_last = (np.arange(model.depth) == model.depth - 1)[:, None]
+    going_on = flops.layer_macs(active.sum(axis=-1).astype(np.float32), model, is_last).sum(axis=0).mean()
     saved = flops.fixed_macs(model) + going_on - flops.image_macs(model, active).mean()
     return float(saved) / flops.static_macs(model)
 

@@ -68,7 +68,7 @@ class ToMe(unrolled.Unrolled):
             pairs_compared = (x.shape[1] // 2) * ((x.shape[1] + 1) // 2)
             macs += pairs_compared * self.width // self.num_heads
             pairs = match(layers.queries_and_keys(i, x)[1].mean(axis=1), min(self.merges, (x.shape[1] - 1) // 2))
-            x = layers(i, x, "attention", key_weight=size[:, None])
+            x = layers(i, x, "attention", size=size)
             if not self.after_mlp:
                 x, size = merge(x, size, pairs)
             x = layers(i, x, "mlp")
