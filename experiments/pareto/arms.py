@@ -90,10 +90,11 @@ def _arms() -> dict[str, Arm]:
 
 
 def _ablations() -> dict[str, Arm]:
-    """Each with one seed, beside avit_0.6; those without a budget cost what they cost."""
+    """Each with one seed, beside avit_0.6, but two without a teacher; those without a budget cost what they cost."""
     one = {"seeds": 1}
     free = {"budget": 0.0}
     arms = {
+        "static_not_distilled": _static(taught=False),
         "paper_recipe": Arm(free, taught=False, **one),
         "official_prior": Arm(free | {"loss.prior_mode": "official", "loss.prior_weight": 1e-3}, **one),
         "no_budget": Arm(free, **one),
@@ -110,7 +111,7 @@ def _ablations() -> dict[str, Arm]:
         "last_channel": Arm(_halting(0.6, halting__channel=-1), **one),
         "middle_channel": Arm(_halting(0.6, halting__channel=48), **one),
         "merging_from_scratch": Arm(_halting(0.6) | _MERGING, starts="scratch", **one),
-        "merging_not_distilled": Arm(_halting(0.6) | _MERGING, taught=False, **one),
+        "merging_not_distilled": Arm(_halting(0.6) | _MERGING, taught=False),
         "merging_with_prior_and_ponder": Arm(_halting(0.6) | _MERGING | _PRIOR_AND_PONDER, **one),
         "merging_by_the_papers_gate": Arm(_halting(0.6, halting__merge=True), **one),
         "merging_by_the_papers_gate_alone": Arm(_halting(0.6, halting__merge=True) | _BUDGET_ALONE, **one),
