@@ -199,6 +199,9 @@ def main(_: list[str]) -> None:
     if before and before | what != before:
         raise errors.UserError(f"{_OUT.value}.json is of another device, model or version: name another --out.")
     batches = {batch["batch"]: batch for batch in before.get("batches", [])}  # other sizes stay
+    names = {f"adaptive {budget}" for budget in (*_BUDGET.value, 1.0)}
+    if any(names != {name for name in batch["rows"] if name.startswith("adaptive")} for batch in batches.values()):
+        raise errors.UserError(f"{_OUT.value}.json is of other budgets: give the same --budget, or name another --out.")
     for batch in _BATCH.value:
         batches[batch] = measure(model, params, images, batch)
         show(batches[batch])
