@@ -61,14 +61,30 @@ def test_the_table_pairs_runs_by_their_seed() -> None:
             0.80, speed={"speed_up": 1.5, "efficiency": 0.9, "training_step": 0.7}, early_end=0.01, curve=[point]
         ),
         "no_prior/0": _run(0.78),
+        "static_not_distilled/1": _run(0.83),
     }
     rows = report.gather(results)
     assert report.against(rows["avit_0.6"], rows["static"]) == pytest.approx([0.0, -1.0])
     lines = report.table(rows).split("\n\n", 1)[1].splitlines()  # below the legend
     assert lines[2] == "| avit_0.6 | 2 | 80.50 ± 0.71 | -0.50 ± 0.50 | 0.600 ± 0.000 | 1.50 | 0.90 | 0.70 |"
-    assert lines[3].startswith("| static | 2 | 81.00 ± 1.41 |  |") and lines[4].startswith("| no_prior | 1 | 78.00 | -2.00 |")
-    assert "saves at most 0.0100 of" in lines[6]
+    assert lines[3] == "| static | 2 | 81.00 ± 1.41 |  | 0.600 ± 0.000 |  |  |  |"
+    assert "saves at most 0.0100 of" in lines[5]
+    assert lines[9] == "| no_prior | avit_0.6 | loss.prior_weight=0.0 | 1 | 78.00 | -2.00 | 0.600 |"
+    assert lines[10] == "| static_not_distilled | static | no teacher | 1 | 83.00 | +1.00 | 0.600 |"
     assert lines[-1] == "| avit_0.6 | 0 | -3 | 0.400 | 70.00 |"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("merging_from_scratch", ("avit_merging_0.6", "random weights")),
+        ("merging_by_the_papers_gate", ("avit_0.6", "halting.merge=True")),
+        ("paper_recipe", ("avit_0.6", "budget=0.0, train.adaptive=False, no teacher")),
+        ("tome_after_mlp", ("static", "ToMe, merges=19, after_mlp=True")),
+    ],
+)
+def test_what_an_ablation_changes(name: str, expected: tuple[str, str]) -> None:
+    assert arms.changes(name) == expected
 
 
 def test_the_figure_is_drawn(tmp_path: pathlib.Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from avit_jax import build, vit
+from avit_jax import config as config_lib
 from configs import cifar10
 from experiments.rivals import dropping, dynamic_vit, early_exit, evit, layer_act, tome, unrolled
 
+_WITH_PARENT = ("init", "distill.teacher")
 HELD_OUT = "train[48000:]"  # neither trained on nor reported: what gates are calibrated on
 _SHARED = {"data.train_split": "train[:48000]", "augment.magnitude": 0.0, "train.eval_every": 0, "train.save_every": 100}
 _PARENT = {"halting.enabled": False, "optimizer.learning_rate": 2e-3, "train.steps": 5000, "train.save_every": 200}
@@ -147,6 +149,20 @@ def config(name: str, seed: int, *, data_dir: str, parent: str) -> ConfigDict:
         overrides |= {"distill.teacher": parent} if arm.taught else {}
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def changes(name: str) -> tuple[str, str]:
+    """Which row an ablation belongs to, and what it changes of that one, as options."""
+    arm = ARMS[name]
+    twin = "avit_0.6" if arm.overrides.get("halting.enabled", True) else "static"
+    twin = "avit_merging_0.6" if "halting.redundancy" in arm.overrides else twin
+    here, there = (config_lib.flat(config(row, 0, data_dir="", parent="parent")) for row in (name, twin))
+    options = [f"{key}={value}" for key, value in here.items() if value != there[key] and key not in _WITH_PARENT]
+    options += ["random weights"] * (arm.starts != "parent") + ["no teacher"] * (not arm.taught)
+    if arm.rival is not None:
+        made = functools.partial(arm.rival)
+        options += [made.func.__name__, *(f"{key}={value}" for key, value in made.keywords.items())]
+    return twin, ", ".join(options)
 
 
 def network(name: str, config: ConfigDict) -> vit.AViT:

@@ -12,14 +12,15 @@ from matplotlib.figure import Figure
 
 from avit_jax import errors
 from experiments import results as results_lib
+from experiments.pareto import arms
 
 _BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
 _LEGEND = (
     "Speed-up: images/s over those of the static network; of the ideal: that times the share of MACs; training step: its time",
-    "over the static one's. ±: standard deviation over seeds, standard error for differences. `layer_act` is naive ACT, which",
-    "misses its budgets, as its losses push the gate faster than the controller follows; `avit` has the paper's gate and",
-    "losses with a budget, a teacher and removal in training; what else a row changes is in [arms.py](arms.py). A knob is the",
-    "shift of the gate, the merges of a layer, or the confidence to stop at.",
+    "over the static one's. ±: standard deviation over seeds, standard error for differences, each of runs with the same seed.",
+    "`avit` has the paper's gate and losses with a budget, a teacher and removal in training; `layer_act` is naive ACT, which",
+    "misses its budgets, as its losses push the gate faster than the controller follows. A knob is the shift of the gate, the",
+    "merges of a layer, or the confidence to stop at.",
     "",
 )
 Rows = dict[str, list[dict[str, Any]]]  # by arm, one entry a seed, seed first
@@ -39,14 +40,41 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
-def against(runs: list[dict[str, Any]], static: list[dict[str, Any]]) -> list[float]:
-    """Differences of top-1 in points to the static network of the same seed."""
-    base = {run["seed"]: run["top1"] for run in static}
-    return [100 * (run["top1"] - base[run["seed"]]) for run in runs if run["seed"] in base]
+def against(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> list[float]:
+    """Differences of top-1 in points to the runs of another row with the same seeds."""
+    top1 = {run["seed"]: run["top1"] for run in base}
+    return [100 * (run["top1"] - top1[run["seed"]]) for run in runs if run["seed"] in top1]
+
+
+def _difference(gains: list[float]) -> str:
+    """Mean of paired differences, with its standard error."""
+    error = f" ± {np.std(gains, ddof=1) / np.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
+    return f"{np.mean(gains):+.2f}{error}" if gains else ""
+
+
+def _accuracy(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> list[str]:
+    """Cells of both tables: seeds, top-1, its difference to another row's, MACs."""
+    return [
+        str(len(runs)),
+        _spread([100 * run["top1"] for run in runs], 2),
+        _difference(against(runs, base)) if runs is not base else "",
+        _spread([run["macs_ratio"] for run in runs], 3),
+    ]
+
+
+def _speed(runs: list[dict[str, Any]]) -> list[str]:
+    """Cells of the first table: speed-up, its share of the ideal, time of a training step."""
+    speeds = [run["speed"] for run in runs if "speed" in run]
+    values = [[speed[key] for speed in speeds if key in speed] for key in ("speed_up", "efficiency", "training_step")]
+    return [f"{np.mean(each):.2f}" if each else "" for each in values]
+
+
+def _is_ablation(name: str) -> bool:
+    return not name.endswith(_BUDGETS) and name not in ("parent", "static", "early_exit")
 
 
 def table(rows: Rows) -> str:
-    """Markdown; spreads are standard deviations over the seeds, that of the difference its standard error.
+    """Markdown; spreads are standard deviations over the seeds, that of a difference its standard error.
 
     Costs are shares of the static network's: MACs, and time of a training step.
     """
@@ -55,37 +83,32 @@ def table(rows: Rows) -> str:
         "| row | seeds | top-1 % | minus static | MACs of static | speed-up | of the ideal | training step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in sorted(rows, key=lambda name: (not name.endswith(_BUDGETS) and name not in ("parent", "static"), name)):
+    for name in sorted(filter(lambda name: not _is_ablation(name), rows)):
         runs = rows[name]
-        gains = against(runs, rows.get("static", []))
-        gain = f"{np.mean(gains):+.2f}" if gains else ""
-        if len(gains) > 1:
-            gain += f" ± {np.std(gains, ddof=1) / np.sqrt(len(gains)):.2f}"
-        speeds = [run["speed"] for run in runs if "speed" in run]
-        steps = [speed["training_step"] for speed in speeds if "training_step" in speed]
-        cells = [
-            name,
-            str(len(runs)),
-            _spread([100 * run["top1"] for run in runs], 2),
-            gain if name not in ("parent", "static") else "",
-            _spread([run["macs_ratio"] for run in runs], 3),
-            f"{np.mean([speed['speed_up'] for speed in speeds]):.2f}" if speeds else "",
-            f"{np.mean([speed['efficiency'] for speed in speeds]):.2f}" if speeds else "",
-            f"{np.mean(steps):.2f}" if steps else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        base = runs if name == "parent" else rows.get("static", [])
+        lines.append(f"| {' | '.join([name, *_accuracy(runs, base), *_speed(runs)])} |")
     saved = [run["early_end"] for runs in rows.values() for run in runs if "early_end" in run]
     if saved:
         lines += ["", f"Ending an image once its class token has halted saves at most {max(saved):.4f} of the static MACs."]
+    ablations = sorted((*arms.changes(name), name) for name in rows if _is_ablation(name))
+    if ablations:
+        lines += ["", "| ablation | of the row | changes | seeds | top-1 % | minus that row | MACs of static |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+    for twin, options, name in ablations:
+        lines.append(f"| {' | '.join([name, twin, options, *_accuracy(rows[name], rows.get(twin, []))])} |")
+    return "\n".join(lines + _curves(rows)) + "\n"
+
+
+def _curves(rows: Rows) -> list[str]:
+    """The third table: what single checkpoints do at other budgets."""
     curves = [(name, run) for name, runs in rows.items() for run in runs if "curve" in run]
-    if curves:
-        lines += ["", "| one checkpoint | seed | knob | MACs of static | top-1 % |", "|---|---|---|---|---|"]
-    for name, run in curves:
-        lines += [
-            f"| {name} | {run['seed']} | {point['knob']:.4g} | {point['macs_ratio']:.3f} | {100 * point['top1']:.2f} |"
-            for point in run["curve"]
-        ]
-    return "\n".join(lines) + "\n"
+    if not curves:
+        return []
+    return ["", "| one checkpoint | seed | knob | MACs of static | top-1 % |", "|---|---|---|---|---|"] + [
+        f"| {name} | {run['seed']} | {point['knob']:.4g} | {point['macs_ratio']:.3f} | {100 * point['top1']:.2f} |"
+        for name, run in curves
+        for point in run["curve"]
+    ]
 
 
 def draw(rows: Rows, path: pathlib.Path) -> None:
