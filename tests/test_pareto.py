@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from avit_jax import build, calibrate, flops
+from avit_jax import config as config_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from configs import cifar10_merging
 from experiments import results, timing, workload
 from experiments.pareto import arms, measure, report
 
@@ -156,3 +158,11 @@ def test_rows_that_are_added_at_once_are_all_kept(tmp_path: pathlib.Path) -> Non
         list(pool.map(lambda i: results.add(file, f"row/{i % 20}", {str(i): i}), range(40)))
     assert results.load(file) == {f"row/{i}": {str(i): i, str(i + 20): i + 20} for i in range(20)}
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_recipe_that_merges_is_the_study_s() -> None:
+    row = config_lib.flat(arms.config("merging_not_distilled", 0, data_dir="", parent="parent"))
+    recipe = config_lib.flat(cifar10_merging.get_config())
+    differing = {key for key in row.keys() | recipe.keys() if row[key] != recipe[key]}
+    assert differing == {"init", "data.train_split", "distill.targets", "distill.temperature"}
+    assert not row["distill.teacher"] and not recipe["distill.teacher"]  # so that its targets do not matter
