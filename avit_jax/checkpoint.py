@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -35,19 +35,33 @@ def claim(workdir: epath.Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with (workdir / "lock").open("w") as file:
-            if "://" not in str(workdir):
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _on_bucket(workdir):
+                _lock(file, workdir)
             yield
-    except BlockingIOError as error:
-        raise errors.UserError(f"another run is at work in {workdir}: wait for its end, or set another --workdir.") from error
     except OSError as error:
         raise errors.UserError(f"{error}: training has stopped; the checkpoints in {workdir}, if any, stand.") from error
+
+
+def _lock(file: IO[str], workdir: epath.Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise errors.UserError(f"another run is at work in {workdir}: wait for its end, or set another --workdir.") from error
+
+
+def _on_bucket(path: epath.PathLike) -> bool:
+    return "://" in str(path)
+
+
+def _is_finished(step: epath.Path) -> bool:
+    """Whether all of a checkpoint has been written: on a bucket, which cannot rename, it has its name from the beginning."""
+    return not _on_bucket(step) or ocp.utils.is_checkpoint_finalized(step)
 
 
 def folder(workdir: epath.PathLike) -> epath.Path:
     """Where the checkpoints of a workdir are; an absolute path, as Orbax wants it."""
     path = epath.Path(workdir)
-    return (path if "://" in str(path) else path.absolute()) / "checkpoints"  # absolute() makes a local folder of a bucket
+    return (path if _on_bucket(path) else path.absolute()) / "checkpoints"  # absolute() makes a local folder of a bucket
 
 
 def _top1(metrics: dict[str, float]) -> float:
@@ -209,15 +223,18 @@ class Checkpoints:
         """After a run that ended while it replaced a checkpoint: the old one takes its place again, unless the new one has."""
         for old in self._directory.glob(f"{_REPLACED}*"):
             target = self._directory / old.name.removeprefix(_REPLACED)
-            if target.exists():
+            if target.exists() and _is_finished(target):
                 old.rmtree()
-            else:
-                old.rename(target)
+                continue
+            if target.exists():
+                target.rmtree()
+            old.rename(target)
 
     def _damaged(self) -> list[int]:
         """Steps of the checkpoints that are not as they were written; each is told."""
         there = self._directory.iterdir() if self._directory.exists() else ()
-        steps = sorted((int(path.name) for path in there if re.fullmatch("0|[1-9][0-9]*", path.name)), reverse=True)
+        named = [path for path in there if re.fullmatch("0|[1-9][0-9]*", path.name)]
+        steps = sorted((int(path.name) for path in named if _is_finished(path)), reverse=True)
         damages = {step: damage for step in steps if (damage := self._damage(step))}
         for step, damage in damages.items():
             _logger.warning("the checkpoint of step %d in %s is damaged: %s", step, self._directory, damage)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.path import atomicity, atomicity_defaults
 
 from avit_jax import checkpoint, errors
 
@@ -115,6 +116,53 @@ def test_a_bucket_stays_a_bucket() -> None:
     for path, expected in (("gs://bucket/run", "gs://bucket/run/checkpoints"), ("run", str(pathlib.Path("run").absolute()))):
         assert str(checkpoint.epath.Path(path)) == path
         assert expected in str(checkpoint.folder(path))
+
+
+@pytest.fixture
+def as_on_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are finished by a file of their own, not by a name."""
+    for name in ("get_default_temporary_path_class", "get_item_default_temporary_path_class"):
+        monkeypatch.setattr(atomicity_defaults, name, lambda *_, **__: atomicity.CommitFileTemporaryPath)
+    monkeypatch.setattr(checkpoint, "_on_bucket", lambda _: True)
+
+
+def _unfinished(tmp_path: pathlib.Path, step: int) -> None:
+    folder = tmp_path / "checkpoints" / str(step)
+    for name in ("commit_success.txt", "sha256.json"):
+        (folder / name).unlink()
+
+
+@pytest.mark.usefixtures("as_on_a_bucket")
+def test_a_bucket_s_unfinished_checkpoints_are_none(tmp_path: pathlib.Path) -> None:
+    _saved(tmp_path, (1, 0.1))
+    _unfinished(tmp_path, 1)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:  # the first one of a run that was killed
+        assert checkpoints.step() is None
+    _saved(tmp_path, (1, 0.1), (2, 0.2))
+    _unfinished(tmp_path, 2)
+    for read_only in (True, False):
+        with checkpoint.Checkpoints(tmp_path, read_only=read_only) as checkpoints:
+            _equal(checkpoints.restore(_state())[0], _state(1))
+    (tmp_path / "checkpoints/1/sha256.json").unlink()
+    with pytest.raises(errors.UserError, match="is damaged"), checkpoint.Checkpoints(tmp_path):
+        pass  # finished, and damaged since
+
+
+@pytest.mark.usefixtures("as_on_a_bucket")
+def test_a_bucket_s_replaced_checkpoint_comes_back_unless_the_new_one_is_finished(tmp_path: pathlib.Path) -> None:
+    _saved(tmp_path, (2, None))
+    there = tmp_path / "checkpoints"
+    shutil.copytree(there / "2", there / "replaced_checkpoint_2")
+    _unfinished(tmp_path, 2)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        _equal(checkpoints.restore(_state())[0], _state(2))
+    assert [path.name for path in there.iterdir()] == ["2"]
+
+
+def test_an_operation_that_would_block_is_no_other_run(tmp_path: pathlib.Path) -> None:
+    claimed = checkpoint.claim(checkpoint.epath.Path(tmp_path))
+    with pytest.raises(errors.UserError, match="training has stopped"), claimed:
+        raise BlockingIOError("a pipe is full")
 
 
 def test_folders_that_are_no_checkpoints(tmp_path: pathlib.Path) -> None:
