@@ -25,7 +25,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "--mode=export, calibrate: file to write; .safetensors: weights in timm's names, else a program, see avit_jax/serving.py",
+    "--mode=export, calibrate: file to write; .safetensors: weights in timm's names, of export else a program, see serving.py",
 )
 _BUDGET = flags.DEFINE_float(
     "budget", None, "--mode=calibrate: share of the static network's MACs to shift the gate to", lower_bound=0, upper_bound=1
@@ -80,8 +80,8 @@ def _run(argv: list[str], workdir: str) -> None:
             errors.stop("name the file to write, for example --out=network.avit or --out=weights.safetensors.")
         export.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, batch=_BATCH.value)
     elif _MODE.value == "calibrate":
-        if not _OUT.value or not _BUDGET.value:
-            errors.stop("name the file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
+        if not (_OUT.value or "").endswith(".safetensors") or not _BUDGET.value:
+            errors.stop("name the weight file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
         train.check(_CONFIG.value, "eval")
         calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)
     else:

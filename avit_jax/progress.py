@@ -181,8 +181,9 @@ class Log:
 def check_past(past: Any) -> None:
     """Raises errors.UserError where what lies beside a checkpoint's arrays is not what a run of this version puts there."""
     kinds = {"config": dict, "parent": dict, "label_names": list, "evaluated": bool, "train_seconds": float}
-    kinds |= {"rows": list, "skipped": int, "steps": int, "sizes": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(past, dict) or not isinstance(past.get(key), kind)]
+    kinds |= {"rows": list, "skipped": int, "steps": int, "sizes": dict, "data": dict}
+    known = {"data": {}} | past if isinstance(past, dict) else {}  # older runs did not keep it
+    wrong = [key for key, kind in kinds.items() if not isinstance(known.get(key), kind)]
     if wrong:
         raise errors.UserError(
             f"the checkpoint was written by another version of this program ({', '.join(wrong)}): set another --workdir."

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from avit_jax import build, distributed, errors, evaluate, progress, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.checkpoint import Checkpoints
+from avit_jax.data import sources
 
 _logger = logging.getLogger(__name__)
 
@@ -28,15 +29,24 @@ class Teacher(NamedTuple):
     fingerprint: str
 
 
+def to_keep(config: ConfigDict, training: sources.Source, evaluation: sources.Source) -> dict[str, Any]:
+    """What every checkpoint of a run holds beside the state, to tell that it goes on with the same."""
+    data = {"training": training.fingerprint(), "evaluation": evaluation.fingerprint()}
+    return {"config": json.loads(config.to_json_best_effort()), "label_names": training.label_names, "data": data}
+
+
 def begin(
     config: ConfigDict,
     model: vit.AViT,
     tx: optax.GradientTransformation,
     checkpoints: Checkpoints | None,
-    label_names: list[str],
+    kept: dict[str, Any],
     allow_changed_config: bool,
 ) -> tuple[build.TrainState, dict[str, Any]]:
-    """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none."""
+    """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none.
+
+    `kept` is of `to_keep`.
+    """
     create, state = _creation(config, model, tx)
     past: dict[str, Any] = {}
     if checkpoints is not None and checkpoints.step() is not None:
@@ -44,7 +54,7 @@ def begin(
         progress.check_past(past)
         if not allow_changed_config:
             config_lib.check_same(config, past["config"])
-            odd = changed_class(past, label_names)
+            odd = changed_class(past, kept["label_names"]) or _changed_data(past, kept["data"])
             if odd:
                 raise errors.UserError(f"{odd}: bring it back, or go on all the same with --allow_changed_config.")
         if int(state.step) > config.train.steps:
@@ -71,6 +81,13 @@ def changed_class(past: dict[str, Any], label_names: list[str]) -> str:
     if len(then) != len(label_names):
         return f"the data set has {len(label_names)} classes, and had {len(then)} when the network was trained"
     return f'class {odd[0]} of the data set is "{label_names[odd[0]]}", and was "{then[odd[0]]}" in training' if odd else ""
+
+
+def _changed_data(past: dict[str, Any], data: dict[str, str]) -> str:
+    """Which of the splits holds other files, or another number of pictures, than when the run began; empty where none does."""
+    then = past.get("data") or data  # of an older run nothing is known
+    odd = [split for split in data if then.get(split) != data[split]]
+    return f"the {odd[0]} split has other files, or another number of pictures, than when the run began" if odd else ""
 
 
 def _creation(

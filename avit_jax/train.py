@@ -98,13 +98,13 @@ def train(
         if distributed.is_first():
             stack.enter_context(checkpoint.claim(workdir))
             checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-        state, past = restore.begin(config, model, tx, checkpoints, source.label_names, allow_changed_config)
+        kept = restore.to_keep(config, source, evaluator.source)
+        state, past = restore.begin(config, model, tx, checkpoints, kept, allow_changed_config)
         start = int(state.step)
         if checkpoints and start < config.train.steps:
             (workdir / "summary.json").unlink(missing_ok=True)  # it tells that a run has ended
             _warn_of_a_long_average(config)
         teacher = restore.teacher(config, model, past, allow_changed_config)
-        kept = {"config": json.loads(config.to_json_best_effort()), "label_names": source.label_names}
         kept["teacher"] = teacher and teacher.fingerprint
         kept["parent"] = restore.evaluate_before(config, model, state.params, teacher, past, stop)
         if kept["parent"] is None:

@@ -193,7 +193,7 @@ def load(path: epath.PathLike, model: vit.AViT) -> dict[str, Any]:
 
 
 def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = False) -> dict[str, Any]:
-    """Parameters of a model from what a file holds, see `fit`; where that has another gate, a warning says so.
+    """Parameters of a model from what a file holds, see `fit`; its gate too if it learns, else a warning tells of another.
 
     Raises:
       errors.UserError: it does not fit; also where it has another number of heads, or another epsilon in the layer norms.
@@ -201,11 +201,15 @@ def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = Fals
     for key, value in (("norm_eps", file.norm_eps), ("num_heads", file.num_heads)):
         if value is not None and value != getattr(model, key):
             raise errors.UserError(f"{name} has a {key} of {value}: set --config.model.{key}={value}.")
+    params = fit(file.tensors, model, new_head=new_head, grid=file.grid)
     if file.gate and model.halting:
         gate = dataclasses.replace(halting.HaltingConfig(**file.gate), learnable=model.halting.learnable)
+        if "gate" in params:  # as far as it has been learnt it is a parameter as others are
+            params["gate"] = {name: np.float32(getattr(gate, name)) for name in params["gate"]}
+            gate = dataclasses.replace(gate, gamma=model.halting.gamma, beta=model.halting.beta)
         if gate != model.halting:
             _logger.warning("%s was trained with another gate, %s, than config.halting tells", name, file.gate)
-    return fit(file.tensors, model, new_head=new_head, grid=file.grid)
+    return params
 
 
 def infer(file: WeightFile, *, image_size: tuple[int, int], name: str) -> tuple[vit.AViT, dict[str, Any]]:
@@ -249,7 +253,7 @@ def fit(
     Args:
       tensors: by timm's names.
       model: which they have to fit.
-      new_head: the classifiers are left out, and begin at zero, where the number of classes differs.
+      new_head: the classifiers begin at zero where the number of classes differs, or there are none.
       grid: as in `WeightFile`.
 
     Returns:
@@ -265,7 +269,7 @@ def fit(
     patch_shape = (model.patch_size, model.patch_size, model.channels)
     expected = weights.to_torch(zeros, patch_shape=patch_shape)
     heads = [name for name in expected if name.startswith("head")]
-    if new_head and any(name in tensors and tensors[name].shape != expected[name].shape for name in heads):
+    if new_head and any(np.shape(tensors.get(name)) != expected[name].shape for name in heads):
         tensors |= {name: expected[name] for name in heads}
     here, there = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
     patches = there[1] - model.num_readout if len(there) == 3 else 0
@@ -286,7 +290,7 @@ def fit(
             + ("." if new_head else ", or --config.init_new_head=True where only the classes differ.")
         )
     params = weights.from_torch({name: np.asarray(tensors[name], np.float32) for name in expected})
-    if "gate" in shapes:  # its own parameters, where it learns, are in no file
+    if "gate" in shapes:  # no tensor of a file
         params["gate"] = {name: np.float32(getattr(model.halting, name)) for name in shapes["gate"]}
     return params
 
@@ -351,7 +355,6 @@ def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, n
 
     if names not in ("timm", "huggingface"):
         raise ValueError(f'names must be "timm" or "huggingface"; got "{names}".')
-
     path = epath.Path(path)
     file = to_file(params, model)
     tensors = file.tensors

@@ -142,8 +142,9 @@ def test_what_cannot_be_calibrated_is_a_sentence(run: pathlib.Path, tmp_path: pa
 
 def test_the_command_asks_for_what_is_missing(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-m", "avit_jax.main", "--config=configs/digits.py", f"--workdir={tmp_path}", "--mode=calibrate"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
-    assert done.returncode == 2 and "--out=weights.safetensors --budget=0.6" in done.stderr
+    for options in ([], ["--budget=0.5", "--out=program.avit"]):
+        done = subprocess.run(command + options, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
+        assert done.returncode == 2 and "--out=weights.safetensors --budget=0.6" in done.stderr
 
 
 def test_a_static_network_has_no_budget_to_hold() -> None:

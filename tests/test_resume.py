@@ -210,6 +210,21 @@ def test_classes_of_other_names(undisturbed, tmp_path: pathlib.Path, monkeypatch
     assert "has 9 classes, and had 10" in restore.changed_class({"label_names": names}, names[1:])
 
 
+def test_data_of_another_length(undisturbed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir, digits = tmp_path / "grown", sources._digits
+    shutil.copytree(undisturbed(), workdir)
+
+    def fewer(split: str, *args: object) -> sources.Source:
+        source = digits(split, *args)
+        return source if split == "train" else dataclasses.replace(source, records=source.records[1:])
+
+    monkeypatch.setattr(sources, "_digits", fewer)
+    with pytest.raises(errors.UserError, match=r"the evaluation split has other files.*--allow_changed_config"):
+        train.train(_config(), workdir)
+    train.train(_config(), workdir, allow_changed_config=True)
+    assert not restore._changed_data({}, {"training": "of a run that has not kept it"})
+
+
 def test_processes_that_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config()
     others = _config(**{"optimizer.learning_rate": 2e-3, "data.dir": "/elsewhere"})

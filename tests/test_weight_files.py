@@ -1,5 +1,6 @@
 """Weights of timm, DeiT, Hugging Face and AugReg agree with their own libraries' logits; ours go back; misfits are told."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -109,15 +110,26 @@ def test_what_is_written_equals_what_was_read(tmp_path: pathlib.Path, name: str,
         assert len(config["id2label"]) == 5
 
 
-def test_a_learnt_gate_is_written_as_it_is_and_starts_from_the_configuration(tmp_path: pathlib.Path) -> None:
+def test_a_learnt_gate_comes_back_where_it_learns_and_else_a_warning_tells_of_it(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = _model(halting=halting.HaltingConfig(gamma=4.0, beta=-2.5, learnable=True))
     params = weight_files.load(_DATA / "timm.safetensors", model)
-    assert params["gate"] == {"gamma": 4.0, "beta": -2.5}
+    assert params["gate"] == {"gamma": 4.0, "beta": -2.5}  # of a file without one
     params["gate"] = {"gamma": jnp.float32(3.5), "beta": jnp.float32(-2.0)}
     weight_files.write(tmp_path / "model.safetensors", params, model)
     gate = weight_files.read(tmp_path / "model.safetensors").gate
     assert halting.HaltingConfig(**gate) == halting.HaltingConfig(gamma=3.5, beta=-2.0)
     assert set(gate) == {"gamma", "beta", "epsilon", "channel", "learnable"}  # files are as before there was merging
+    assert weight_files.load(tmp_path / "model.safetensors", model)["gate"] == {"gamma": 3.5, "beta": -2.0}
+    assert not caplog.records
+    for other in ({"epsilon": 0.1, "learnable": True}, {"learnable": False}):
+        there = weight_files.load(
+            tmp_path / "model.safetensors", model.clone(halting=dataclasses.replace(model.halting, **other))
+        )
+        assert "was trained with another gate" in caplog.text
+        assert ("gate" in there) == other["learnable"]
+        caplog.clear()
 
 
 def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:
@@ -244,6 +256,8 @@ def test_a_distilled_file_and_a_plain_model() -> None:
 def test_a_new_head_where_the_number_of_classes_differs() -> None:
     params = weight_files.fit(_tensors(), _model(num_classes=9), new_head=True)
     assert params["head"]["kernel"].shape == (12, 9) and not params["head"]["kernel"].any()
+    backbone = {name: array for name, array in _tensors().items() if not name.startswith("head.")}
+    jax.tree.map(np.testing.assert_array_equal, weight_files.fit(backbone, _model(num_classes=9), new_head=True), params)
     same = weight_files.fit(_tensors(), _model(), new_head=True)
     np.testing.assert_array_equal(same["head"]["kernel"], _tensors()["head.weight"].T)
 
