@@ -65,20 +65,26 @@ def default_plan(batch: int | None, backend: str | None = None, cores: int | Non
     Args:
       batch: images of a call, None if unknown.
       backend: "cpu", "gpu" or "tpu"; default: that of JAX.
-      cores: of a CPU that each device has; default: all there are, shared out over the devices.
+      cores: of a CPU that each device has; default: `cores_a_device`.
     """
     backend = backend or jax.default_backend()
     if backend == "gpu":  # of an unknown batch a whole wave is held in memory
         return Plan(group=256, step=32, wave=1024, switch=True) if batch else Plan(group=64, step=32, wave=256, switch=True)
     if backend != "cpu":
         return Plan(group=16, step=32, wave=256)
-    if (cores or (os.cpu_count() or 1) // jax.local_device_count()) <= 1:  # a core alone loses little by an image at a time
+    if (cores or cores_a_device()) <= 1:  # a core alone loses little by an image at a time
         return Plan(group=1, step=8, wave=16, full=4)
     if batch and batch >= 64:  # larger groups are faster by themselves, but lose more to padding, in small batches most
         return Plan(group=8, step=8, wave=64 if batch < 128 else 128)
     if batch is None or batch >= 16:
         return Plan(group=4, step=8)
     return Plan(group=2, step=8) if batch > 2 else Plan(group=1, step=16)
+
+
+def cores_a_device() -> int:
+    """The cores that this process may use, shared out over its devices; at least 1."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // jax.local_device_count())
 
 
 def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | None = None) -> tuple[jax.Array, Aux]:
@@ -172,9 +178,9 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
     if model.compared:
         x = merging.pack(x, merging.note(model.sizes(state), state, num_readout))
 
-    def layer(carry: tuple, layer: tuple) -> tuple[tuple, tuple]:
+    def layer(carry: tuple, of_layer: tuple) -> tuple[tuple, tuple]:
         x, state, readout = carry
-        params, is_last = layer
+        params, is_last = of_layer
         active = state.active
         x, score = block.run_removed(each, params, plan, gate, x, active, dtype, is_last)
         state, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
@@ -225,9 +231,9 @@ def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.Pa
     """Measures plans around the default one on these images, and returns the fastest; give it to `apply`.
 
     The first call takes a minute or two, on a GPU longer, nearly all of it to compile. The result is remembered for this
-    kind and number of devices, version of JAX, model, shape and dtype of the images: the same question is answered from the
-    file from then on. Measure on real images and trained weights, on an idle machine: what is fastest depends on what
-    halts.
+    kind and number of devices, their cores, version of JAX, model, shape and dtype of the images: the same question is
+    answered from the file from then on. Measure on real images and trained weights, on an idle machine: what is fastest
+    depends on what halts.
 
     Args:
       model: as for `apply`.
@@ -237,7 +243,7 @@ def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.Pa
     """
     cache = pathlib.Path(cache).expanduser()
     shape = f"{images.dtype}{list(images.shape)}"
-    devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, {cores_a_device()} cores each"
     key = f"{devices}, jax {jax.__version__}, {shape}, {' '.join(repr(model).split())}"
     try:
         known = json.loads(cache.read_text())

@@ -238,9 +238,9 @@ class Block(nn.Module):
             notes = merging.note(size, state, num_readout)
             x, notes, score = self.transform_and_score(x, notes, active, gate, is_last, keep, image_index)
         else:
-            layer, notes = (self.clone(parent=None), self.variables["params"]), merging.note(size, state, num_readout)
-            packed = x if size is None else merging.pack(x, notes)
-            packed, score = run_removed(*layer, self.removal, gate, packed, active, x.dtype, is_last, keep)
+            block, params = self.clone(parent=None), self.variables["params"]
+            packed = x if size is None else merging.pack(x, merging.note(size, state, num_readout))
+            packed, score = run_removed(block, params, self.removal, gate, packed, active, x.dtype, is_last, keep)
             x, notes = (packed, None) if size is None else merging.unpack(packed, x.dtype)[:2]
         size = None if size is None else notes.size
         state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)

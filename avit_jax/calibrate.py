@@ -106,6 +106,6 @@ def from_checkpoint(out: epath.PathLike, config: ConfigDict, checkpoint: epath.P
     gate = shifted["gate"]
     merges = f" --config.halting.merge=True --config.halting.redundancy={model.halting.redundancy:.6g}" * model.halting.merge
     _logger.info(
-        "wrote %s, to be used with --config.halting.gamma=%s --config.halting.beta=%s%s",
+        "wrote %s; where the gate is no parameter, it is used with --config.halting.gamma=%s --config.halting.beta=%s%s",
         *(out, gate["gamma"], gate["beta"], merges),
     )

@@ -98,7 +98,8 @@ class AViT(nn.Module):
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the images."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        size = self.image_size
+        return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -151,6 +152,8 @@ class AViT(nn.Module):
             raise ValueError(f"patch_size {self.patch_size} must divide the image size {self.pixels}.")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} must be divisible by num_heads {self.num_heads}.")
+        if self.mlp_width < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no channel of {self.width}: raise it.")
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from typing import Any
 
 import chex
@@ -133,7 +134,7 @@ def test_permuted_images_give_permuted_results() -> None:
     model = _model()
     variables, images = _variables(model), _images(model, 19)
     order = np.random.default_rng(1).permutation(19)
-    run = _removed(model, None)  # one wave: the same groups either way
+    run = _removed(model, adaptive.Plan(group=4, step=4, wave=96))  # one wave: the same groups either way
     (logits, aux), (permuted, permuted_aux) = run(variables, images), run(variables, images[order])
     np.testing.assert_allclose(permuted, logits[order], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(permuted_aux.depth, aux.depth[order])
@@ -255,6 +256,16 @@ def test_each_device_its_own_images(plan: adaptive.Plan) -> None:
     np.testing.assert_array_equal(aux.depth.reshape(len(images), -1), computing.sum(axis=0))
 
 
+def test_shards_of_one_program() -> None:
+    model = _model()
+    variables, images = _variables(model), _images(model, 6)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    shards = jax.sharding.PartitionSpec("batch")
+    removed = functools.partial(adaptive.apply, model, plan=_PLAN)
+    run = jax.shard_map(lambda *x: removed(*x)[0], mesh=mesh, in_specs=(None, shards), out_specs=shards, check_vma=False)
+    np.testing.assert_allclose(jax.jit(run)(variables, images), _masked(model)(variables, images)[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("plan", _PLANS)
 @pytest.mark.parametrize("batch", [5, "b"])
 def test_export(batch: int | str, plan: adaptive.Plan) -> None:
@@ -305,6 +316,14 @@ def test_autotune_measures_once_and_remembers(tmp_path, monkeypatch, caplog) -> 
         patch.setattr(jax, "local_device_count", lambda: 2)
         with pytest.raises(TypeError):
             adaptive.autotune(model, variables, images, cache=cache)  # the cores are shared out otherwise
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptive, "apply", None)
+        patch.setattr(os, "sched_getaffinity", lambda _: range(64 * jax.local_device_count()))
+        assert adaptive.cores_a_device() == 64 and adaptive.default_plan(4).group == 2
+        with pytest.raises(TypeError):
+            adaptive.autotune(model, variables, images, cache=cache)  # another machine, or more of it
+        patch.setattr(os, "sched_getaffinity", lambda _: {3})
+        assert adaptive.cores_a_device() == 1 and adaptive.default_plan(4).group == 1
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING, "avit_jax"):
         adaptive.autotune(model, variables, images, cache=tmp_path / "file" / "plans.json")

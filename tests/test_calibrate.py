@@ -90,13 +90,13 @@ def test_one_run_serves_another_budget(run: pathlib.Path, tmp_path: pathlib.Path
     gate = weight_files.read(out).gate
     gamma, beta = map(float, re.search(r"gamma=(\S+) --config.halting.beta=(\S+)$", caplog.messages[-1]).groups())
     assert (gamma, beta) == (gate["gamma"], gate["beta"]) and not gate["learnable"]
-    config = _config(**{"budget": 0.0, "halting.gamma": gamma, "halting.beta": beta})
-    evaluator = evaluate.Evaluator(config, build.model(config))
-    caplog.clear()
-    params = restore.trained(config, build.model(config), out)[0]
-    assert not caplog.messages  # the gate is the file's
-    assert evaluator.scalars(evaluator(evaluate.replicate(params)))["macs_ratio"] == pytest.approx(0.5, abs=0.003)
-    assert "gate" not in params
+    for config in (_config(), _config(**{"budget": 0.0, "halting.gamma": gamma, "halting.beta": beta})):
+        evaluator = evaluate.Evaluator(config, build.model(config))
+        caplog.clear()
+        params = restore.trained(config, build.model(config), out)[0]
+        assert not caplog.messages  # the gate is the file's
+        assert evaluator.scalars(evaluator(evaluate.replicate(params)))["macs_ratio"] == pytest.approx(0.5, abs=0.003)
+        assert ("gate" in params) == (config.budget > 0)
 
 
 def test_a_network_that_merges_is_told_with_what_it_merges_by(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

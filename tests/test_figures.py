@@ -61,6 +61,7 @@ def test_every_figure_can_be_drawn(images: gather.Images, tmp_path: pathlib.Path
     for i, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 5000
+        assert any(axis.lines or axis.images or axis.patches or axis.collections for axis in figure.axes), f"{i} is empty"
     labels = [label.get_text() for label in figures[4].axes[0].get_yticklabels()]
     by_cost = sorted(range(10), key=lambda k: images.macs_ratio[images.label == k].mean())
     assert labels == [names[k] for k in by_cost[:2] + by_cost[-2:]]

@@ -64,6 +64,7 @@ def test_the_table_pairs_runs_by_their_seed() -> None:
         ),
         "no_prior/0": _run(0.78),
         "static_not_distilled/1": _run(0.83),
+        "of_another_study/0": _run(0.5),
     }
     rows = report.gather(results)
     assert report.against(rows["avit_0.6"], rows["static"]) == pytest.approx([0.0, -1.0])
@@ -72,7 +73,8 @@ def test_the_table_pairs_runs_by_their_seed() -> None:
     assert lines[3] == "| static | 2 | 81.00 ± 1.41 |  | 0.600 ± 0.000 |  |  |  |"
     assert "saves at most 0.0100 of" in lines[5]
     assert lines[9] == "| no_prior | avit_0.6 | loss.prior_weight=0.0 | 1 | 78.00 | -2.00 | 0.600 |"
-    assert lines[10] == "| static_not_distilled | static | no teacher | 1 | 83.00 | +1.00 | 0.600 |"
+    assert lines[10] == "| of_another_study | static |  | 1 | 50.00 | -30.00 | 0.600 |"
+    assert lines[11] == "| static_not_distilled | static | no teacher | 1 | 83.00 | +1.00 | 0.600 |"
     assert lines[-1] == "| avit_0.6 | 0 | -3 | 0.400 | 70.00 |"
 
 
@@ -89,8 +91,14 @@ def test_what_an_ablation_changes(name: str, expected: tuple[str, str]) -> None:
     assert arms.changes(name) == expected
 
 
-def test_the_figure_is_drawn(tmp_path: pathlib.Path) -> None:
-    report.draw(report.gather({"static/0": _run(0.8), "avit_0.6/0": _run(0.8), "avit_0.4/0": _run(0.7)}), tmp_path / "x.png")
+def test_the_figure_is_drawn(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = report.Figure(layout="constrained")
+    monkeypatch.setattr(report, "Figure", lambda **_: figure)
+    runs = {"avit_0.6/0": _run(0.8), "avit_0.6/1": _run(0.7), "avit_0.4/0": {"top1": 0.7, "macs_ratio": 0.4}}
+    report.draw(report.gather(runs | {"static/0": _run(0.81)}), tmp_path / "x.png")
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    np.testing.assert_allclose(lines["avit"], [(0.4, 0.7), (0.6, 0.75)])
+    assert len(figure.axes[0].lines) == 5 and "static, tuned as long" in lines  # with a dot for each run
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 

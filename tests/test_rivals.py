@@ -130,7 +130,7 @@ def test_tome_gives_equal_tokens_the_attention_of_all_of_them(after_mlp: bool, p
     np.testing.assert_allclose(aux.macs, sum(macs) + flops.fixed_macs(_STATIC))
 
 
-def test_dynamic_vit_masks_in_training_what_it_removes_afterwards(params: Any) -> None:
+def test_dynamic_vit_learns_in_training_who_leaves_afterwards(params: Any) -> None:
     model = dynamic_vit.DynamicViT(**_SIZES, keep_rate=0.5)
     full = _params_of(model, params)
     rngs = {"dropout": jax.random.key(3)}

@@ -1,4 +1,4 @@
-"""The table and the figure of the study, from result.json alone.
+"""The table and the figure of the study, from result.json, and what its rows are.
 
 python -m experiments.pareto.report [folder of result.json]
 """
@@ -90,7 +90,9 @@ def table(rows: Rows) -> str:
     saved = [run["early_end"] for runs in rows.values() for run in runs if "early_end" in run]
     if saved:
         lines += ["", f"Ending an image once its class token has halted saves at most {max(saved):.4f} of the static MACs."]
-    ablations = sorted((*arms.changes(name), name) for name in rows if _is_ablation(name))
+    unknown = ("static", "")  # a row that the study has no longer
+    changes = {name: arms.changes(name) if name in arms.ARMS else unknown for name in rows if _is_ablation(name)}
+    ablations = sorted((*changes[name], name) for name in changes)
     if ablations:
         lines += ["", "| ablation | of the row | changes | seeds | top-1 % | minus that row | MACs of static |"]
         lines += ["|---|---|---|---|---|---|---|"]
