@@ -24,7 +24,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from avit_jax import block, flops, halting, merging, removal, vit
+from avit_jax import block, files, flops, halting, merging, removal, vit
 from avit_jax.removal import Plan
 
 _logger = logging.getLogger(__name__)
@@ -285,10 +285,7 @@ def _remember(cache: pathlib.Path, key: str, plan: Plan) -> None:
         known = dict(json.loads(cache.read_text()))
     except (OSError, ValueError, TypeError):
         known = {}
-    partial = cache.with_suffix(f".{os.getpid()}")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known | {key: dataclasses.asdict(plan)}, indent=2) + "\n")
-        partial.replace(cache)
+        files.write(cache, json.dumps(known | {key: dataclasses.asdict(plan)}, indent=2) + "\n")
     except OSError as error:
         _logger.warning("the plan is not remembered, name another file as `cache`: %s", error)
