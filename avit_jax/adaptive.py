@@ -107,10 +107,9 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
     """
     if model.halting is None:
         raise ValueError("this model has no halting, so that nothing can be removed: call model.apply instead.")
+    model.check_images(images.shape)
     batch = images.shape[0]
     known = isinstance(batch, int)
-    if known and not batch:
-        raise ValueError("there are no images: the batch must be at least 1.")
     plan = plan or default_plan(batch if known else None)
     plan = dataclasses.replace(plan, group=min(plan.group, plan.wave, batch if known else plan.wave))
     size = plan.wave_size(batch) if known else plan.wave

@@ -269,9 +269,10 @@ def _check_combinations(config: ConfigDict) -> None:
     ):
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise errors.UserError(f"config.{key} must hold numbers; got {numbers}.")
-    if not all(isinstance(side, int) and 1 <= side <= _LARGEST_SIDE for side in config.model.image_size):
+    sides = config.model.image_size
+    if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= _LARGEST_SIDE for side in sides):
         raise errors.UserError(f"config.model.image_size must be (height, width) in pixels; got {config.model.image_size}.")
-    if config.model.width * config.model.mlp_ratio < 1:
+    if 0 <= config.model.width * config.model.mlp_ratio < 1:
         raise errors.UserError("config.model.mlp_ratio is so small that the MLP would have no width.")
     profile = config.debug.profile
     steps = len(profile) == 2 and all(isinstance(step, int) for step in profile)
@@ -305,7 +306,7 @@ def _check_halting(config: ConfigDict) -> None:
             f"config.loss.target_depth must lie between 1 and the network's depth, {depth}; got {config.loss.target_depth}."
         )
     score = (1 - gate.epsilon) / max(depth - 1, 1)  # in every layer but the last
-    if not (0 < score < 1 and math.isfinite(gate.gamma) and math.isfinite(gate.beta)):
+    if not (0 < score < 1 and all(map(math.isfinite, (gate.gamma, gate.beta, gate.redundancy)))):
         return  # the gate's own check tells what is wrong
     needed = math.log(score / (1 - score)) - gate.beta - gate.redundancy
     if not needed <= abs(gate.gamma) * _FARTHEST:

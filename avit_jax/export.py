@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, distributed, files, flops, restore, serving, vit, weight_files
+from avit_jax import adaptive, build, distributed, errors, files, flops, restore, serving, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import augment
 
@@ -88,8 +88,10 @@ def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.
       batch: as in `write`.
 
     Raises:
-      errors.UserError: the checkpoint cannot be used.
+      errors.UserError: the checkpoint cannot be used, or the file has the name of another kind.
     """
+    if str(path).endswith((".pth", ".pt", ".bin", ".npz")):
+        raise errors.UserError(f"{path} would be taken for weights, which are written as .safetensors: name another file.")
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     params, names = restore.trained(config, model, checkpoint)

@@ -111,8 +111,14 @@ def score(tokens: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.Ar
     Returns:
       `(..., N)` scores in (0, 1), at least float32.
 
+    Raises:
+      ValueError: tokens have no such channel.
+
     Reference: [A-ViT] section 3, the definition of h_k^l.
     """
+    width = tokens.shape[-1]
+    if not -width <= channel < width:  # an index beyond would be clamped
+        raise ValueError(f"halting channel {channel} is not among the {width} channels of a token.")
     gate = tokens[..., channel]
     gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
     return jax.nn.sigmoid(gamma * gate + beta)

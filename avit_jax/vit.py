@@ -164,6 +164,13 @@ class AViT(nn.Module):
         if self.halting is not None and not -self.width <= self.halting.channel < self.width:
             raise ValueError(f"halting channel {self.halting.channel} is not among the {self.width} channels of a token.")
 
+    def check_images(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError, saying what it should be, where a batch has another shape; a symbolic batch will do."""
+        if len(shape) != 4 or shape[1:] != (*self.pixels, self.channels):
+            raise ValueError(f"images must be (B, {self.pixels[0]}, {self.pixels[1]}, {self.channels}); got {shape}.")
+        if isinstance(shape[0], int) and not shape[0]:
+            raise ValueError("there are no images: the batch must be at least 1.")
+
     def setup(self) -> None:
         self.check()
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=block.kernel_init)
@@ -188,9 +195,8 @@ class AViT(nn.Module):
 
     def embed(self, images: jax.Array, image_index: jax.Array | None = None) -> jax.Array:
         """Images `(B, H, W, C)` to tokens `(B, N, D)`; `image_index` turns dropout on."""
+        self.check_images(images.shape)
         batch, (rows, columns), patch = images.shape[0], self.grid, self.patch_size
-        if images.shape[1:] != (*self.pixels, self.channels):
-            raise ValueError(f"images must be (B, {self.pixels[0]}, {self.pixels[1]}, {self.channels}); got {images.shape}.")
         x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
         x = block.per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
         readout = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)

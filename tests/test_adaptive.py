@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import re
 from typing import Any
 
 import chex
@@ -294,6 +295,9 @@ def test_mistakes_are_value_errors() -> None:
     model = _model()
     with pytest.raises(ValueError, match=r"no halting.*model\.apply"):
         adaptive.apply(_model(halting=None), _variables(model), _images(model, 2))
+    for shape in ((32, 40, 3), (3, 40, 32, 3)):
+        with pytest.raises(ValueError, match=re.escape(f"got {shape}")):
+            adaptive.apply(model, _variables(model), np.zeros(shape, np.float32))
     with pytest.raises(ValueError, match="images must be"):
         adaptive.apply(model, _variables(model), np.zeros((2, 32, 40, 2), np.float32))
     with pytest.raises(ValueError, match="at least 1"):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax import build, export, flops, halting, serving, train, vit, weight_files
+from avit_jax import build, errors, export, flops, halting, serving, train, vit, weight_files
 from avit_jax.data import augment
 
 _MODEL = vit.AViT(
@@ -176,6 +176,8 @@ def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
     train.train(config, tmp_path / "run")
     export.from_checkpoint(tmp_path / "network.avit", config, tmp_path / "run")
     export.from_checkpoint(tmp_path / "weights.safetensors", config, tmp_path / "run")
+    with pytest.raises(errors.UserError, match=r"weights\.pth would be taken for weights"):
+        export.from_checkpoint(tmp_path / "weights.pth", config, tmp_path / "run")
     network = serving.load(tmp_path / "network.avit")
     assert network.metadata["label_names"] == [str(i) for i in range(10)]
     model, params = build.model(config), fixtures.restored_state(config, tmp_path / "run").ema_params

@@ -181,6 +181,12 @@ def test_score_reads_one_channel(channel: int) -> None:
     np.testing.assert_allclose(halting.score(tokens, gamma=2.0, beta=-0.5, channel=channel), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("channel", [6, -7])
+def test_a_channel_that_tokens_do_not_have_is_refused(channel: int) -> None:
+    with pytest.raises(ValueError, match=f"halting channel {channel} is not among the 6 channels"):
+        halting.score(jnp.zeros((2, 3, 6)), gamma=1.0, beta=0.0, channel=channel)
+
+
 def test_score_by_layer_counts_halted_tokens_as_zero() -> None:
     score = jnp.array([[[0.5, 0.9]], [[0.25, 0.7]]])
     active = jnp.array([[[True, True]], [[True, False]]])

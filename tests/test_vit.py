@@ -362,3 +362,5 @@ def test_presets_have_the_published_number_of_parameters(preset: Callable, disti
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(_model(**changes).init, jax.random.key(0), _IMAGES)
+    with pytest.raises(ValueError, match="there are no images"):
+        jax.eval_shape(_model().init, jax.random.key(0), _IMAGES[:0])
