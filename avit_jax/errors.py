@@ -36,7 +36,7 @@ def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name where it has none."""
-    if isinstance(error, KeyError):  # its message is the key alone
+    if isinstance(error, KeyError) and error.args:  # its message is the key alone
         return f"{error.args[0]} is missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -143,6 +143,12 @@ def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(params["head"]["kernel"], _tensors()["head.weight"].T)
 
 
+def test_a_file_of_another_network_is_told_by_what_it_lacks() -> None:
+    with pytest.raises(errors.UserError, match=r"can be run: patch_embed\.proj\.weight is missing"):
+        weight_files.infer(weight_files.WeightFile(tensors={"x": np.zeros(3)}), image_size=(16, 16), name="it")
+    assert errors.first_line(KeyError()) == "KeyError"
+
+
 def test_widths_that_are_no_round_ratio_are_inferred() -> None:
     model = _model(width=49, num_heads=7, mlp_ratio=1.0000001 / 49)  # 1 / 49 * 49 < 1
     params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
