@@ -88,6 +88,9 @@ class Checkpoints:
         self._saving: int | None = None
         if not read_only:
             self._directory.mkdir(parents=True, exist_ok=True)
+            for step in self._named():
+                if not _is_finished(step):
+                    step.rmtree()  # Orbax would, but in the background, where a save may come across it
             self._put_back()
         self._ignored = self._damaged()
         if not read_only:
@@ -223,18 +226,19 @@ class Checkpoints:
         """After a run that ended while it replaced a checkpoint: the old one takes its place again, unless the new one has."""
         for old in self._directory.glob(f"{_REPLACED}*"):
             target = self._directory / old.name.removeprefix(_REPLACED)
-            if target.exists() and _is_finished(target):
-                old.rmtree()
-                continue
             if target.exists():
-                target.rmtree()
-            old.rename(target)
+                old.rmtree()
+            else:
+                old.rename(target)
+
+    def _named(self) -> list[epath.Path]:
+        """Folders that have the name of a checkpoint."""
+        there = self._directory.iterdir() if self._directory.exists() else ()
+        return [path for path in there if re.fullmatch("0|[1-9][0-9]*", path.name)]
 
     def _damaged(self) -> list[int]:
         """Steps of the checkpoints that are not as they were written; each is told."""
-        there = self._directory.iterdir() if self._directory.exists() else ()
-        named = [path for path in there if re.fullmatch("0|[1-9][0-9]*", path.name)]
-        steps = sorted((int(path.name) for path in named if _is_finished(path)), reverse=True)
+        steps = sorted((int(path.name) for path in self._named() if _is_finished(path)), reverse=True)
         damages = {step: damage for step in steps if (damage := self._damage(step))}
         for step, damage in damages.items():
             _logger.warning("the checkpoint of step %d in %s is damaged: %s", step, self._directory, damage)

@@ -354,7 +354,7 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         ("no config", r"config\.json is missing"),
         ("config", "does not tell layer_norm_eps"),
         ("config's eps", "makes no sense"),
-        ("layer", "no whole vision transformer: 'key'"),
+        ("layer", "no whole vision transformer: key is missing"),
         ("npz of objects", "cannot be read"),
         ("npz bomb", "compressed"),
         ("npz", "cannot be read"),
