@@ -2,7 +2,8 @@
 
 python -m avit_jax.main --config=configs/cifar10_merging.py --config.init=runs/static --workdir=runs/merging
 
-runs/static is a run of configs/cifar10.py with --config.halting.enabled=False. Other recipes can set the same options; none has been tried.
+runs/static is a run of configs/cifar10.py with --config.halting.enabled=False. Other recipes can set the same options; none
+has been tried.
 Hardware: two CPU cores, a quarter of an hour. Expected, from the study's parent and on 48,000 pictures: 70.0% top-1, where
 the static network tuned as long has 70.3% (`merging_not_distilled` and `static_not_distilled` of the study).
 """
