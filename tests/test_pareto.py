@@ -32,6 +32,13 @@ def test_every_row_fits_the_parent(name: str) -> None:
     assert started == (name != "parent" and not name.endswith("from_scratch")) and config.data.train_split == "train[:48000]"
 
 
+def test_the_wide_study_is_the_study_of_a_wider_network() -> None:
+    for name in ("parent", "static", "avit_merging_0.6"):
+        narrow, wide = (config_lib.flat(arms.config(name, 0, data_dir="", parent="p", wide=wide)) for wide in (False, True))
+        differing = {key: wide[key] / narrow[key] for key in narrow if wide[key] != narrow[key]}
+        assert differing == {"model.width": 4, "model.num_heads": 4, "optimizer.learning_rate": 0.5}
+
+
 @pytest.mark.parametrize("method", ["dynamic_vit", "evit", "random", "uniform", "tome"])
 @pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
 def test_rivals_cost_what_their_names_say(method: str, budget: float) -> None:
