@@ -87,7 +87,7 @@ def from_checkpoint(out: epath.PathLike, config: ConfigDict, checkpoint: epath.P
     ratios: dict[float, float] = {}
 
     def cost(beta: float) -> float:
-        values = evaluator.scalars(evaluator(evaluate.replicate(with_gate(trained, params, beta)[1])))
+        values = evaluator.measure(with_gate(trained, params, beta)[1])
         _logger.info("beta %.4f: %.4f of the static MACs, top-1 %.2f%%", beta, values["macs_ratio"], 100 * values["top1"])
         ratios[beta] = values["macs_ratio"]
         return ratios[beta]

@@ -86,6 +86,10 @@ class Evaluator:
         values = {name: float(value) for name, value in results.items() if value.ndim == 0}
         return values | {"macs_ratio": values["macs"] / flops.static_macs(self._model)}
 
+    def measure(self, params: Any) -> dict[str, float]:
+        """The `scalars` of parameters that are not replicated."""
+        return self.scalars(self(replicate(params)))
+
     def report(self, summary: epath.Path, picture: epath.Path, params: Any, results: Results, **more: float) -> None:
         """Writes a summary (JSON), with `more` in it, and a picture of depths, on the first process; `params` as in a call."""
         if not distributed.is_first():

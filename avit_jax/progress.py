@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from avit_jax import errors, metrics
 
 _logger = logging.getLogger(__name__)
+_AHEAD = 2  # steps that the devices may be behind the host: they have what to go on with, and a signal is soon obeyed
 _LONGEST = 20  # steps in a row that may be skipped where not one between two rows is finite
 _FINITE = (
     "task_loss",
@@ -89,8 +90,12 @@ class Log:
         }
 
     def add(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
-        """Takes the step's values, still on the device, and the seconds that the devices waited for its batch."""
+        """Takes the step's values, still on the device, and the seconds that the devices waited for its batch.
+
+        Waits until the devices are at most two steps behind.
+        """
         self._on_device.append((step, values))
+        jax.block_until_ready(self._on_device[:-_AHEAD][-1:])
         self._waited += waited
         self._timed += 1
         if step % self._config.train.log_every == 0:

@@ -1,9 +1,11 @@
 """The training step and the loop: devices, resumption, evaluation, what a run leaves behind."""
 
+import functools
 import itertools
 import json
 import pathlib
 import time
+import types
 from collections.abc import Iterator
 from unittest import mock
 
@@ -16,7 +18,7 @@ import pytest
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import build, checkpoint, errors, evaluate, flops, train, train_step
+from avit_jax import build, checkpoint, errors, evaluate, flops, progress, train, train_step
 from avit_jax.data import loader
 
 
@@ -276,6 +278,15 @@ def test_waiting_counts_only_where_the_devices_are_idle() -> None:
     assert train._next(slow(), {"loss": Value(True)})[1] >= 0.05
 
 
+def test_the_devices_are_at_most_two_steps_behind() -> None:
+    waited = []
+    log = progress.Log(fixtures.small_config(**{"train.log_every": 9}), None, lambda step: 0.1, 0, {})
+    for step in range(1, 6):
+        loss = types.SimpleNamespace(block_until_ready=functools.partial(waited.append, step))
+        log.add(step, {"loss": loss}, 0.0)
+        assert waited == list(range(1, step - 1))
+
+
 def test_removal_in_training_ends_where_masking_does(tmp_path) -> None:
     overrides = {"train.steps": 3, "model.remat": True, "halting.gamma": 5.0, "halting.beta": -1.0}
     states = {}
@@ -299,7 +310,7 @@ def test_evaluation_counts_every_image_once(batch_size: int, adaptive: bool, mon
     model = build.model(config)
     evaluator = evaluate.Evaluator(config, model)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
-    scalars = evaluator.scalars(evaluator(evaluate.replicate(params)))
+    scalars = evaluator.measure(params)
     images = np.stack([record["image"] for record in evaluator.source.records])
     labels = np.array([record["label"] for record in evaluator.source.records])
     logits, aux = model.apply({"params": params}, (images / 255.0 - 0.3) / 0.36)

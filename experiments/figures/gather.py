@@ -81,6 +81,6 @@ def sweep(config: ConfigDict, params: Any, shifts: list[float]) -> list[dict[str
     rows = []
     for shift in tqdm(shifts, desc="gate shifts"):
         _, shifted = calibrate.with_gate(model, params, beta + shift * gamma)
-        values = evaluator.scalars(evaluator(evaluate.replicate(shifted)))
+        values = evaluator.measure(shifted)
         rows.append({"shift": shift, "top1": values["top1"], "macs_ratio": values["macs_ratio"]})
     return rows

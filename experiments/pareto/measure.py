@@ -139,7 +139,7 @@ def curves(name: str, config: ConfigDict, model: vit.AViT, params: Any) -> dict[
 
 def _evaluate(config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, float]:
     evaluator = evaluate.Evaluator(config, model)
-    values = evaluator.scalars(evaluator(evaluate.replicate(params)))
+    values = evaluator.measure(params)
     return {key: values[key] for key in ("top1", "macs_ratio")}
 
 
@@ -152,7 +152,7 @@ def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[s
     search, test = evaluate.Evaluator(held_out, network), evaluate.Evaluator(config, network)
 
     def at(evaluator: evaluate.Evaluator, beta: float) -> dict[str, float]:
-        return evaluator.scalars(evaluator(evaluate.replicate(calibrate.with_gate(model, params, beta)[1])))
+        return evaluator.measure(calibrate.with_gate(model, params, beta)[1])
 
     rows = []
     for budget in BUDGETS:
