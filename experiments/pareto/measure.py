@@ -17,7 +17,7 @@ from experiments.rivals import tome, unrolled
 
 _BATCH = 256
 _CHUNKS = (8, 16, 32, 64, 128)
-_GROUPS = (2, 4, 8, 16, 32)  # the network is small: larger ones than the default, which is for DeiT-T
+_GROUPS = (2, 4, 8, 16, 32)  # images have 65 tokens: larger ones than the default, which is for DeiT-T
 _BATCHES = 4  # of real images, timed together
 _ROUNDS = 7
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
