@@ -95,7 +95,7 @@ class Log:
         Waits until the devices are at most two steps behind.
         """
         self._on_device.append((step, values))
-        jax.block_until_ready(self._on_device[:-_AHEAD][-1:])
+        jax.block_until_ready(self._on_device[-_AHEAD - 1 : -_AHEAD])
         self._waited += waited
         self._timed += 1
         if step % self._config.train.log_every == 0:
