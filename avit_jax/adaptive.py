@@ -73,7 +73,7 @@ def default_plan(batch: int | None, backend: str | None = None, cores: int | Non
     if backend != "cpu":
         return Plan(group=16, step=32, wave=256)
     if (cores or cores_a_device()) <= 1:  # a core alone loses little by an image at a time
-        return Plan(group=1, step=8, wave=16, full=4)
+        return Plan(group=1, step=8, wave=16, full=2)
     if batch and batch >= 64:  # larger groups are faster by themselves, but lose more to padding, in small batches most
         return Plan(group=8, step=8, wave=64 if batch < 128 else 128)
     if batch is None or batch >= 16:

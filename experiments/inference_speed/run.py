@@ -175,7 +175,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         x = places + 0.18 * (i - (len(names) - 1) / 2)
         label = f"{name.split()[1]} of the MACs" if name != "adaptive 1.0" else "nothing halts"
         bars = axis.bar(x, [row["speed_up"] for row in rows], 0.16, label=label)
-        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+        axis.bar_label(bars, fmt="%.2f", fontsize=9, label_type="center", color="white", rotation=90)  # clear of the ideal
         axis.scatter(
             x, [row["ideal_speed_up"] for row in rows], marker="_", color="black", s=120, label="ideal" if not i else None
         )
