@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import IO, Any
@@ -72,8 +73,9 @@ class Checkpoints:
     """The checkpoints of one workdir, in its folder `checkpoints`; a context manager that waits for the last write.
 
     Used by one process, the first where there are several. A checkpoint appears under its name when all of it has been
-    written, and one whose files have changed since is never restored: it is renamed, with a warning, and the one before takes
-    its place.
+    written. A checkpoint is damaged if its files have changed since, if it is a link, or if its folder's number, its state and
+    its metadata do not name the same step. A damaged one is never restored: it is renamed, with a warning, and the one before
+    takes its place.
 
     Args:
       workdir: a local path or one that etils reads, such as `gs://`.
@@ -128,15 +130,22 @@ class Checkpoints:
         return max(set(self._manager.all_steps()) - set(self._ignored), default=None)
 
     def save(self, step: int, state: Any, *, top1: float | None, extra: dict[str, Any]) -> None:
-        """Saves in the background, in place of a checkpoint of the same step; raises errors.UserError where it cannot.
+        """Saves in the background, in place of a checkpoint of the same step.
+
+        What is written is a snapshot: state and extra may change as soon as this returns.
 
         Args:
           step: of the training.
           state: tree of arrays; they may be donated as soon as this returns.
           top1: what makes a checkpoint the best one; None where it was not evaluated.
-          extra: kept as JSON.
+          extra: kept as JSON, with the step.
+
+        Raises:
+          errors.UserError: it cannot be written, or the folder holds a checkpoint of a later step.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(jax.device_get(state)), extra=ocp.args.JsonSave(extra))
+        state = jax.tree.map(np.array, jax.device_get(state))
+        extra = json.loads(json.dumps(extra | {"step": step}))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
         with self._told():
             self._manager.wait_until_finished()
             replaced = self._directory / f"{_REPLACED}{step}"
@@ -144,7 +153,8 @@ class Checkpoints:
                 (self._directory / str(step)).rename(replaced)  # it is not gone before the other is there, see `_put_back`
                 self._manager.reload()
             self._saving = step
-            self._manager.save(step, args=args, metrics=None if top1 is None else {"top1": top1})
+            if not self._manager.save(step, args=args, metrics=None if top1 is None else {"top1": top1}):
+                raise ValueError(f"there is a later one, of step {max(self._manager.all_steps(), default=None)}")
             if replaced.exists():
                 self._manager.wait_until_finished()
                 replaced.rmtree()
@@ -173,7 +183,7 @@ class Checkpoints:
           which: "last" or "best".
 
         Returns:
-          The state, of NumPy arrays, and `extra`.
+          The state, of NumPy arrays, and `extra`, with the step.
 
         Raises:
           errors.UserError: there is none, the best one is damaged, or it does not fit.
@@ -183,6 +193,12 @@ class Checkpoints:
         # Orbax looks at arrays of its own where they are to lie on a device; here they are NumPy's, for any number of devices.
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
         restored = self._read(step, state=ocp.args.StandardRestore(target), extra=ocp.args.JsonRestore())
+        found = int(getattr(restored["state"], "step", step))
+        if found != step:
+            raise errors.UserError(
+                f"the checkpoint of step {step} in {self._directory} holds the state of step {found}: move this folder away, "
+                "and start again."
+            )
         return restored["state"], restored["extra"]
 
     def extra(self, which: str = "last") -> dict[str, Any]:
@@ -250,20 +266,27 @@ class Checkpoints:
         return list(damages)
 
     def _damage(self, step: int) -> str:
-        """What has changed in the files of a checkpoint since they were written; empty where nothing has."""
+        """What is wrong with a checkpoint; empty if nothing is."""
         folder = self._directory / str(step)
         try:
-            then = json.loads((folder / _DIGESTS).read_text())
-            now = _digests(folder)
-            json.loads((folder / _ORBAX_METADATA).read_text())
-            differing = [name for name, digest in then.items() if now.get(name) != digest]
-        except (OSError, ValueError, AttributeError) as error:
+            if os.path.islink(folder):
+                return "it is a link"
+            then, now = json.loads((folder / _DIGESTS).read_text()), _digests(folder)
+            names = then.keys() | {name for name in now if _is_of_orbax(name)}
+            changed = [name for name in names if then.get(name) != now.get(name)]
+            if changed:
+                return f"{min(changed)} is not as it was written"
+            _check_orbax_metadata(json.loads((folder / _ORBAX_METADATA).read_text()))
+            saved = json.loads((folder / "extra/metadata").read_text()).get("step", step)  # an older run did not write it
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             return errors.first_line(error)
-        return f"{differing[0]} is not as it was written" if differing else ""
+        return "" if saved == step else f"it is a copy of that of step {saved}"
 
     def _set_aside(self, step: int) -> None:
         target = self._directory / f"damaged_checkpoint_{step}"
-        if target.exists():
+        if os.path.islink(target):
+            target.unlink()
+        elif target.exists():
             target.rmtree()
         (self._directory / str(step)).rename(target)
         _logger.warning("renamed it to %s", target)
@@ -279,6 +302,26 @@ class Checkpoints:
                 f"({'/'.join(name)} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here): "
                 "use the --config and overrides it was trained with, or another --workdir."
             )
+
+
+def _is_of_orbax(name: str) -> bool:
+    """Whether a file of a checkpoint, by its path in there, has been there since the digests were taken.
+
+    Orbax adds files to the folder itself later, and operating systems add files whose names begin with a dot.
+    """
+    folder, _, file = name.rpartition("/")
+    return bool(folder) and not file.startswith(".")
+
+
+def _check_orbax_metadata(values: Any) -> None:
+    """Raises ValueError if Orbax's own JSON, which the digests leave out, is not of the types that Orbax writes."""
+    kinds = {"item_handlers": dict, "metrics": dict, "performance_metrics": dict, "custom_metadata": dict}
+    kinds |= {"init_timestamp_nsecs": int, "commit_timestamp_nsecs": int}
+    if not isinstance(values, dict):
+        raise ValueError(f"{_ORBAX_METADATA} holds no object")
+    wrong = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind | None)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} in {_ORBAX_METADATA} is no {kinds[wrong[0]].__name__}")
 
 
 def _digests(folder: epath.Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,7 +84,7 @@ class Log:
         self.collect()
         return {
             "train_seconds": self.seconds,
-            "rows": self._rows,
+            "rows": list(self._rows),
             "skipped": self._skipped,
             "steps": self._steps,
             "sizes": self._writer.sizes() if self._writer else {},
@@ -127,9 +128,12 @@ class Log:
         self.collect()
         if not self._rows:
             return
-        if len(self._rows) < _LONGEST and all(row["nonfinite"] for _, row in self._rows):
-            return  # they wait for one that was not skipped
         steps, rows = zip(*self._rows, strict=True)
+        is_last = steps[-1] == self._config.train.steps
+        if len(rows) < _LONGEST and all(row["nonfinite"] for row in rows) and not (is_last and not self._steps):
+            if is_last:
+                _logger.warning("the last %d updates were not finite and have been skipped", len(rows))
+            return  # they wait for one that was not skipped
         self._rows = []
         mean = self._mean(steps, rows)
         step, total = steps[-1], self._config.train.steps
@@ -184,12 +188,42 @@ class Log:
 
 
 def check_past(past: Any) -> None:
-    """Raises errors.UserError where what lies beside a checkpoint's arrays is not what a run of this version puts there."""
-    kinds = {"config": dict, "parent": dict, "label_names": list, "evaluated": bool, "train_seconds": float}
-    kinds |= {"rows": list, "skipped": int, "steps": int, "sizes": dict, "data": dict}
+    """Raises errors.UserError if a checkpoint's metadata is not what a run of this version writes."""
     known = {"data": {}} | past if isinstance(past, dict) else {}  # older runs did not keep it
-    wrong = [key for key, kind in kinds.items() if not isinstance(known.get(key), kind)]
+    wrong = [key for key, is_valid in _PAST.items() if not is_valid(known.get(key))]
     if wrong:
         raise errors.UserError(
-            f"the checkpoint was written by another version of this program ({', '.join(wrong)}): set another --workdir."
+            f"the checkpoint's metadata is damaged, or of another version of this program ({', '.join(wrong)}): set another "
+            "--workdir."
         )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and _holds(dict, _is_number)(value[1])
+
+
+def _holds(kind: type, is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A test for a list, or for a dictionary with text as keys, of valid values."""
+    return lambda value: isinstance(value, kind) and all(map(is_valid, value.values() if kind is dict else value))
+
+
+_PAST = {
+    "config": lambda value: isinstance(value, dict),
+    "parent": _holds(dict, _is_number),
+    "label_names": _holds(list, lambda value: isinstance(value, str)),
+    "evaluated": lambda value: isinstance(value, bool),
+    "train_seconds": _is_number,
+    "rows": _holds(list, _is_row),
+    "skipped": _is_count,
+    "steps": _is_count,
+    "sizes": _holds(dict, _is_count),
+    "data": _holds(dict, lambda value: isinstance(value, str)),
+}

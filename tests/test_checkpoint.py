@@ -1,5 +1,6 @@
 """Checkpoints come back exactly, or the one before does; the last two and the best are kept; failures end in a sentence."""
 
+import concurrent.futures
 import errno
 import json
 import pathlib
@@ -8,16 +9,19 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import atomicity, atomicity_defaults
 
-from avit_jax import checkpoint, errors
+from avit_jax import checkpoint, errors, progress
+from tests import fixtures
 
 State = dict[str, object]
 
@@ -45,7 +49,7 @@ def test_comes_back_exactly(tmp_path: pathlib.Path, abstract: bool) -> None:
         assert checkpoints.step() == 7
         restored, restored_extra = checkpoints.restore(target)
     _equal(restored, _state(7))
-    assert restored_extra == extra
+    assert restored_extra == extra | {"step": 7}
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(restored))
 
 
@@ -77,7 +81,7 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: pathl
         restored, extra = checkpoints.restore(_state())
         assert checkpoints.step("best") == 2
     _equal(restored, _state(9))
-    assert extra == {"again": True}
+    assert extra == {"again": True, "step": 2}
 
 
 def test_a_replaced_checkpoint_is_not_lost_on_the_way(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,97 +177,53 @@ def test_folders_that_are_no_checkpoints(tmp_path: pathlib.Path) -> None:
         _equal(checkpoints.restore(_state())[0], _state(1))
 
 
-def test_what_others_have_written_with_its_digests(tmp_path: pathlib.Path) -> None:
-    _saved(tmp_path, (1, 0.1))
-    step = tmp_path / "checkpoints/1"
-    (step / "extra/metadata").write_bytes(b"\xff{")
-    (step / "sha256.json").write_text(json.dumps(checkpoint._digests(checkpoint.epath.Path(step))))
-    with checkpoint.Checkpoints(tmp_path) as checkpoints, pytest.raises(errors.UserError, match=r"step 1 .* cannot be read"):
-        checkpoints.restore(_state())
+@pytest.fixture
+def slow_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is given to a background thread waits there before it runs."""
+    submit = concurrent.futures.ThreadPoolExecutor.submit
+
+    def submit_late(self: concurrent.futures.ThreadPoolExecutor, run: Callable[..., object], *args: object, **more: object):
+        def late() -> object:
+            time.sleep(0.3)
+            return run(*args, **more)
+
+        return submit(self, late)
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit_late)
 
 
-# A file of a checkpoint, and the share of it that is left; None: the file is gone.
-_DAMAGES = [
-    ("state/manifest.ocdbt", 0.5),
-    ("state/manifest.ocdbt", None),
-    ("state/d/*", 0.0),
-    ("state/d/*", 0.9),
-    ("state/ocdbt.process_0/d/*", 0.1),
-    ("state/ocdbt.process_0/manifest.ocdbt", 0.99),
-    ("state/_METADATA", 0.7),
-    ("extra/metadata", 0.5),
-    ("metrics/metrics", 0.0),
-    ("_CHECKPOINT_METADATA", 0.3),
-    ("_CHECKPOINT_METADATA", None),
-    ("sha256.json", 0.5),
-    ("sha256.json", None),
-]
+@pytest.mark.usefixtures("slow_writer")
+def test_a_checkpoint_is_a_snapshot(tmp_path: pathlib.Path) -> None:
+    config = fixtures.small_config(**{"train.log_every": 3, "train.nonfinite": "skip", "data.max_bad_share": 1.0})
 
+    def add(log: progress.Log, step: int) -> None:
+        names = ("task_loss", "loss", "top1", "grad_norm")
+        values = dict.fromkeys(names, jnp.array([float(step)]))
+        log.add(step, values | {"skipped": jnp.array([2]), "nonfinite": jnp.array([0])}, 0.0)
 
-@pytest.mark.parametrize(("name", "left"), _DAMAGES)
-def test_where_the_newest_is_damaged_the_one_before_comes_back(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, name: str, left: float | None
-) -> None:
-    _saved(tmp_path, (1, 0.1), (2, 0.2), (3, 0.3))
-    file = sorted((tmp_path / "checkpoints/3").glob(name))[0]
-    file.unlink() if left is None else file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
-    if name != "metrics/metrics":  # Orbax reads it beforehand
-        with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
-            _equal(checkpoints.restore(_state())[0], _state(2))
-    assert _steps(tmp_path) == {2, 3}
-    with caplog.at_level("WARNING", logger="avit_jax"), checkpoint.Checkpoints(tmp_path) as checkpoints:
-        restored, extra = checkpoints.restore(_state())
-        assert checkpoints.step() == 2
-        checkpoints.save(3, _state(3), top1=0.3, extra={})
-        _equal(checkpoints.restore(_state())[0], _state(3))  # the new one, which is not damaged
-    _equal(restored, _state(2))
-    assert extra == {"step": 2}
-    assert f"the checkpoint of step 3 in {tmp_path}/checkpoints is damaged" in caplog.text
-    assert (tmp_path / "checkpoints/damaged_checkpoint_3").is_dir()
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        _equal(checkpoints.restore(_state())[0], _state(3))
-
-
-def test_one_changed_byte_is_noticed(tmp_path: pathlib.Path) -> None:
-    _saved(tmp_path, (1, 0.1), (2, 0.2))
-    (file,) = (tmp_path / "checkpoints/2/state/d").iterdir()
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(_state())[1] == {"step": 1}
-
-
-def test_no_whole_checkpoint(tmp_path: pathlib.Path) -> None:
-    _saved(tmp_path, (1, 0.1), (2, 0.2), (3, 0.0), (4, 0.0))
-    (tmp_path / "checkpoints/2/state/manifest.ocdbt").unlink()
+    weights = np.arange(6.0)
+    kept = {"label_names": ["a"], "parent": {"top1": 0.5}}
     with (
-        checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints,
-        pytest.raises(errors.UserError, match=r"best .* step 2, is damaged.*checkpoint=last"),
+        checkpoint.Checkpoints(tmp_path) as checkpoints,
+        progress.Log(config, epath.Path(tmp_path), lambda step: 0.1, 0, {}) as log,
     ):
-        checkpoints.restore(_state(), "best")
-    for step in (3, 4):
-        (tmp_path / f"checkpoints/{step}/state/manifest.ocdbt").unlink()
-    with pytest.raises(errors.UserError, match=r"last .* damaged .*manifest\.ocdbt.*start anew"):
-        checkpoint.Checkpoints(tmp_path)
-    assert _steps(tmp_path) == {2, 3, 4}
-
-
-def test_metrics_that_orbax_cannot_read(tmp_path: pathlib.Path) -> None:
-    _saved(tmp_path, (1, 0.1), (2, 0.2))
-    (tmp_path / "checkpoints/2/metrics/metrics").write_text("{")
-    with pytest.raises(errors.UserError, match=rf"{tmp_path}/checkpoints cannot be read"):
-        checkpoint.Checkpoints(tmp_path, read_only=True)
-
-
-@pytest.mark.parametrize("gone", ["metrics/metrics", "_CHECKPOINT_METADATA", "extra/metadata", "state/manifest.ocdbt"])
-def test_one_that_was_being_deleted(tmp_path: pathlib.Path, gone: str) -> None:
-    _saved(tmp_path, (1, 0.1), (2, 0.2))
-    (tmp_path / "checkpoints/1" / gone).unlink()
-    with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        _equal(checkpoints.restore(_state())[0], _state(2))
-        checkpoints.save(3, _state(3), top1=0.3, extra={})
-    assert _steps(tmp_path) == {2, 3}
+        for step in range(1, 5):
+            add(log, step)
+        extra = log.past() | kept
+        expected = json.loads(json.dumps(extra))
+        checkpoints.save(4, {"weights": weights}, top1=0.5, extra=extra)
+        weights[:] = -1.0
+        kept["label_names"].append("b")
+        kept["parent"]["top1"] = 0.1
+        add(log, 5)
+        log.collect()
+        extra["rows"].append("changed")
+        extra["sizes"].clear()
+        add(log, 6)  # writes a row: counters and sizes change, and the list of rows is another one
+        restored, saved = checkpoints.restore({"weights": weights})
+    assert [row[0] for row in saved["rows"]] == [4] and saved["steps"] == 3 and saved["skipped"] == 6 and saved["sizes"]
+    assert saved == expected | {"step": 4}
+    np.testing.assert_array_equal(restored["weights"], np.arange(6.0))
 
 
 def test_what_a_killed_run_has_half_written_is_cleaned_up(tmp_path: pathlib.Path) -> None:

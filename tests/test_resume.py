@@ -285,6 +285,14 @@ def test_a_skipped_step_between_two_rows_stops_nothing(tmp_path: pathlib.Path) -
     assert sum(row["nonfinite"] for row in rows) > 0
 
 
+def test_a_run_of_skipped_updates_alone_has_no_result(tmp_path: pathlib.Path) -> None:
+    config = fixtures.small_config(**{"train.nonfinite": "skip", "train.steps": 5})
+    config.optimizer.update({"learning_rate": 1e30, "warmup": 0.0, "weight_decay": 1e9})  # the first update is infinite
+    with pytest.raises(errors.UserError, match=r"not finite in any of the 5 steps up to step 5"):
+        train.train(config, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_skipped_updates_leave_no_trace() -> None:
     config = fixtures.small_config(**{"model.drop_path": 0.0, "affine.rotate": 0.0, "affine.translate": 0.0})
@@ -348,6 +356,11 @@ def test_an_update_that_overflows_is_not_saved(tmp_path: pathlib.Path) -> None:
         (lambda past: past.pop("evaluated"), "another version .*evaluated"),
         (lambda past: past.update(config=[]), "another version .*config"),
         (lambda past: past.update(rows="x", train_seconds="x"), "another version .*train_seconds, rows"),
+        (lambda past: past.update(rows=[[1, {"loss": "x"}]], skipped=-1, steps=True), "rows, skipped, steps"),
+        (
+            lambda past: past.update(sizes={"metrics.jsonl": -5}, label_names=[1], parent={"x": []}, data={"training": 1}),
+            "data",
+        ),
     ],
 )
 def test_a_checkpoint_with_other_contents(undisturbed, tmp_path: pathlib.Path, monkeypatch, change, told: str) -> None:
