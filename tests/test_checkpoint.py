@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,6 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import atomicity, atomicity_defaults
 
 from avit_jax import checkpoint, errors, progress
-from tests import fixtures
 
 State = dict[str, object]
 

@@ -7,11 +7,11 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
+import fixtures
 import pytest
+from test_checkpoint import _equal, _saved, _state, _steps
 
 from avit_jax import build, checkpoint, errors
-from tests import fixtures
-from tests.test_checkpoint import _equal, _saved, _state, _steps
 
 
 def test_what_others_have_written_with_its_digests(tmp_path: pathlib.Path) -> None:

@@ -29,10 +29,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "further options of each run, such as --config.train.steps=20")
 _OUT = flags.DEFINE_string("out", None, "writes the result there, as JSON")
 
-# Windows of the log, evaluations and checkpoints end at different steps.
+# A checkpoint holds rows that are not written yet, of another number each time: the log, evaluations and checkpoints have
+# intervals without a common divisor.
 _COMMAND = [
     *(sys.executable, "-m", "avit_jax.main", "--config=configs/digits.py", "--config.train.steps=120"),
-    *("--config.train.log_every=7", "--config.train.eval_every=50", "--config.train.save_every=10"),
+    *("--config.train.log_every=7", "--config.train.eval_every=50", "--config.train.save_every=3"),
 ]
 
 
@@ -75,7 +76,7 @@ def _killed(workdir: pathlib.Path, cache: pathlib.Path, seconds: float, writing:
     run = _start(workdir, cache)
     started = time.monotonic()
     if writing:
-        _wait_for_writing(run, workdir, rng.randint(1, 12))
+        _wait_for_writing(run, workdir, rng.randint(1, 40))
         time.sleep(rng.uniform(0, 0.03))
     else:
         time.sleep(rng.uniform(0, seconds))
