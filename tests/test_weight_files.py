@@ -55,30 +55,8 @@ def test_position_embeddings_for_another_image_size() -> None:
     file = weight_files.read(_DATA / "timm.safetensors")
     logits = _logits(file, _model(image_size=(24, 40)), _EXPECTED["large_images"])
     np.testing.assert_allclose(logits, _EXPECTED["larger"], atol=1e-5)
-    wide = _model(image_size=(8, 32))  # 1 x 4 patches, as many as in the square of the file
-    resized = weight_files.resize_positions(file.tensors["pos_embed"], (1, 4), 1)
-    np.testing.assert_array_equal(weight_files.fit(file.tensors, wide)["pos_embed"], resized)
     with pytest.raises(errors.UserError, match="5 patches are not of a square"):
         weight_files.fit(file.tensors | {"pos_embed": np.zeros((1, 6, 12))}, _model())
-
-
-@pytest.mark.parametrize("names", ["timm", "huggingface"])
-def test_position_embeddings_of_pictures_that_are_not_square(tmp_path: pathlib.Path, names: str) -> None:
-    wide, path = _model(image_size=(16, 64)), tmp_path / "wide.safetensors"  # 2 x 8 patches, as many as in a square
-    params = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((1, 16, 64, 3)))["params"]
-    ramp = jnp.broadcast_to(jnp.arange(8.0)[:, None], (2, 8, 12)).reshape(1, 16, 12)
-    params["pos_embed"] = params["pos_embed"].at[:, 1:].set(ramp)
-    weight_files.write(path, params, wide, names=names)
-    jax.tree.map(np.testing.assert_array_equal, weight_files.load(path, wide), params)
-    high = weight_files.load(path, _model(image_size=(64, 16)))["pos_embed"][0, 1:].reshape(8, 2, 12)
-    np.testing.assert_allclose(high - high[:1], 0, atol=1e-6)  # it still rises from left to right alone
-    assert (high[:, 1] > high[:, 0]).all()
-    larger = weight_files.load(path, _model(image_size=(32, 128)))["pos_embed"][0, 1:].reshape(4, 16, 12)
-    np.testing.assert_allclose(
-        larger[:, 4:12], np.broadcast_to((np.arange(4, 12)[:, None] - 0.5) / 2, (4, 8, 12)), atol=0.05
-    )  # cubic, not linear
-    with pytest.raises(errors.UserError, match="0 patches"):
-        weight_files.fit(_tensors(pos_embed=np.zeros((1, 1, 12))), _model())
 
 
 @pytest.mark.parametrize("grid", ["2x8x1", "0x16", "ab"])
