@@ -34,7 +34,7 @@ _STORAGES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MOST_TENSORS = 10_000  # of a file; vision transformers have hundreds
-_MOST_INSTRUCTIONS = 2 * 10**6  # of a pickle, which take seconds
+_MOST_INSTRUCTIONS = 300_000  # of a pickle: thirty for each tensor; they take seconds
 _LARGEST_KEY = 2**32  # of a dictionary; larger numbers can be chosen so that all have one hash
 _LARGEST = 10**7  # objects inside one, counted as often as they are there
 _DEEPEST = 1000  # of objects in objects
@@ -153,12 +153,13 @@ _ALLOWED = {
 def check_count(count: int) -> None:
     """Refuses a file of more tensors than any vision transformer has."""
     if count > _MOST_TENSORS:
-        raise Refused(f"it holds {count} tensors, and a vision transformer has at most {_MOST_TENSORS}")
+        raise Refused(f"it holds {count} tensors or files, and a vision transformer has at most {_MOST_TENSORS}")
 
 
 def check_stored(archive: zipfile.ZipFile) -> None:
-    """Refuses an archive whose files are compressed or lie over each other: read, they may be of any size."""
+    """Refuses an archive whose files are too many, compressed or lie over each other: read, they may be of any size."""
     entries = archive.infolist()
+    check_count(len(entries))
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise Refused("its archive is compressed, which PyTorch's and NumPy's plain ones never are")
     if sum(entry.file_size for entry in entries) > archive.start_dir:

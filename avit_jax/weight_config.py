@@ -141,9 +141,10 @@ def _claims(section: Mapping[str, Any], actual: Mapping[str, Any], *, input_size
         for key in keys:
             value = section.get(key)
             if value is not None:
-                sides = value if isinstance(value, list) and name == "patch_size" and len(set(value)) == 1 else [value]
-                if claims.setdefault(name, _whole(key, sides[0])) != sides[0]:
-                    raise ValueError(f"two values of {key}")
+                if isinstance(value, list) and len(set(value)) == 1:  # of a patch
+                    value = value[0]
+                if claims.setdefault(name, _whole(key, value)) != value:
+                    raise ValueError(f"it contradicts itself: a {name} of {claims[name]} and of {value}")
     for key in ("layer_norm_eps", "norm_eps"):
         if section.get(key) is not None:
             claims["norm_eps"] = float(section[key])
