@@ -135,7 +135,7 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str], depth: int) -> dict[s
             gate = halting.HaltingConfig(**told)
             message = "%s: the gate is taken from the file's name, gamma %g and beta %g"
             _logger.warning(message, errors.printable(str(path)), gate.gamma, gate.beta)
-        if max(abs(gate.gamma), abs(gate.beta), gate.redundancy) > np.finfo(np.float32).max:
+        if max(abs(gate.gamma), abs(gate.beta), gate.redundancy) > float(np.finfo(np.float32).max):
             raise ValueError(f"gamma {gate.gamma}, beta {gate.beta}, redundancy {gate.redundancy}: float32 cannot hold it")
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise errors.UserError(f"{path} is refused: its gate makes no sense ({errors.first_line(error)}).") from error

@@ -345,6 +345,48 @@ def test_broken_files(tmp_path: pathlib.Path, kind: str, told: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x.pth", "x.bin", "x", "safetensors", "x.safetensors.gz"])
+def test_a_file_is_what_its_name_says(tmp_path: pathlib.Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        weight_files.write(tmp_path / name, weight_files.fit(_tensors(), _model()), _model())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ({"beta": 1e300}, None),
+        ({"gamma": -1e39}, None),
+        ({"beta": 1e30}, "every token halts in the first layer"),
+        ({"beta": 600.0}, "every token halts in the first layer"),
+        ({"epsilon": 1 - 1e-12}, "every token halts in the first layer"),
+        ({"beta": -1e30}, "no token halts before the last layer"),
+        ({"gamma": 0.0}, "no token halts before the last layer"),
+        ({"epsilon": 1e-300}, "no token halts before the last layer"),
+        ({}, ""),
+        ({"beta": 3.0, "epsilon": 0.3}, ""),
+        ({"gamma": 1.0, "beta": -42.0, "merge": True, "redundancy": 50.0}, ""),
+    ],
+)
+def test_gates_with_which_no_token_differs(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, gate: dict[str, float], told: str | None
+) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(_tensors(), path, {"halting": json.dumps(gate)})
+    if told is None:
+        with pytest.raises(errors.UserError, match=r"gate makes no sense .*float32 cannot hold it"):
+            weight_files.read(path)
+        return
+    weight_files.read(path)
+    assert told in caplog.text and bool(caplog.records) == bool(told)
+
+
+def test_a_gate_in_a_name_that_is_no_number(tmp_path: pathlib.Path) -> None:
+    shutil.copy(_DATA / "tiny-10-30.pth", tmp_path / f"tiny-1-{'9' * 60}.pth")
+    with pytest.raises(errors.UserError, match="gate makes no sense"):
+        weight_files.read(tmp_path / f"tiny-1-{'9' * 60}.pth")
+
+
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys, pathlib; sys.modules['torch'] = None\n"
