@@ -82,6 +82,7 @@ def default() -> ConfigDict:
     """Returns the configuration all recipes start from, locked: a misspelt key is an error."""
     start = {
         "init": "",  # weight file, hub name (hf-hub:owner/name) or workdir of a run to start from; empty: random
+        "init_grid": (),  # rows and columns of patches of that file, or of --checkpoint's; empty: as it tells, or a square
         "init_new_head": False,  # where it has another number of classes: the classifier starts at zero
         # Share of the static network's MACs that training is to land on, by the gate's shift and the depth that the prior asks
         # for; 0: the first stays as it is, the second is loss.target_depth.
@@ -274,6 +275,9 @@ def _check_combinations(config: ConfigDict) -> None:
         raise errors.UserError(f"config.model.image_size must be (height, width) in pixels; got {config.model.image_size}.")
     if 0 <= config.model.width * config.model.mlp_ratio < 1:
         raise errors.UserError("config.model.mlp_ratio is so small that the MLP would have no width.")
+    grid = config.init_grid
+    if len(grid) not in (0, 2) or not all(type(side) is int and side > 0 for side in grid):
+        raise errors.UserError(f"config.init_grid must be empty, or rows and columns of patches, such as (14,14); got {grid}.")
     profile = config.debug.profile
     steps = len(profile) == 2 and all(isinstance(step, int) for step in profile)
     if not steps or (tuple(profile) != (0, 0) and not 1 <= profile[0] <= profile[1] <= config.train.steps):

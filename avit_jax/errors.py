@@ -34,6 +34,11 @@ def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     return run
 
 
+def printable(text: str) -> str:
+    """The text with control characters, and those that cannot be encoded, as backslash escapes: harmless on a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name where it has none."""
     if isinstance(error, KeyError) and error.args:  # its message is the key alone

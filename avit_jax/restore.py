@@ -13,7 +13,7 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax import build, distributed, errors, evaluate, progress, vit, weight_files
+from avit_jax import build, distributed, errors, evaluate, progress, tensor_files, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.checkpoint import Checkpoints
 from avit_jax.data import sources
@@ -68,10 +68,16 @@ def begin(
         return distributed.from_first(state), past
     if not config.init:
         return jax.jit(create)(), {}
-    params = weight_files.adopt(weights_of(config.init), model, name=config.init, new_head=config.init_new_head)
+    params = _adopted(config, model)
     state = jax.jit(create)()
     params = {**state.params, **params}  # what no file holds starts as it is created
     return state.replace(params=params, ema_params=None if state.ema_params is None else jax.tree.map(jnp.copy, params)), {}
+
+
+def _adopted(config: ConfigDict, model: vit.AViT) -> dict[str, Any]:
+    """The parameters that `config.init` names."""
+    how = {"new_head": config.init_new_head, "grid": config.init_grid}
+    return weight_files.adopt(weights_of(config.init), model, name=config.init, **how)
 
 
 def changed_class(past: dict[str, Any], label_names: list[str]) -> str:
@@ -138,8 +144,7 @@ def weights_of(path: epath.PathLike) -> weight_files.WeightFile:
     Raises:
       errors.UserError: it cannot be read.
     """
-    is_file = str(path).startswith(weight_files.HUB) or not epath.Path(path).is_dir()
-    if distributed.from_first_json(is_file):
+    if distributed.from_first_json(tensor_files.is_weights(path)):
         file = weight_files.read(path)
         distributed.check_same(weight_files.fingerprint(file), path)
         return file
@@ -192,8 +197,7 @@ def params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike) -> tupl
       errors.UserError: no such checkpoint, or it does not fit the configuration.
     """
     if config.eval.checkpoint == "init":
-        file = weights_of(config.init)
-        return weight_files.adopt(file, model, name=config.init, new_head=config.init_new_head), {"train_seconds": 0.0}
+        return _adopted(config, model), {"train_seconds": 0.0}
     _, state = _creation(config, model, build.optimizer(config)[0])
     past: dict[str, Any] = {}
     if distributed.is_first():
@@ -209,11 +213,11 @@ def trained(config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike) -> 
     Raises:
       errors.UserError: it cannot be read, or does not fit.
     """
-    if distributed.from_first_json(epath.Path(checkpoint).is_dir()):
+    if not distributed.from_first_json(tensor_files.is_weights(checkpoint)):
         weights, past = params(config, model, checkpoint)
         _warn_of_differences(config, past)
         return weights, past.get("label_names", [])
-    return weight_files.load(checkpoint, model), []
+    return weight_files.load(checkpoint, model, grid=config.init_grid), []
 
 
 def _warn_of_differences(config: ConfigDict, past: dict[str, Any]) -> None:

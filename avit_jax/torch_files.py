@@ -4,7 +4,6 @@ Such a file is a pickle, which is a program. Here it is run by a reader that can
 else: whatever else a file asks for is refused by name, before anything of it has been called.
 """
 
-import collections
 import dataclasses
 import io
 import math
@@ -34,8 +33,16 @@ _STORAGES = {
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_MOST_TENSORS = 10_000  # of a file; vision transformers have hundreds
+_MOST_INSTRUCTIONS = 300_000  # of a pickle: thirty for each tensor; they take seconds
+_LARGEST_KEY = 2**32  # of a dictionary; larger numbers can be chosen so that all have one hash
 _LARGEST = 10**7  # objects inside one, counted as often as they are there
 _DEEPEST = 1000  # of objects in objects
+_MOST_ODD_KEYS = 1000  # of dictionaries and sets, that are neither text nor small numbers
+# Which of what an instruction takes, the last first, become keys.
+_KEYS = {"SETITEM": slice(1, -1, 2), "SETITEMS": slice(1, -1, 2), "DICT": slice(1, None, 2)}
+_KEYS |= {"ADDITEMS": slice(0, -1), "FROZENSET": slice(0, None)}
+_NAMES = ("GLOBAL", "INST", "PERSID", "EXT1", "EXT2", "EXT4")  # their value names what they put on the stack
 _GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # put what is above it into the lowest
 
 
@@ -106,6 +113,28 @@ class _RebuildParameter(_Sealed):
         return data
 
 
+def _is_key(key: object) -> bool:
+    """Whether a dictionary may have this key: others may collide, which takes quadratic time."""
+    return type(key) is str or (type(key) is int and abs(key) < _LARGEST_KEY)
+
+
+class _Dict(dict):
+    """In place of `collections.OrderedDict`: attributes that a file sets, such as `_metadata`, are dropped."""
+
+    __slots__ = ()
+
+    def __init__(self, pairs: object = ()) -> None:
+        if not isinstance(pairs, list | tuple):
+            raise Refused("a dictionary that makes no sense")
+        for key, value in pairs:
+            if not _is_key(key):
+                raise Refused("a key of a dictionary is neither text nor a small number")
+            self[key] = value
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 class _Namespace:
     """In place of `argparse.Namespace`, in which training scripts keep their options: they are dropped."""
 
@@ -114,16 +143,23 @@ class _Namespace:
 
 
 _ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _Dict,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     ("argparse", "Namespace"): _Namespace,
 }
 
 
+def check_count(count: int) -> None:
+    """Refuses a file of more tensors than any vision transformer has."""
+    if count > _MOST_TENSORS:
+        raise Refused(f"it holds {count} tensors or files, and a vision transformer has at most {_MOST_TENSORS}")
+
+
 def check_stored(archive: zipfile.ZipFile) -> None:
-    """Refuses an archive whose files are compressed or lie over each other: read, they may be of any size."""
+    """Refuses an archive whose files are too many, compressed or lie over each other: read, they may be of any size."""
     entries = archive.infolist()
+    check_count(len(entries))
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise Refused("its archive is compressed, which PyTorch's and NumPy's plain ones never are")
     if sum(entry.file_size for entry in entries) > archive.start_dir:
@@ -135,13 +171,16 @@ def _check(file: IO[bytes]) -> None:
 
     That is: a memo with holes, which takes memory of any size; an object inside which, written out, are too many others, as in
     tuples that hold another one twice, and that again, whose hash would never be done; many uses of a large one; and one nested
-    too deeply. Each place of the stack stands for how many objects are in it and how deep they go; None is a mark.
+    too deeply; and many keys of dictionaries or sets that may collide. Each place of the stack stands for how many objects are
+    in it, how deep they go, and whether it is a plain key; None is a mark.
     """
-    stack: list[tuple[int, int] | None] = []
-    memo: dict[int, tuple[int, int] | None] = {}
-    used = 0
+    stack: list[tuple[int, int, bool] | None] = []
+    memo: dict[int, tuple[int, int, bool] | None] = {}
+    used = odd_keys = 0
     for count, (instruction, value, _) in enumerate(pickletools.genops(file)):
         name, before = instruction.name, instruction.stack_before
+        if count > _MOST_INSTRUCTIONS:
+            raise Refused("its pickle is longer than that of any vision transformer")
         if name.endswith("PUT") or name == "MEMOIZE":
             place = len(memo) if value is None else value
             if place > count:
@@ -149,20 +188,21 @@ def _check(file: IO[bytes]) -> None:
             memo[place] = stack[-1]
             continue
         again = memo[value] if name.endswith("GET") else stack[-1] if name == "DUP" else None
-        size, depth = again or (1, 0)
+        size, depth, is_key = again or (1, 0, name not in _NAMES and _is_key(value))
         used += size if again else 0
         inside = []
         if pickletools.markobject in before:
             while (top := stack.pop()) is not None:
                 inside.append(top)
             before = before[: before.index(pickletools.markobject)]
-        inside += [stack.pop() or (0, 0) for _ in before]
+        inside += [stack.pop() or (0, 0, False) for _ in before]
         size += sum(one[0] for one in inside)
         grows = name in _GROWING and inside
         depth = max([depth, *(one[1] + 1 for one in (inside[:-1] if grows else inside)), inside[-1][1] if grows else 0])
-        if max(size, used) > _LARGEST or depth > _DEEPEST:
+        odd_keys += sum(not one[2] for one in inside[_KEYS[name]]) if name in _KEYS else 0
+        if max(size, used) > _LARGEST or depth > _DEEPEST or odd_keys > _MOST_ODD_KEYS:
             raise Refused("it is no pickle that a program wrote")
-        stack += [None if each is pickletools.markobject else (size, depth) for each in instruction.stack_after]
+        stack += [None if each is pickletools.markobject else (size, depth, is_key) for each in instruction.stack_after]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -217,6 +257,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
                 content = content[key]
         if not isinstance(content, dict) or not content:
             raise Refused("there is no state dict in it")
+        check_count(len(content))
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, _Tensor):
                 raise Refused(f"{str(name)[:80]} in its state dict is no tensor")

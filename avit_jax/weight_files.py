@@ -4,7 +4,6 @@ Read are timm's and DeiT's `.pth` and `.safetensors`, Hugging Face's `model.safe
 released A-ViT, and `.npz` of big_vision and AugReg. A file is a stranger's: nothing of it is run, and it is taken whole or not.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,17 +11,17 @@ import logging
 import math
 import pathlib
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from avit_jax import errors, files, halting, torch_files, vit, weights
+from avit_jax import errors, files, halting, tensor_files, vit, weight_config, weights
+from avit_jax.positions import fit_positions
 
-HUB = "hf-hub:"
+_FARTHEST = 50.0  # value of a token's gate channel that no network reaches
 _logger = logging.getLogger(__name__)
 
 
@@ -38,7 +37,7 @@ class WeightFile:
       norm_eps: epsilon of the layer norms, where the file or its company tells; else None.
       num_heads: of the attention, likewise.
       gate: gamma, beta and so on of the halting gate, where the file or its name tells; else None.
-      grid: rows and columns of patches that the position embeddings are of, where the file tells; else None: a square.
+      grid: rows and columns of patches that the position embeddings are of, where the file or its company tells; else None.
     """
 
     tensors: weights.Tensors
@@ -61,42 +60,55 @@ def fingerprint(file: WeightFile) -> str:
 def read(path: epath.PathLike) -> WeightFile:
     """Reads a weight file of any of the kinds above; `hf-hub:owner/name` is fetched from the Hugging Face hub.
 
+    Of a folder of Hugging Face or timm, its `model.safetensors` is read.
+
     Raises:
-      errors.UserError: it cannot be read, asks for more than numbers, or holds no vision transformer.
+      errors.UserError: it cannot be read, asks for more than numbers, holds no vision transformer, or contradicts the
+        `config.json` beside it.
     """
-    path = _from_hub(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else pathlib.Path(path)
-    if not path.exists():
-        raise errors.UserError(f"there is no {path}: name a weight file, or the workdir of a run.")
-    readers = dict.fromkeys((".pth", ".pt", ".bin"), _read_torch) | {".npz": _read_npz, ".safetensors": _read_safetensors}
-    if path.suffix not in readers:
-        raise errors.UserError(f"{path} is no weight file by its name: they end in {', '.join(readers)}.")
-    try:
-        tensors, metadata = readers[path.suffix](path)
-    except torch_files.Refused as error:
-        raise errors.UserError(f"{path} is refused: {error}.") from error
-    except Exception as error:
-        raise errors.UserError(f"{path} cannot be read: {errors.first_line(error)}.") from error
-    for name, array in tensors.items():
-        if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-            raise errors.UserError(f"{path} is refused: {name} is of dtype {array.dtype}, not of floating-point numbers.")
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise errors.UserError(f"{path} is refused: {name} holds nan or infinity.")
+    path = tensor_files.find(path)
+    tensors, metadata = tensor_files.read(path)
+    sizes: dict[str, Any] = {}
     try:
         if any(name.startswith("Transformer/") for name in tensors):
-            heads = tensors["Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"].shape[1]
-            return WeightFile(tensors=weights.from_big_vision(tensors), num_heads=heads)
-        if any(".encoder.layer." in f".{name}" for name in tensors):
-            sizes = _hugging_face_sizes(path)
-            return WeightFile(tensors=weights.from_hugging_face(tensors), gate=_gate(path, metadata), **sizes)
-    except (KeyError, ValueError, IndexError) as error:
+            tensors, sizes["num_heads"] = weights.from_big_vision(tensors)
+        tensors, prefix = weights.without_prefix(tensors)
+        if prefix:
+            message = "%s: the prefix %s of its tensors' names is left out"
+            _logger.warning(message, errors.printable(str(path)), errors.printable(prefix))
+        is_hugging_face = weights.is_hugging_face(tensors)
+        if is_hugging_face:
+            tensors = weights.from_hugging_face(tensors)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise errors.UserError(f"{path} holds no whole vision transformer: {errors.first_line(error)}.") from error
+    for told in (_told_by_metadata(path, metadata), weight_config.check(path, tensors, required=is_hugging_face)):
+        for key, value in told.items():
+            if sizes.setdefault(key, value) != value:
+                raise errors.UserError(f"{path} and what is beside it contradict: a {key} of {sizes[key]}, and of {value}.")
+    depth = len([name for name in tensors if name.endswith("attn.qkv.weight")])
+    if sizes.pop("no_embed_class", False):
+        tensors = _with_class_positions(tensors)
+    return WeightFile(tensors=tensors, gate=_gate(path, metadata, depth), **_sane(path, sizes))
+
+
+def _with_class_positions(tensors: weights.Tensors) -> weights.Tensors:
+    """Adds position embeddings of zero for the class token, as it has none with timm's no_embed_class."""
+    patches = tensors.get("pos_embed", np.zeros(0))
+    if patches.ndim != 3:
+        return tensors
+    zeros = np.zeros_like(patches, shape=(len(patches), 2 if "dist_token" in tensors else 1, patches.shape[2]))
+    return tensors | {"pos_embed": np.concatenate([zeros, patches], axis=1)}
+
+
+def _told_by_metadata(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The sizes in our metadata."""
     try:
         sizes: dict[str, Any] = {name: kind(metadata[name]) for name, kind in _SIZES.items() if name in metadata}
         if "grid" in metadata:
             sizes["grid"] = tuple(int(side) for side in metadata["grid"].split("x"))
     except (ValueError, OverflowError) as error:
         raise errors.UserError(f"{path} is refused: its metadata makes no sense ({errors.first_line(error)}).") from error
-    return WeightFile(tensors=tensors, gate=_gate(path, metadata), **_sane(path, sizes))
+    return sizes
 
 
 def _sane(path: pathlib.Path, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -106,60 +118,45 @@ def _sane(path: pathlib.Path, sizes: dict[str, Any]) -> dict[str, Any]:
     return sizes
 
 
-def _from_hub(name: str) -> pathlib.Path:
-    """The weights of a model on the hub, in its local cache, with `config.json` beside them where there is one."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import RemoteEntryNotFoundError
-    except ImportError as error:
-        raise errors.UserError(f"{HUB}{name} has to be fetched: pip install huggingface_hub, or name a file.") from error
-    try:
-        with contextlib.suppress(RemoteEntryNotFoundError):
-            hf_hub_download(name, "config.json")
-        return pathlib.Path(hf_hub_download(name, "model.safetensors"))
-    except Exception as error:  # no such model, no safetensors, no network
-        raise errors.UserError(f"{HUB}{name} cannot be fetched ({errors.first_line(error)}): name a file instead.") from error
-
-
-def _read_safetensors(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
-    import safetensors.flax
-
-    with safetensors.safe_open(path, framework="flax") as file:
-        return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _read_torch(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
-    return torch_files.read(path), {}
-
-
-def _read_npz(path: pathlib.Path) -> tuple[weights.Tensors, dict[str, str]]:
-    with zipfile.ZipFile(path) as archive:
-        torch_files.check_stored(archive)
-    with np.load(path, allow_pickle=False) as arrays:
-        tensors = {name: arrays[name] for name in arrays.files}
-    prefixes = {name.split("/")[0] for name in tensors}
-    if prefixes == {"params"}:
-        tensors = {name.removeprefix("params/"): array for name, array in tensors.items()}
-    return tensors, {}
-
-
-def _gate(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, float] | None:
+def _gate(path: pathlib.Path, metadata: Mapping[str, str], depth: int) -> dict[str, float] | None:
     """The gate from our metadata, or from the name the released A-ViT gives its files, such as tiny-10-30.pth."""
-    if "halting" in metadata:
-        try:
+    by_name = re.fullmatch(r"(?:tiny|small|base)-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", path.stem)
+    if "halting" not in metadata and by_name is None:
+        return None
+    try:
+        if "halting" in metadata:
             gate = halting.HaltingConfig(**json.loads(metadata["halting"]))
             if [type(value) for value in (gate.channel, gate.learnable, gate.merge)] != [int, bool, bool]:
                 raise ValueError(f"channel {gate.channel}, learnable {gate.learnable}, merge {gate.merge}")
             told = _told(gate)
-            return told | {key: float(told[key]) for key in ("gamma", "beta", "epsilon", "redundancy") if key in told}
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise errors.UserError(f"{path} is refused: its gate makes no sense ({errors.first_line(error)}).") from error
-    by_name = re.fullmatch(r"(?:tiny|small|base)-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", path.stem)
-    if by_name is None:
-        return None
-    gamma, beta = float(by_name[1]), -float(by_name[2])
-    _logger.warning("%s: the gate is taken from the file's name, gamma %g and beta %g", path, gamma, beta)
-    return {"gamma": gamma, "beta": beta}
+            told |= {key: float(told[key]) for key in ("gamma", "beta", "epsilon", "redundancy") if key in told}
+        else:
+            told = {"gamma": float(by_name[1]), "beta": -float(by_name[2])}
+            gate = halting.HaltingConfig(**told)
+            message = "%s: the gate is taken from the file's name, gamma %g and beta %g"
+            _logger.warning(message, errors.printable(str(path)), gate.gamma, gate.beta)
+        if max(abs(gate.gamma), abs(gate.beta), gate.redundancy) > float(np.finfo(np.float32).max):
+            raise ValueError(f"gamma {gate.gamma}, beta {gate.beta}, redundancy {gate.redundancy}: float32 cannot hold it")
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise errors.UserError(f"{path} is refused: its gate makes no sense ({errors.first_line(error)}).") from error
+    effect = _effect(gate, depth)
+    if effect:
+        message = "%s has a gate with which %s: gamma %g, beta %g, epsilon %g"
+        _logger.warning(message, errors.printable(str(path)), effect, gate.gamma, gate.beta, gate.epsilon)
+    return told
+
+
+def _effect(gate: halting.HaltingConfig, depth: int) -> str:
+    """What a gate does to tokens of any value, in words; empty if it depends on the token."""
+    threshold, reach = float(np.float32(1) - np.float32(gate.epsilon)), abs(gate.gamma) * _FARTHEST
+    if depth < 2:
+        return ""
+    if threshold <= 0 or (threshold < 1 and gate.beta - reach >= math.log(threshold / (1 - threshold))):
+        return "every token halts in the first layer"
+    score = threshold / (depth - 1)  # in every layer but the last
+    if threshold >= 1 or gate.beta + gate.redundancy + reach < math.log(score / (1 - score)):
+        return "no token halts before the last layer"
+    return ""
 
 
 def _told(gate: halting.HaltingConfig) -> dict[str, Any]:
@@ -168,40 +165,31 @@ def _told(gate: halting.HaltingConfig) -> dict[str, Any]:
     return told if gate.merge else {key: value for key, value in told.items() if key not in ("merge", "redundancy")}
 
 
-def _hugging_face_sizes(path: pathlib.Path) -> dict[str, Any]:
-    config = path.with_name("config.json")
-    if not config.exists():
-        raise errors.UserError(f"{config} is missing: it tells the epsilon of the layer norms of {path}.")
-    try:
-        told = json.loads(config.read_text())
-        sizes = {"norm_eps": float(told["layer_norm_eps"]), "num_heads": int(told["num_attention_heads"])}
-        if isinstance(told.get("image_size"), list):
-            sizes["grid"] = tuple(int(side) // int(told["patch_size"]) for side in told["image_size"])
-        other = [key for key, value in (("hidden_act", "gelu"), ("qkv_bias", True)) if told.get(key, value) != value]
-    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, AttributeError) as error:
-        raise errors.UserError(
-            f"{config} does not tell layer_norm_eps, num_attention_heads and the like ({errors.first_line(error)})."
-        ) from error
-    if other:
-        raise errors.UserError(f"{config} tells of another network: its {other[0]} is {told[other[0]]}.")
-    return _sane(config, sizes)
-
-
-def load(path: epath.PathLike, model: vit.AViT) -> dict[str, Any]:
+def load(path: epath.PathLike, model: vit.AViT, *, grid: Sequence[int] = ()) -> dict[str, Any]:
     """Parameters of a model from a weight file, see `read` and `adopt`."""
-    return adopt(read(path), model, name=str(path))
+    return adopt(read(path), model, name=str(path), grid=grid)
 
 
-def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = False) -> dict[str, Any]:
+def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = False, grid: Sequence[int] = ()) -> dict[str, Any]:
     """Parameters of a model from what a file holds, see `fit`; its gate too if it learns, else a warning tells of another.
 
+    Args:
+      file: from `read`.
+      model: which it has to fit.
+      name: of the file, for messages.
+      new_head: as in `fit`.
+      grid: rows and columns of patches that the file's position embeddings are of, if the file does not tell.
+
     Raises:
-      errors.UserError: it does not fit; also where it has another number of heads, or another epsilon in the layer norms.
+      errors.UserError: it does not fit, or has another number of heads, epsilon of the layer norms, or grid.
     """
+    grid = tuple(grid) or file.grid
+    if file.grid not in (None, grid):
+        raise errors.UserError(f"{name} tells a grid of {file.grid}, and config.init_grid is {grid}: leave it out.")
     for key, value in (("norm_eps", file.norm_eps), ("num_heads", file.num_heads)):
         if value is not None and value != getattr(model, key):
             raise errors.UserError(f"{name} has a {key} of {value}: set --config.model.{key}={value}.")
-    params = fit(file.tensors, model, new_head=new_head, grid=file.grid)
+    params = fit(file.tensors, model, new_head=new_head, grid=grid, name=name)
     if file.gate and model.halting:
         gate = dataclasses.replace(halting.HaltingConfig(**file.gate), learnable=model.halting.learnable)
         if "gate" in params:  # as far as it has been learnt it is a parameter as others are
@@ -246,15 +234,21 @@ def infer(file: WeightFile, *, image_size: tuple[int, int], name: str) -> tuple[
 
 
 def fit(
-    tensors: Mapping[str, np.ndarray], model: vit.AViT, *, new_head: bool = False, grid: tuple[int, int] | None = None
+    tensors: Mapping[str, np.ndarray],
+    model: vit.AViT,
+    *,
+    new_head: bool = False,
+    grid: tuple[int, int] | None = None,
+    name: str = "the file",
 ) -> dict[str, Any]:
-    """Parameters of a model from the tensors of a file; position embeddings are resized where the image size differs.
+    """Parameters of a model from the tensors of a file; position embeddings of another grid are resized.
 
     Args:
       tensors: by timm's names.
       model: which they have to fit.
       new_head: the classifiers begin at zero where the number of classes differs, or there are none.
       grid: as in `WeightFile`.
+      name: of the file, for messages.
 
     Returns:
       Tree for `model.apply({"params": tree}, images)`, float32.
@@ -272,12 +266,9 @@ def fit(
     if new_head and any(np.shape(tensors.get(name)) != expected[name].shape for name in heads):
         tensors |= {name: expected[name] for name in heads}
     here, there = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
-    patches = there[1] - model.num_readout if len(there) == 3 else 0
-    side = math.isqrt(max(0, patches))
-    before = grid or ((side, side) if side**2 == patches else None)
-    differs = there != here or before not in (None, model.grid)
-    if len(there) == 3 and there[::2] == here[::2] and differs and tensors.keys() == expected.keys():
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], model.grid, model.num_readout, before=grid)
+    if len(there) == 3 and there[::2] == here[::2] and tensors.keys() == expected.keys():
+        positions = fit_positions(tensors["pos_embed"], model.grid, model.num_readout, before=grid, name=name)
+        tensors["pos_embed"] = positions
     wrong = [
         f"{name} {'is missing' if name not in tensors else f'is {tensors[name].shape} and not {array.shape}'}"
         for name, array in expected.items()
@@ -295,50 +286,6 @@ def fit(
     return params
 
 
-def resize_positions(
-    embedding: np.ndarray, grid: tuple[int, int], num_readout: int, *, before: tuple[int, int] | None = None
-) -> np.ndarray:
-    """Position embeddings for another number of patches, bicubic, as PyTorch's `interpolate` with align_corners=False.
-
-    Args:
-      embedding: `(1, R + n, D)`.
-      grid: rows and columns of patches that are wanted.
-      num_readout: R, of tokens that are no patches and keep theirs.
-      before: rows and columns that it has; None: as many of both.
-
-    Returns:
-      `(1, R + rows * columns, D)` float32.
-
-    Raises:
-      errors.UserError: the embeddings are not of such a grid.
-    """
-    head, patches = embedding[0, :num_readout], embedding[0, num_readout:]
-    before = before or (math.isqrt(len(patches)),) * 2
-    if not len(patches) or math.prod(before) != len(patches):
-        of = "a square" if before[0] == before[1] else f"{before[0]} x {before[1]}"
-        raise errors.UserError(f"position embeddings of {len(patches)} patches are not of {of}: they cannot be resized.")
-    rows, columns = (_bicubic(side, size) for side, size in zip(before, grid, strict=True))
-    patches = np.einsum("ri,cj,ijd->rcd", rows, columns, patches.reshape(*before, -1).astype(np.float64))
-    return np.concatenate([head, patches.reshape(grid[0] * grid[1], -1)])[None].astype(np.float32)
-
-
-def _bicubic(size: int, new_size: int) -> np.ndarray:
-    """`(new_size, size)` weights of cubic convolution with a = -0.75, the border repeated.
-
-    Reference: Keys, Cubic convolution interpolation, 1981, equation 15.
-    """
-    a = -0.75
-    center = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-    first = np.floor(center).astype(int)
-    matrix = np.zeros((new_size, size))
-    for offset in range(-1, 3):
-        x = abs(center - (first + offset))
-        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-        far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-        np.add.at(matrix, (np.arange(new_size), np.clip(first + offset, 0, size - 1)), np.where(x <= 1, near, far))
-    return matrix
-
-
 def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, names: str = "timm") -> None:
     """Writes safetensors; the gate, as it has been learnt, and what the tensors do not tell are in the metadata.
 
@@ -349,10 +296,12 @@ def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, n
       names: "timm", or "huggingface", which gets a `config.json` beside the file.
 
     Raises:
-      ValueError: other names.
+      ValueError: other names, or a path that does not end in .safetensors.
     """
     import safetensors.numpy
 
+    if not str(path).lower().endswith(".safetensors"):
+        raise ValueError(f"weights are written as safetensors: the name of the file must end in .safetensors; got {path}.")
     if names not in ("timm", "huggingface"):
         raise ValueError(f'names must be "timm" or "huggingface"; got "{names}".')
     path = epath.Path(path)
@@ -364,7 +313,7 @@ def write(path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, n
         metadata["halting"] = json.dumps(file.gate)
     if names == "huggingface":
         tensors = weights.to_hugging_face(tensors)
-        files.write(path.with_name("config.json"), json.dumps(_hugging_face_config(model), indent=2) + "\n")
+        files.write(path.with_name("config.json"), json.dumps(weight_config.of_model(model), indent=2) + "\n")
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     files.write(path, safetensors.numpy.save(contiguous, metadata))
 
@@ -379,21 +328,3 @@ def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
         gate = _told(model.halting) | learnt | {"learnable": False}
     tensors = weights.to_torch(params, patch_shape=(model.patch_size, model.patch_size, model.channels))
     return WeightFile(tensors=tensors, norm_eps=model.norm_eps, num_heads=model.num_heads, gate=gate, grid=model.grid)
-
-
-def _hugging_face_config(model: vit.AViT) -> dict[str, Any]:
-    kind = "deit" if model.distilled else "vit"
-    return {
-        "architectures": ["DeiTForImageClassificationWithTeacher" if model.distilled else "ViTForImageClassification"],
-        "model_type": kind,
-        "hidden_size": model.width,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.mlp_width,
-        "layer_norm_eps": model.norm_eps,
-        "image_size": model.pixels[0] if len(set(model.pixels)) == 1 else list(model.pixels),
-        "patch_size": model.patch_size,
-        "num_channels": model.channels,
-        "id2label": {str(i): str(i) for i in range(model.num_classes)},
-        "label2id": {str(i): i for i in range(model.num_classes)},
-    }

@@ -28,6 +28,10 @@ _HUGGING_FACE = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
+# The same in the models of transformers 5 in memory; files of `save_pretrained` keep the names above.
+_HUGGING_FACE_5 = _HUGGING_FACE | {"attention.o_proj": "attn.proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_HUGGING_FACE_LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+_QKV = {"query": "q", "key": "k", "value": "v"}  # Hugging Face's name -> the first letter of q_proj and so on
 _HUGGING_FACE_OUTSIDE = {
     "embeddings.cls_token": "cls_token",
     "embeddings.distillation_token": "dist_token",
@@ -128,29 +132,69 @@ def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
     return array.T if array.ndim == 2 else array
 
 
+def without_prefix(tensors: Tensors) -> tuple[Tensors, str]:
+    """The tensors without a prefix such as `module.` that a wrapper put before the names, and the prefix, or "".
+
+    The prefix is what stands before the class token. Names without it, such as those of a head, stay as they are.
+
+    Raises:
+      ValueError: there are several networks, or two names become one.
+    """
+    class_token = r"((?:.*?\.)??)(?:(?:(?:vit|deit)\.)?embeddings\.cls_token|cls_token)"
+    prefixes = sorted(match[1] for match in (re.fullmatch(class_token, name) for name in tensors) if match)
+    if not prefixes or "" in prefixes:
+        return tensors, ""
+    if len(prefixes) > 1:
+        raise ValueError(f"it holds several networks, whose names begin with {' and '.join(prefixes[:5])}: save one of them")
+    stripped: Tensors = {}
+    for full_name, array in tensors.items():
+        _add(stripped, full_name.removeprefix(prefixes[0]), array)
+    return stripped, prefixes[0]
+
+
+def _add(tensors: Tensors, name: str, array: np.ndarray) -> None:
+    """Adds a tensor; raises ValueError if another one has the same name already."""
+    if name in tensors and not np.array_equal(tensors[name], array):
+        raise ValueError(f"two of its tensors, with different values, are both {name} in timm's names")
+    tensors[name] = array
+
+
+def is_hugging_face(tensors: Tensors) -> bool:
+    """Whether the names are Hugging Face's."""
+    return any(_HUGGING_FACE_LAYER.fullmatch(re.sub(r"^(vit|deit)\.", "", name)) for name in tensors)
+
+
 def from_hugging_face(tensors: Tensors) -> Tensors:
-    """Timm's names for Hugging Face's; what is not known keeps its name, and is told when it does not fit."""
+    """Timm's names for Hugging Face's; a name that is not known stays as it is, and is reported when it does not fit.
+
+    Raises:
+      KeyError: a part of query, key and value is missing.
+      ValueError: two tensors with different values have one name in timm's.
+    """
     ours: Tensors = {}
-    qkv: dict[str, dict[str, np.ndarray]] = {}
+    qkv: dict[str, Tensors] = {}
     for full_name, array in tensors.items():
         name = re.sub(r"^(vit|deit)\.", "", full_name)
         if name.startswith("pooler."):  # of a model without a head
             continue
-        layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
+        layer = _HUGGING_FACE_LAYER.fullmatch(name)
         if layer:
             index, module, kind = layer.groups()
-            part = re.fullmatch(r"attention\.attention\.(query|key|value)", module)
+            part = re.fullmatch(r"attention\.(?:attention\.)?(query|key|value|[qkv]_proj)", module)
             if part:
-                qkv.setdefault(f"blocks.{index}.attn.qkv.{kind}", {})[part[1]] = array
+                _add(qkv.setdefault(f"blocks.{index}.attn.qkv.{kind}", {}), _QKV.get(part[1], part[1][0]), array)
             else:
-                ours[f"blocks.{index}.{_HUGGING_FACE.get(module, module)}.{kind}"] = array
+                _add(ours, f"blocks.{index}.{_HUGGING_FACE_5.get(module, module)}.{kind}", array)
             continue
         module, _, kind = name.rpartition(".")
-        if name in _HUGGING_FACE_OUTSIDE:
-            ours[_HUGGING_FACE_OUTSIDE[name]] = array
-        else:
-            ours[f"{_HUGGING_FACE_OUTSIDE.get(module, module)}.{kind}"] = array
-    return ours | {name: np.concatenate([parts[key] for key in ("query", "key", "value")]) for name, parts in qkv.items()}
+        outside = _HUGGING_FACE_OUTSIDE.get(name) or f"{_HUGGING_FACE_OUTSIDE.get(module, module)}.{kind}"
+        _add(ours, outside, array)
+    for name, parts in qkv.items():
+        missing = [theirs for theirs, letter in _QKV.items() if letter not in parts]
+        if missing:
+            raise KeyError(missing[0])
+        _add(ours, name, np.concatenate([parts[letter] for letter in "qkv"]))
+    return ours
 
 
 def to_hugging_face(tensors: Tensors) -> Tensors:
@@ -179,13 +223,26 @@ def to_hugging_face(tensors: Tensors) -> Tensors:
     return theirs
 
 
-def from_big_vision(tensors: Tensors) -> Tensors:
-    """Timm's names and layouts for those of big_vision and AugReg; raises ValueError for tensors that have no place there."""
-    tensors = dict(tensors)  # what is taken out of it has its place
-    ours: Tensors = {"cls_token": tensors.pop("cls"), "pos_embed": tensors.pop("Transformer/posembed_input/pos_embedding")}
+def from_big_vision(tensors: Tensors) -> tuple[Tensors, int]:
+    """Timm's names and layouts for those of big_vision, today's and those of AugReg, and the number of heads.
+
+    Today's big_vision adds the position embeddings before it puts the class token in front, which has none: it gets zeros.
+
+    Raises:
+      KeyError: a tensor is missing.
+      ValueError: a tensor has no place in timm's layout, or the layers differ in their number of heads.
+    """
+    tensors = dict(tensors)  # each tensor that is used leaves it
+    ours: Tensors = {"cls_token": tensors.pop("cls")}
+    if "pos_embedding" in tensors:
+        positions = tensors.pop("pos_embedding")
+        ours["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
+    else:
+        ours["pos_embed"] = tensors.pop("Transformer/posembed_input/pos_embedding")
     ours["patch_embed.proj.weight"] = tensors.pop("embedding/kernel").transpose(3, 2, 0, 1)
     ours["patch_embed.proj.bias"] = tensors.pop("embedding/bias")
-    ours["head.weight"], ours["head.bias"] = tensors.pop("head/kernel").T, tensors.pop("head/bias")
+    if "head/kernel" in tensors:
+        ours["head.weight"], ours["head.bias"] = tensors.pop("head/kernel").T, tensors.pop("head/bias")
 
     def norm(there: str, here: str) -> None:
         ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors.pop(f"{there}/scale"), tensors.pop(f"{there}/bias")
@@ -194,22 +251,42 @@ def from_big_vision(tensors: Tensors) -> Tensors:
         ours[f"{here}.weight"], ours[f"{here}.bias"] = tensors.pop(f"{there}/kernel").T, tensors.pop(f"{there}/bias")
 
     norm("Transformer/encoder_norm", "norm")
+    _unstack(tensors)
+    today = "Transformer/encoderblock_0/LayerNorm_1/scale" in tensors
+    norm2, mlp, attention = ("1", "MlpBlock_0", "0") if today else ("2", "MlpBlock_3", "1")
     depth = len({name.split("/")[1] for name in tensors if name.startswith("Transformer/encoderblock_")})
+    heads = set()
     for i in range(depth):
         there, here = f"Transformer/encoderblock_{i}", f"blocks.{i}"
         norm(f"{there}/LayerNorm_0", f"{here}.norm1")
-        norm(f"{there}/LayerNorm_2", f"{here}.norm2")
-        dense(f"{there}/MlpBlock_3/Dense_0", f"{here}.mlp.fc1")
-        dense(f"{there}/MlpBlock_3/Dense_1", f"{here}.mlp.fc2")
-        attention = f"{there}/MultiHeadDotProductAttention_1"
-        width = tensors[f"{attention}/out/bias"].shape[0]
-        parts = [f"{attention}/{key}" for key in ("query", "key", "value")]
-        ours[f"{here}.attn.qkv.weight"] = np.concatenate(
-            [tensors.pop(f"{part}/kernel").reshape(width, width).T for part in parts]
-        )
-        ours[f"{here}.attn.qkv.bias"] = np.concatenate([tensors.pop(f"{part}/bias").reshape(width) for part in parts])
-        ours[f"{here}.attn.proj.weight"] = tensors.pop(f"{attention}/out/kernel").reshape(width, width).T
-        ours[f"{here}.attn.proj.bias"] = tensors.pop(f"{attention}/out/bias")
+        norm(f"{there}/LayerNorm_{norm2}", f"{here}.norm2")
+        dense(f"{there}/{mlp}/Dense_0", f"{here}.mlp.fc1")
+        dense(f"{there}/{mlp}/Dense_1", f"{here}.mlp.fc2")
+        out = tensors.pop(f"{there}/MultiHeadDotProductAttention_{attention}/out/kernel")
+        width = out.shape[2]
+        parts = [f"{there}/MultiHeadDotProductAttention_{attention}/{key}" for key in ("query", "key", "value")]
+        kernels, biases = ([tensors.pop(f"{part}/{kind}") for part in parts] for kind in ("kernel", "bias"))
+        heads |= {out.shape[:2], *(kernel.shape[1:] for kernel in kernels), *(bias.shape for bias in biases)}
+        ours[f"{here}.attn.qkv.weight"] = np.concatenate([kernel.reshape(width, width).T for kernel in kernels])
+        ours[f"{here}.attn.qkv.bias"] = np.concatenate([bias.reshape(width) for bias in biases])
+        ours[f"{here}.attn.proj.weight"] = out.reshape(width, width).T
+        ours[f"{here}.attn.proj.bias"] = tensors.pop(f"{there}/MultiHeadDotProductAttention_{attention}/out/bias")
     if tensors:
         raise ValueError(f"no place for {', '.join(sorted(tensors)[:3])}")
-    return ours
+    if len(heads) != 1:
+        numbers = sorted({shape[0] for shape in heads})
+        raise ValueError(
+            f"its attention has {' and '.join(map(str, numbers)) or 'no'} heads, and every layer must have the same"
+        )
+    return ours, heads.pop()[0]
+
+
+def _unstack(tensors: Tensors) -> None:
+    """Splits, in place, layers that are stacked along the first axis, as big_vision's `scan` option keeps them."""
+    start = "Transformer/encoderblock/"
+    for name in [name for name in tensors if name.startswith(start)]:
+        stacked = tensors.pop(name)
+        if not 0 < len(stacked) <= 1000:
+            raise ValueError(f"{name} is of {len(stacked)} layers")
+        for i, array in enumerate(stacked):
+            tensors[f"Transformer/encoderblock_{i}/{name.removeprefix(start)}"] = array

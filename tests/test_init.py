@@ -10,9 +10,11 @@ import chex
 import fixtures
 import numpy as np
 import pytest
+import safetensors.numpy
 from ml_collections import ConfigDict
 
-from avit_jax import build, checkpoint, evaluate, train, weight_files
+from avit_jax import build, checkpoint, errors, evaluate, restore, train, weight_files
+from avit_jax import config as config_lib
 
 
 @pytest.fixture
@@ -74,6 +76,33 @@ def test_a_resumed_run_takes_its_checkpoint_and_remembers(parent: pathlib.Path, 
     train.train(config, tmp_path / "parts")
     chex.assert_trees_all_equal(*(fixtures.restored_state(config, tmp_path / name) for name in ("whole", "parts")))
     assert _summary(tmp_path / "parts")["parent_top1"] == _summary(tmp_path / "whole")["parent_top1"]
+
+
+def test_the_grid_of_the_file_is_that_of_the_configuration(parent: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    safetensors.numpy.save_file(safetensors.numpy.load_file(parent), parent)  # without metadata, as others write them
+    wide = {"model.image_size": (8, 32), "model.patch_size": 4, "eval.checkpoint": "init"}  # 2 x 8 patches, and 4 x 4 there
+    expected = weight_files.load(parent, build.model(_config(parent)))["pos_embed"]
+    for grid in ((), (2, 8), (4, 4)):
+        config = _config(parent, **wide | {"init_grid": grid})
+        config_lib.check(config)
+        params = restore.params(config, build.model(config), tmp_path)[0]
+        assert np.array_equal(params["pos_embed"], expected) == (grid != (4, 4))
+        of_file, _ = restore.trained(config, build.model(config), parent)
+        np.testing.assert_array_equal(of_file["pos_embed"], params["pos_embed"])
+    for grid in ((4,), (0, 4), (2.0, 8.0), ("2", "8"), (2, 8, 1)):
+        with pytest.raises(errors.UserError, match=r"config\.init_grid must be"):
+            config_lib.check(_config(parent, init_grid=grid))
+
+
+def test_a_folder_of_hugging_face_is_a_start(parent: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = _config(parent)
+    model, folder = build.model(config), tmp_path / "hf"
+    params = weight_files.load(parent, model)
+    weight_files.write(folder / "model.safetensors", params, model, names="huggingface")
+    chex.assert_trees_all_equal(restore.trained(config, model, folder)[0], params)
+    config.update({"init": str(folder)})
+    config.eval.checkpoint = "init"
+    chex.assert_trees_all_equal(restore.params(config, model, tmp_path)[0], params)
 
 
 def test_another_number_of_classes(parent: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -54,6 +54,11 @@ def _parse(*arguments: str) -> ConfigDict:
     return main._CONFIG.value
 
 
+@pytest.mark.parametrize(("text", "grid"), [("(9,16)", (9, 16)), ("()", ())])
+def test_the_grid_of_weights_on_the_command_line(text: str, grid: tuple[int, ...]) -> None:
+    assert _parse(_DIGITS, f"--config.init_grid={text}").init_grid == grid
+
+
 @contextlib.contextmanager
 def _one_line(expected: str) -> Iterator[None]:
     """Expects the program to end with status 2, in one line that contains `expected`."""

@@ -55,30 +55,8 @@ def test_position_embeddings_for_another_image_size() -> None:
     file = weight_files.read(_DATA / "timm.safetensors")
     logits = _logits(file, _model(image_size=(24, 40)), _EXPECTED["large_images"])
     np.testing.assert_allclose(logits, _EXPECTED["larger"], atol=1e-5)
-    wide = _model(image_size=(8, 32))  # 1 x 4 patches, as many as in the square of the file
-    resized = weight_files.resize_positions(file.tensors["pos_embed"], (1, 4), 1)
-    np.testing.assert_array_equal(weight_files.fit(file.tensors, wide)["pos_embed"], resized)
     with pytest.raises(errors.UserError, match="5 patches are not of a square"):
         weight_files.fit(file.tensors | {"pos_embed": np.zeros((1, 6, 12))}, _model())
-
-
-@pytest.mark.parametrize("names", ["timm", "huggingface"])
-def test_position_embeddings_of_pictures_that_are_not_square(tmp_path: pathlib.Path, names: str) -> None:
-    wide, path = _model(image_size=(16, 64)), tmp_path / "wide.safetensors"  # 2 x 8 patches, as many as in a square
-    params = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((1, 16, 64, 3)))["params"]
-    ramp = jnp.broadcast_to(jnp.arange(8.0)[:, None], (2, 8, 12)).reshape(1, 16, 12)
-    params["pos_embed"] = params["pos_embed"].at[:, 1:].set(ramp)
-    weight_files.write(path, params, wide, names=names)
-    jax.tree.map(np.testing.assert_array_equal, weight_files.load(path, wide), params)
-    high = weight_files.load(path, _model(image_size=(64, 16)))["pos_embed"][0, 1:].reshape(8, 2, 12)
-    np.testing.assert_allclose(high - high[:1], 0, atol=1e-6)  # it still rises from left to right alone
-    assert (high[:, 1] > high[:, 0]).all()
-    larger = weight_files.load(path, _model(image_size=(32, 128)))["pos_embed"][0, 1:].reshape(4, 16, 12)
-    np.testing.assert_allclose(
-        larger[:, 4:12], np.broadcast_to((np.arange(4, 12)[:, None] - 0.5) / 2, (4, 8, 12)), atol=0.05
-    )  # cubic, not linear
-    with pytest.raises(errors.UserError, match="0 patches"):
-        weight_files.fit(_tensors(pos_embed=np.zeros((1, 1, 12))), _model())
 
 
 @pytest.mark.parametrize("grid", ["2x8x1", "0x16", "ab"])
@@ -365,6 +343,48 @@ def test_broken_files(tmp_path: pathlib.Path, kind: str, told: str) -> None:
     with pytest.raises(errors.UserError, match=told) as refused:
         weight_files.read(_broken(tmp_path, kind))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.pth", "x.bin", "x", "safetensors", "x.safetensors.gz"])
+def test_a_file_is_what_its_name_says(tmp_path: pathlib.Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        weight_files.write(tmp_path / name, weight_files.fit(_tensors(), _model()), _model())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ({"beta": 1e300}, None),
+        ({"gamma": -1e39}, None),
+        ({"beta": 1e30}, "every token halts in the first layer"),
+        ({"beta": 600.0}, "every token halts in the first layer"),
+        ({"epsilon": 1 - 1e-12}, "every token halts in the first layer"),
+        ({"beta": -1e30}, "no token halts before the last layer"),
+        ({"gamma": 0.0}, "no token halts before the last layer"),
+        ({"epsilon": 1e-300}, "no token halts before the last layer"),
+        ({}, ""),
+        ({"beta": 3.0, "epsilon": 0.3}, ""),
+        ({"gamma": 1.0, "beta": -42.0, "merge": True, "redundancy": 50.0}, ""),
+    ],
+)
+def test_gates_with_which_no_token_differs(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, gate: dict[str, float], told: str | None
+) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(_tensors(), path, {"halting": json.dumps(gate)})
+    if told is None:
+        with pytest.raises(errors.UserError, match=r"gate makes no sense .*float32 cannot hold it"):
+            weight_files.read(path)
+        return
+    weight_files.read(path)
+    assert told in caplog.text and bool(caplog.records) == bool(told)
+
+
+def test_a_gate_in_a_name_that_is_no_number(tmp_path: pathlib.Path) -> None:
+    shutil.copy(_DATA / "tiny-10-30.pth", tmp_path / f"tiny-1-{'9' * 60}.pth")
+    with pytest.raises(errors.UserError, match="gate makes no sense"):
+        weight_files.read(tmp_path / f"tiny-1-{'9' * 60}.pth")
 
 
 def test_no_torch_is_needed() -> None:
