@@ -150,6 +150,17 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
 
 
+def check_devices() -> None:
+    """Starts the devices; raises errors.UserError if JAX cannot use them."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second: of JAX_PLATFORMS=cuda without the plugin
+        reason = errors.first_line(error).rstrip(".")
+        raise errors.UserError(
+            f"JAX cannot use the devices ({reason}): set JAX_PLATFORMS to what JAX is installed for."
+        ) from error
+
+
 def is_first() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0

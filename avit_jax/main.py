@@ -164,6 +164,7 @@ def _main(argv: list[str]) -> None:
         if _MODE.value in ("train", "eval") and not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        distributed.check_devices()
         with distributed.ended_together():
             logger = progress.to_console(logging.INFO if distributed.is_first() else logging.WARNING)
             # What writes in the background fails with tracebacks of its own; errors that matter are raised where it is awaited.
