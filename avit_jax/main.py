@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+import select
 import sys
 import threading
 from collections.abc import Iterator
@@ -58,9 +59,10 @@ _ONLY = {  # flags that the other modes do not read
 }
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; not needed on Cloud TPU")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes", upper_bound=2**31 - 1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which process this is, from 0")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which process this is, from 0", upper_bound=2**31 - 1)
 
 
+_UNREAD = 128 + signal.SIGPIPE  # status of a program that nobody reads the output of
 _PATHS = ("workdir", "checkpoint", "out", "jsonl", "pictures")
 _CONFIG_PATHS = (("", "init"), ("data", "dir"), ("distill", "teacher"))  # section, key
 
@@ -82,6 +84,8 @@ def _parse(argv: list[str]) -> list[str]:
         # ml_collections tells that there is no such file only when one looks into the recipe.
         _CONFIG.value.train.steps  # noqa: B018
         rest = _resolve_paths(rest)
+    except BrokenPipeError:  # of --help
+        raise
     except Exception as error:
         errors.stop(errors.sentence(error))
     return [argv[0], *rest]
@@ -173,20 +177,27 @@ def _main(argv: list[str]) -> None:
             _run(argv, workdir)
     # Where there are several processes, each waits in the end for the others, which may be waiting for this one: at once.
     except (errors.UserError, OSError, ImportError, MemoryError) as error:  # output that cannot be written, gs:// without gcsfs
-        if isinstance(error, BrokenPipeError):
-            _end_output()
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os._exit(_UNREAD)
         errors.stop(error, at_once=jax.distributed.is_initialized())
     except KeyboardInterrupt:
         errors.stop("interrupted.", at_once=jax.distributed.is_initialized(), status=130)
 
 
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe without a reader, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _end_output() -> None:
-    """Writes what is left for stdout; ends the program without a word if nobody reads it, as `| head` does not."""
+    """Writes what is left for stdout, at the end of the program."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        os._exit(128 + signal.SIGPIPE)
+        os._exit(_UNREAD)
     except OSError as error:
         errors.stop(error, at_once=True)
 
@@ -200,6 +211,8 @@ def _start() -> None:
         if not ended.code:
             signals.end_on_interrupt(status=0)  # all is done but for the end of the process
         raise
+    except BrokenPipeError:  # of --help
+        os._exit(_UNREAD)
     finally:
         _end_output()
 
