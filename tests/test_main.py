@@ -1,8 +1,10 @@
 """The command line: every mistake of a user ends in one line that starts with "error:"."""
 
+import errno
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -236,6 +238,16 @@ def test_devices_that_jax_cannot_use(tmp_path: pathlib.Path, monkeypatch: pytest
     _parse(_DIGITS, f"--workdir={tmp_path}")
     monkeypatch.setattr(jax, "devices", devices)
     with _one_line("JAX cannot use the devices (Unable to initialize backend 'tpu': no TPU)"):
+        main._main([])
+
+
+def test_a_port_that_may_not_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    def create_server(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    _parse(_DIGITS, "--coordinator=localhost:80", "--num_processes=2", "--process_id=0", f"--workdir={tmp_path}")
+    with _one_line("port 80 of --coordinator cannot be opened (Permission denied): choose another port."):
         main._main([])
 
 
