@@ -55,6 +55,15 @@ _RANGES = {
     "eval.batch_size": (1, 2**24),
     "eval.pictures": (1, 1000),
 }
+# What no network or run needs, and arithmetic of the sizes would overflow at; other keys: of a uint32 or a float32.
+_LARGEST = {
+    "model.patch_size": 10_000,
+    "model.channels": 1000,
+    "model.width": 2**16,
+    "model.depth": 1000,
+    "model.num_heads": 2**16,
+    "model.num_classes": 2**24,
+}
 _CHOICES = {
     "data.bad_records": ("raise", "skip"),
     "loss.prior_mode": ("paper", "official"),
@@ -73,6 +82,7 @@ _FREE = {
     "debug.nans",
     "debug.profile",
 }
+_LARGEST_FLOAT = 3.4e38  # of float32
 _BY_CHANNEL = ("mean", "std")
 _LARGEST_SIDE = 100_000  # pixels
 _FARTHEST = 50.0  # value of a token's gate channel that no network reaches
@@ -240,6 +250,8 @@ def check(config: ConfigDict) -> None:
         if not least <= values[key] <= limit:  # nan is refused too, and infinity
             limits = f"at least {least}, and finite" if largest is None else f"between {least} and {largest}"
             raise errors.UserError(f"config.{key} must be {limits}; got {values[key]}.")
+    for key, value in values.items():
+        _check_size(key, value)
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             names = " or ".join(f'"{choice}"' for choice in choices)
@@ -247,6 +259,14 @@ def check(config: ConfigDict) -> None:
     _check_combinations(config)
     if config.halting.enabled:
         _check_halting(config)
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Raises errors.UserError if a number, or one of several, is larger than any use of it."""
+    for number in value if isinstance(value, tuple | list) else (value,):
+        largest = _LARGEST.get(key, 2**32 - 1 if isinstance(number, int) else _LARGEST_FLOAT)
+        if isinstance(number, int | float) and abs(number) > largest:  # nan is left to the check of its key
+            raise errors.UserError(f"config.{key} must be at most {largest} in size; got {number}.")
 
 
 def _check_combinations(config: ConfigDict) -> None:

@@ -1,9 +1,12 @@
 """The one exception that means: the user can mend this; and what is shown of those of other libraries."""
 
+import contextlib
 import functools
+import logging
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,13 +15,38 @@ class UserError(Exception):
     """A mistake outside the program; its message is one sentence that says what to do, and is all that is shown."""
 
 
-def stop(message: object, *, at_once: bool = False) -> NoReturn:
-    """Ends the program with one sentence and exit status 2; at once: nothing is waited for."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+def stop(message: object, *, at_once: bool = False, status: int = 2) -> NoReturn:
+    """Ends the program with one sentence and an exit status; at once: nothing is waited for."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     if at_once:
-        sys.stdout.flush()
-        os._exit(2)
-    sys.exit(2)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+_UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, lone surrogates, separators of lines
+_DIRECTIONS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}  # reorder what is around them
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters and lone surrogates as escapes such as `\x1b`, so that it is safe on a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNPRINTABLE or unicodedata.bidirectional(char) in _DIRECTIONS
+        else char
+        for char in text
+    )
+
+
+class Formatter(logging.Formatter):
+    """Formats messages so that they are safe on a terminal, one line each."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -32,11 +60,6 @@ def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             stop(error)
 
     return run
-
-
-def printable(text: str) -> str:
-    """The text with control characters, and those that cannot be encoded, as backslash escapes: harmless on a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def first_line(error: BaseException) -> str:

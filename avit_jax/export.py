@@ -79,7 +79,7 @@ def write(
 
 
 def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.PathLike, *, batch: int = 0) -> None:
-    """Writes a network that has been trained: its weights alone where the path ends in .safetensors, else as `write` does.
+    """Writes a network that has been trained: its weights alone if the path ends in .safetensors; as `write` does if in .avit.
 
     Args:
       path: of the file.
@@ -92,6 +92,8 @@ def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.
     """
     if str(path).endswith((".pth", ".pt", ".bin", ".npz")):
         raise errors.UserError(f"{path} would be taken for weights, which are written as .safetensors: name another file.")
+    if not str(path).endswith((".avit", ".safetensors")):
+        raise errors.UserError(f"the file must be name.avit for a program, or name.safetensors for weights; got {path}.")
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     params, names = restore.trained(config, model, checkpoint)

@@ -164,11 +164,11 @@ def tell(
     try:
         for one in predictions:
             if not lines:
-                print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes")
+                print(f"{'depth':>5} {'GMACs':>6} {'share':>5}  picture: classes", flush=True)
             classes = ", ".join(f"{name} {p:.1%}" for name, p in zip(one.top5, one.probabilities, strict=True))
-            path = os.fsencode(one.path).decode(errors="replace")  # names need not be UTF-8
-            print(f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {path}: {classes}")
             lines.append(one.to_json() + "\n")
+            row = f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  {one.path}: {classes}"
+            print(errors.printable(row), flush=True)  # names may hold anything
             if folder is not None:
                 _draw(one, epath.Path(folder), taken, num_layers)
     finally:  # whatever comes between, an interruption too

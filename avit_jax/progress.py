@@ -32,7 +32,7 @@ Row = dict[str, float]
 def to_console(level: int) -> logging.Logger:
     """Shows on stderr, with the time, what this package logs; returns its logger."""
     console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    console.setFormatter(errors.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("avit_jax")
     logger.addHandler(console)
     logger.setLevel(level)

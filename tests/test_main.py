@@ -1,20 +1,20 @@
 """The command line: every mistake of a user ends in one line that starts with "error:"."""
 
-import contextlib
-import io
+import errno
 import json
-import logging
 import os
 import pathlib
+import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 
 import jax
 import pytest
-from absl import flags
-from ml_collections import ConfigDict
+from command_line import DIGITS as _DIGITS
+from command_line import REPOSITORY as _REPOSITORY
+from command_line import as_the_program_starts  # noqa: F401
+from command_line import one_line as _one_line
+from command_line import parse as _parse
 
 from avit_jax import build, errors, main
 from avit_jax import config as config_lib
@@ -22,54 +22,10 @@ from avit_jax import config as config_lib
 # How ml_collections loads a recipe.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
 
-_REPOSITORY = pathlib.Path(__file__).parent.parent
-_DIGITS = "--config=configs/digits.py"
-
-
-@pytest.fixture(autouse=True)
-def as_the_program_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs a test in the repository's folder; afterwards flags and logger are as before."""
-    monkeypatch.chdir(_REPOSITORY)
-    monkeypatch.syspath_prepend(_REPOSITORY)  # as `python -m` does
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the recipe of the test before
-    logger = logging.getLogger("avit_jax")
-    for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(logger, name, getattr(logger, name) if name != "handlers" else [*logger.handlers])
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    names = set(flags.FLAGS)
-    yield
-    for name in set(flags.FLAGS) - names:  # an override is a flag of its own
-        delattr(flags.FLAGS, name)
-    for name in ("config", "workdir", "mode", "process_id", "num_processes", "coordinator", "out"):
-        flags.FLAGS[name].value = flags.FLAGS[name].default
-    flags.FLAGS.unparse_flags()
-
-
-def _parse(*arguments: str) -> ConfigDict:
-    """Parses a command line as the program does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["main", *arguments])  # where ml_collections looks for overrides
-        main._parse(sys.argv)
-    return main._CONFIG.value
-
 
 @pytest.mark.parametrize(("text", "grid"), [("(9,16)", (9, 16)), ("()", ())])
 def test_the_grid_of_weights_on_the_command_line(text: str, grid: tuple[int, ...]) -> None:
     assert _parse(_DIGITS, f"--config.init_grid={text}").init_grid == grid
-
-
-@contextlib.contextmanager
-def _one_line(expected: str) -> Iterator[None]:
-    """Expects the program to end with status 2, in one line that contains `expected`."""
-    with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as exit_:
-        yield
-    assert exit_.value.code == 2
-    message = stderr.getvalue()
-    assert message.startswith("error: ")
-    assert expected in message
-    assert message.index("\n") == len(message) - 1
-    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(
@@ -246,6 +202,72 @@ def test_mistakes_that_show_later(tmp_path: pathlib.Path, arguments: list[str], 
     _parse(*arguments, f"--workdir={tmp_path / 'run'}", f"--config.data.dir={tmp_path}")
     with _one_line(expected):
         main._main([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([_DIGITS, f"--config.model.width={10**20}"], f"config.model.width must be at most 65536 in size; got {10**20}"),
+        ([_DIGITS, f"--config.data.std=({10**400},)"], "config.data.std must be at most"),
+        ([_DIGITS, "--config.halting.redundancy=1e400"], "config.halting.redundancy must be at most"),
+        ([_DIGITS, "--mode=export", "--out=network.onnx"], "name.avit for a program, or name.safetensors for weights"),
+        ([_DIGITS, "--mode=export", "--out=network"], "name.avit for a program, or name.safetensors for weights"),
+        ([_DIGITS, "--mode=export", "--out=network.h5"], "name.avit for a program, or name.safetensors for weights"),
+    ],
+)
+def test_more_mistakes_that_show_later(tmp_path: pathlib.Path, arguments: list[str], expected: str) -> None:
+    test_mistakes_that_show_later(tmp_path, arguments, expected)
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--num_processes", "--process_id"])
+def test_huge_numbers_of_other_flags(flag: str) -> None:
+    with _one_line(flag.removeprefix("--")):
+        _parse(_DIGITS, f"--mode={'export' if flag == '--batch' else 'train'}", f"{flag}={10**20}")
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _parse(_DIGITS, f"--workdir={tmp_path}")
+
+    def train(*_: object, **__: object) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("avit_jax.train.train", train)
+    with pytest.raises(TypeError, match="a bug"):
+        main._main([])
+
+
+def test_devices_that_jax_cannot_use(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices() -> None:
+        raise RuntimeError("Unable to initialize backend 'tpu': no TPU.\nA page of text")
+
+    _parse(_DIGITS, f"--workdir={tmp_path}")
+    monkeypatch.setattr(jax, "devices", devices)
+    with _one_line("JAX cannot use the devices (Unable to initialize backend 'tpu': no TPU)"):
+        main._main([])
+
+
+def test_a_port_that_may_not_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    def create_server(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    _parse(_DIGITS, "--coordinator=localhost:80", "--num_processes=2", "--process_id=0", f"--workdir={tmp_path}")
+    with _one_line("port 80 of --coordinator cannot be opened (Permission denied): choose another port."):
+        main._main([])
+
+
+def test_an_interruption_has_a_status_of_its_own(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    _parse(_DIGITS, f"--workdir={tmp_path}")
+
+    def train(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("avit_jax.train.train", train)
+    with pytest.raises(SystemExit) as exit_:
+        main._main([])
+    assert exit_.value.code == 130 and capsys.readouterr().err == "error: interrupted.\n"
 
 
 def test_a_value_of_none_in_a_recipe() -> None:

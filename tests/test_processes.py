@@ -175,6 +175,71 @@ def test_a_signal_reaches_the_workers_too(start, tmp_path: pathlib.Path, number:
     assert fixtures.restored_state(fixtures.small_config(), tmp_path / "run").step >= 6
 
 
+_QUICKLY = "import sys\nfrom avit_jax import distributed, main\ndistributed.START_SECONDS = 6\nmain._start()"
+
+
+def _join(*processes: tuple[str, int, int]) -> list[tuple[float, str]]:
+    """Processes of (address, number of processes, id) that cannot meet within six seconds: when they end, and what they say."""
+    environment = os.environ | {"PYTHONPATH": str(_REPOSITORY), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    started, running = time.monotonic(), []
+    for address, number, one in processes:
+        options = [f"--coordinator={address}", f"--num_processes={number}", f"--process_id={one}", "--workdir=/nowhere"]
+        command = [sys.executable, "-c", _QUICKLY, "--config=configs/digits.py", *options]
+        running.append(subprocess.Popen(command, cwd=_REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True))
+    ended = []
+    for process in running:
+        said = _end(process, status=2)
+        assert said.startswith("error: ") and said.count("\n") == 1, said  # no stack trace of C++
+        ended.append((time.monotonic() - started, said))
+    return ended
+
+
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def test_a_coordinator_that_is_not_there() -> None:
+    for address, told in ((f"localhost:{_port()}", "refused"), ("no.such.host.invalid:1234", "no.such.host.invalid:1234: ")):
+        ((seconds, said),) = _join((address, 2, 1))
+        assert "this process cannot join the others" in said and told in said and "within 6 seconds" in said
+        assert 5 < seconds < 60
+
+
+def test_a_coordinator_that_says_nothing_and_a_port_in_use() -> None:
+    with socket.create_server(("localhost", 0)) as silent:
+        address = f"localhost:{silent.getsockname()[1]}"
+        ((seconds, second),) = _join((address, 2, 1))
+        assert 5 < seconds < 60 and "this process cannot join the others (they do not answer)" in second
+        ((_, first),) = _join((address, 2, 0))
+        assert f"port {silent.getsockname()[1]} of --coordinator cannot be opened (another program uses it" in first
+
+
+def test_processes_that_do_not_come_or_come_twice() -> None:
+    address = f"localhost:{_port()}"
+    ((_, alone),) = _join((address, 2, 0))
+    assert "this process cannot join the others (they do not answer)" in alone
+    said = [one for _, one in _join((address, 3, 0), (address, 3, 1), (address, 3, 1))]
+    assert all("this process cannot join the others" in one for one in said)
+    assert any("another process has the same --process_id" in one for one in said[1:])
+    said = [one for _, one in _join((address, 2, 0), (address, 2, 0))]
+    assert any("another process has --process_id=0 too" in one for one in said)
+    first, other = (one for _, one in _join((address, 2, 0), (address, 3, 2)))
+    assert "cannot join" in first and "--num_processes is not the same on all" in other
+
+
+def test_an_interruption_while_the_others_are_waited_for() -> None:
+    command = [sys.executable, "-m", "avit_jax.main", "--config=configs/digits.py", f"--coordinator=localhost:{_port()}"]
+    environment = os.environ | {"PYTHONPATH": str(_REPOSITORY), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    for one in (0, 1):
+        each = [*command, "--num_processes=2", f"--process_id={one}"]
+        process = subprocess.Popen(each, cwd=_REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+        time.sleep(15)
+        process.send_signal(signal.SIGINT)
+        assert _end(process, status=130) == "error: interrupted.\n"
+
+
 def test_wrong_flags_of_processes(start) -> None:
     for options, told in (
         (["--num_processes=2"], "give all of --coordinator"),
