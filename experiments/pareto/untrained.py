@@ -2,8 +2,9 @@
 
 python -m experiments.pareto.untrained --data_dir=...
 
-Both run on the parent's weights, with equal MACs in the mean. The threshold is found on the images that are held back from
-training; both are then judged on the same test images, and errors are of the paired differences. Writes untrained.json.
+Both run on the parent's weights, with equal mean MACs. The threshold is found on the images that are held back from
+training. Both are then evaluated on the same test images, and errors are of the paired differences. It also measures how
+much the task tells the gate: the gradient of its loss, and the class token's score. Writes untrained.json.
 """
 
 import functools
@@ -16,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, calibrate, errors, evaluate, flops, vit, weight_files
+from avit_jax import adaptive, build, calibrate, errors, evaluate, flops, losses, vit, weight_files
 from avit_jax.data import augment, loader
 from experiments import results, timing
 from experiments.pareto import arms
@@ -28,6 +29,8 @@ _PARENT = "experiments/pareto/parent.safetensors"
 _ROW = "merging_gamma_0"  # its gate is the similarity threshold alone
 _MERGES = (8, 15)  # of ToMe, in each layer: about 0.62 and 0.4 of the static network's MACs
 _TOLERANCE = 5e-4  # of the MACs ratio
+_GATES = ("avit_0.6", "avit_merging_0.6")  # the paper's, and that of threshold merging
+_IMAGES = 256
 _RESAMPLES = 10_000
 _PARTS = 5
 
@@ -121,14 +124,40 @@ def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) ->
     }
 
 
+def gate(config: ConfigDict, params: Any) -> dict[str, float]:
+    """What the task's loss on the first test images says to the gate.
+
+    Args:
+      config: of a network that halts.
+      params: of the static network.
+
+    Returns:
+      `gamma` and `beta`, the size of their gradients; `class_score`, the class token's largest score before the last layer.
+    """
+    model = build.model(config).clone(removal=None)
+    model, gated = calibrate.with_gate(model, params, model.halting.beta)
+    reader = evaluate.Evaluator(config, model).reader
+    records = [reader(i) for i in range(_IMAGES)]
+    images = augment.normalize(np.stack([record["image"] for record in records]), config.data.mean, config.data.std)
+    labels = np.array([record["label"] for record in records])
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits, aux = model.apply({"params": params}, images)
+        return losses.cross_entropy(logits, labels), aux.score[:-1, :, 0].max()
+
+    gradient, score = jax.jit(jax.grad(loss, has_aux=True))(gated)
+    return {name: float(abs(value)) for name, value in gradient["gate"].items()} | {"class_score": float(score)}
+
+
 def main(_: list[str]) -> None:
-    """Compares at each rate, and writes."""
+    """Compares at each rate, looks at the gates, and writes."""
     config = arms.config(_ROW, 0, data_dir=_DATA_DIR.value, parent=_PARENT)
     network = build.model(config).clone(halting=None, removal=None)
     params = weight_files.load(_PARENT, network)
     static, _ = outcomes(config, network, params)
     rows = [compare(config, params, merges, static) for merges in _MERGES]
     result = timing.environment() | {"images": len(static), "static_top1": float(static.mean()), "rows": rows}
+    result["gates"] = {row: gate(arms.config(row, 0, data_dir=_DATA_DIR.value, parent=_PARENT), params) for row in _GATES}
     results.save(pathlib.Path(_OUT.value), result)
     print(json.dumps(result, indent=2))
 
