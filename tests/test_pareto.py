@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+import types
 from concurrent import futures
 
 import fixtures
@@ -13,7 +14,7 @@ from avit_jax import build, calibrate, evaluate, flops
 from avit_jax import config as config_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from configs import cifar10_merging
+from configs import cifar10_merging, deit_base, deit_small, deit_small_distilled, deit_tiny, deit_tiny_distilled, folder
 from experiments import results, timing, workload
 from experiments.pareto import arms, measure, report, untrained
 from experiments.rivals import tome, unrolled
@@ -105,8 +106,8 @@ def test_the_figure_is_drawn(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     runs = {"avit_0.6/0": _run(0.8), "avit_0.6/1": _run(0.7), "avit_0.4/0": {"top1": 0.7, "macs_ratio": 0.4}}
     report.draw(report.gather(runs | {"static/0": _run(0.81)}), tmp_path / "x.png")
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
-    np.testing.assert_allclose(lines["avit"], [(0.4, 0.7), (0.6, 0.75)])
-    assert len(figure.axes[0].lines) == 5 and "static, tuned as long" in lines  # with a dot for each run
+    np.testing.assert_allclose(lines["A-ViT"], [(0.4, 0.7), (0.6, 0.75)])
+    assert len(figure.axes[0].lines) == 5 and "static, trained as long" in lines  # with a dot for each run
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
@@ -227,3 +228,17 @@ def test_the_untrained_figures_agree_with_the_study() -> None:
         assert ratios == pytest.approx([ratios[0]] * 2, abs=0.003)  # or one of the two would have more to spend
         for name in ("tome", "threshold"):
             assert 100 * row[name]["top1"] == pytest.approx(np.mean([part[name] for part in row["fifths"]]))
+
+
+@pytest.mark.parametrize("recipe", [deit_tiny, deit_tiny_distilled, deit_small, deit_small_distilled, deit_base, folder])
+def test_the_imagenet_recipes_have_losses_that_were_tried_together(recipe: types.ModuleType) -> None:
+    loss = recipe.get_config().loss
+    assert {f"loss.{key}": loss[key] for key in ("prior_mode", "prior_weight")} == arms.RECIPES["paper"]
+
+
+def test_the_candidates_of_the_recipes_differ_by_their_losses_alone() -> None:
+    found = results.load(pathlib.Path(arms.__file__).with_name("recipes.json"))
+    assert found.keys() == arms.RECIPES.keys()
+    for name, row in found.items():
+        assert {key: row[key] for key in arms.RECIPES[name]} == arms.RECIPES[name]
+        assert row["train.steps"] == 250 and row["images"] == 2000 and row["halting.gamma"] == 10.0

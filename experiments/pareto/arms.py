@@ -23,6 +23,12 @@ _CHILD = {
     "distill.targets": "soft",
     "distill.temperature": 2.0,
 }
+# Prior and weight that configs/deit_*.py may have, see recipes.py; "hybrid" is what they had.
+RECIPES = {
+    "paper": {"loss.prior_mode": "paper", "loss.prior_weight": 0.1},
+    "hybrid": {"loss.prior_mode": "paper", "loss.prior_weight": 1e-3},
+    "released": {"loss.prior_mode": "official", "loss.prior_weight": 1e-3},
+}
 # Four times as wide: its layers have sixteen times the work beside the same fixed costs. It learns at half the rates.
 _WIDE = {"model.width": 384, "model.num_heads": 12}
 
@@ -54,7 +60,6 @@ _MERGING = {
     "halting.gamma": 1.0,
     "halting.beta": -42.0,
 } | _BUDGET_ALONE
-_RELEASED_GATE = {"halting.gamma": 10.0, "halting.beta": -30.0}  # of the released A-ViT-T
 _PRIOR_AND_PONDER = {"loss.ponder_weight": 5e-4, "loss.prior_weight": 0.1}  # as in the recipe
 
 
@@ -102,9 +107,6 @@ def _ablations() -> dict[str, Arm]:
         "static_not_distilled": _static(taught=False),
         "paper_recipe": Arm(free, taught=False, **one),
         "official_prior": Arm(free | {"loss.prior_mode": "official", "loss.prior_weight": 1e-3}, **one),
-        "released_recipe": Arm(free | _RELEASED_GATE | {"loss.prior_mode": "official", "loss.prior_weight": 1e-3}, **one),
-        "hybrid_recipe": Arm(free | _RELEASED_GATE | {"loss.prior_weight": 1e-3}, **one),  # of which nobody trained anything
-        "paper_prior_released_gate": Arm(free | _RELEASED_GATE, **one),
         "no_budget": Arm(free, **one),
         "target_depth_2.5": Arm(free | {"loss.target_depth": 2.5}, **one),
         "target_depth_5": Arm(free | {"loss.target_depth": 5.0}, **one),
