@@ -228,6 +228,9 @@ def test_the_untrained_figures_agree_with_the_study() -> None:
         assert ratios == pytest.approx([ratios[0]] * 2, abs=0.003)  # or one of the two would have more to spend
         for name in ("tome", "threshold"):
             assert 100 * row[name]["top1"] == pytest.approx(np.mean([part[name] for part in row["fifths"]]))
+        difference = "{mean:+.2f} ± {error:.2f}".format(**row["threshold_minus_tome"])
+        for text in ("README.md", "docs/study.md"):
+            assert difference in (folder.parents[1] / text).read_text(), f"{text} has another figure than untrained.json"
 
 
 @pytest.mark.parametrize("recipe", [deit_tiny, deit_tiny_distilled, deit_small, deit_small_distilled, deit_base, folder])
@@ -242,3 +245,5 @@ def test_the_candidates_of_the_recipes_differ_by_their_losses_alone() -> None:
     for name, row in found.items():
         assert {key: row[key] for key in arms.RECIPES[name]} == arms.RECIPES[name]
         assert row["train.steps"] == 250 and row["images"] == 2000 and row["halting.gamma"] == 10.0
+        figures = f"| {100 * row['top1']:.1f} | {row['macs_ratio']:.3f} |"
+        assert figures in (pathlib.Path(arms.__file__).parents[2] / "docs/study.md").read_text()
