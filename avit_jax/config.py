@@ -163,12 +163,12 @@ def _network() -> dict[str, dict[str, Any]]:
             "channel": 0,
             "learnable": False,
             "merge": False,  # halted tokens become part of the most similar one, in place of being gone
-            "redundancy": 0.0,  # how much more a token halts that is like one before; 50 with gamma 1, beta -42 and a budget
+            "redundancy": 0.0,  # threshold merging: weight of a token's similarity to an earlier one; 50 with gamma 1, beta -42
         },
         "loss": {
             "label_smoothing": 0.0,
             "ponder_weight": 5e-4,
-            "prior_weight": 1e-3,
+            "prior_weight": 0.1,  # of the paper; the released code has 1e-3, with its own prior
             "target_depth": 8.0,  # layer, counted from 1; not used with a budget
             "prior_width": 1.0,  # layers
             "prior_mode": "paper",  # or "official", to compare with released numbers

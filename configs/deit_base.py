@@ -1,4 +1,4 @@
-"""A-ViT-B on ImageNet-1k; the authors published none: gate and learning rate are those of A-ViT-S.
+"""A-ViT-B on ImageNet-1k; the authors published none: gate and learning rate are those of A-ViT-S, losses the paper's.
 
 python -m avit_jax.main --config=configs/deit_base.py --workdir=runs/deit_base \
   --config.init=hf-hub:timm/deit_base_patch16_224.fb_in1k

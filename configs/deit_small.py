@@ -1,8 +1,9 @@
-"""A-ViT-S on ImageNet-1k: the released recipe (DeiT-S fine-tuned for 100 epochs).
+"""A-ViT-S on ImageNet-1k: DeiT-S fine-tuned for 100 epochs, with the paper's losses and the released gate for this size.
 
 python -m avit_jax.main --config=configs/deit_small.py --workdir=runs/deit_small \
   --config.init=hf-hub:timm/deit_small_patch16_224.fb_in1k
 
+Prior and weight are those of configs/deit_tiny.py, which says why.
 Hardware: meant for 8 accelerators, 48 images each. Expected (paper, not yet ours): 78.6% top-1 at 3.6 GMACs, of DeiT-S's 4.6.
 """
 

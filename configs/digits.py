@@ -2,7 +2,8 @@
 
 python -m avit_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Hardware: two CPU cores, for a few minutes. Expected (experiments/digits): 95.9% top-1 at half of the static network's MACs.
+Hardware: two CPU cores, for a few minutes. Expected (experiments/digits, three seeds): 95.9% top-1 at half of the static
+network's MACs. One of the 360 test images is 0.28 points; seed 0 gave 95.8% with JAX 0.12 and 96.7% with JAX 0.10.2.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+import types
 from concurrent import futures
 
 import fixtures
@@ -9,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from avit_jax import build, calibrate, flops
+from avit_jax import build, calibrate, evaluate, flops
 from avit_jax import config as config_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from configs import cifar10_merging
+from configs import cifar10_merging, deit_base, deit_small, deit_small_distilled, deit_tiny, deit_tiny_distilled, folder
 from experiments import results, timing, workload
-from experiments.pareto import arms, measure, report
+from experiments.pareto import arms, measure, report, untrained
+from experiments.rivals import tome, unrolled
 
 
 @pytest.mark.parametrize("name", ["parent", *arms.ARMS])
@@ -104,8 +106,8 @@ def test_the_figure_is_drawn(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     runs = {"avit_0.6/0": _run(0.8), "avit_0.6/1": _run(0.7), "avit_0.4/0": {"top1": 0.7, "macs_ratio": 0.4}}
     report.draw(report.gather(runs | {"static/0": _run(0.81)}), tmp_path / "x.png")
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
-    np.testing.assert_allclose(lines["avit"], [(0.4, 0.7), (0.6, 0.75)])
-    assert len(figure.axes[0].lines) == 5 and "static, tuned as long" in lines  # with a dot for each run
+    np.testing.assert_allclose(lines["A-ViT"], [(0.4, 0.7), (0.6, 0.75)])
+    assert len(figure.axes[0].lines) == 5 and "static, trained as long" in lines  # with a dot for each run
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
@@ -181,3 +183,67 @@ def test_the_recipe_that_merges_is_the_study_s() -> None:
     differing = {key for key in row.keys() | recipe.keys() if row[key] != recipe[key]}
     assert differing == {"init", "data.train_split", "distill.targets", "distill.temperature"}
     assert not row["distill.teacher"] and not recipe["distill.teacher"]  # so that its targets do not matter
+
+
+def test_errors_are_of_the_paired_differences() -> None:
+    right, other = np.array([1.0, 1.0, 1.0, 0.0] * 25), np.array([1.0, 1.0, 0.0, 0.0] * 25)
+    found = untrained.paired(right, other)
+    assert found["mean"] == 25.0 and found["changed"] == 0.25
+    assert found["error"] == pytest.approx(100 * np.sqrt(0.25 * 0.75 / 99))  # not the larger one of independent images
+    low, high = found["bootstrap"]
+    assert (low, high) == pytest.approx((25 - 1.96 * found["error"], 25 + 1.96 * found["error"]), abs=1.0)
+    opposite = untrained.paired(other, right)
+    assert (opposite["mean"], opposite["error"]) == (-25.0, found["error"])
+
+
+def test_the_cheapest_images_come_first() -> None:
+    cost, right = np.array([0.9, 0.1, 0.5, 0.3, 0.7] * 2), np.array([0.0, 1.0, 0.0, 1.0, 1.0] * 2)
+    parts = untrained.by_cost(cost, own=right, static=np.ones(10))
+    assert [part["macs_ratio"] for part in parts] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert [part["own"] for part in parts] == [100.0, 100.0, 0.0, 100.0, 0.0] and parts[0]["static"] == 100.0
+
+
+@pytest.mark.parametrize("rival", [False, True])
+def test_what_is_compared_image_by_image_is_what_evaluation_means(small: dict[str, object], rival: bool) -> None:
+    config, model, params = (
+        fixtures.small_config(**{"eval.batch_size": 112}),
+        small["model"],
+        small["params"],
+    )  # the last part-full
+    if rival:
+        model, params = tome.ToMe(**unrolled.attributes(small["parent"]), merges=3), small["parent_params"]
+    right, ratio = untrained.outcomes(config, model, params)
+    values = evaluate.Evaluator(config, model).measure(params)
+    assert len(right) == len(ratio) == values["images"] == 360
+    assert right.mean() == pytest.approx(values["top1"]) and ratio.mean() == pytest.approx(values["macs_ratio"], rel=1e-5)
+    assert (ratio.std() > 1e-3) != rival
+
+
+def test_the_untrained_figures_agree_with_the_study() -> None:
+    folder = pathlib.Path(untrained.__file__).parent
+    found, study = results.load(folder / "untrained.json"), results.load(folder / "result.json")
+    assert found["static_top1"] == study["parent/0"]["top1"] and found["images"] == 10_000
+    for row in found["rows"]:
+        ratios = [row[name]["macs_ratio"] for name in ("tome", "threshold")]
+        assert ratios == pytest.approx([ratios[0]] * 2, abs=0.003)  # or one of the two would have more to spend
+        for name in ("tome", "threshold"):
+            assert 100 * row[name]["top1"] == pytest.approx(np.mean([part[name] for part in row["fifths"]]))
+        difference = "{mean:+.2f} ± {error:.2f}".format(**row["threshold_minus_tome"])
+        for text in ("README.md", "docs/study.md"):
+            assert difference in (folder.parents[1] / text).read_text(), f"{text} has another figure than untrained.json"
+
+
+@pytest.mark.parametrize("recipe", [deit_tiny, deit_tiny_distilled, deit_small, deit_small_distilled, deit_base, folder])
+def test_the_imagenet_recipes_have_losses_that_were_tried_together(recipe: types.ModuleType) -> None:
+    loss = recipe.get_config().loss
+    assert {f"loss.{key}": loss[key] for key in ("prior_mode", "prior_weight")} == arms.RECIPES["paper"]
+
+
+def test_the_candidates_of_the_recipes_differ_by_their_losses_alone() -> None:
+    found = results.load(pathlib.Path(arms.__file__).with_name("recipes.json"))
+    assert found.keys() == arms.RECIPES.keys()
+    for name, row in found.items():
+        assert {key: row[key] for key in arms.RECIPES[name]} == arms.RECIPES[name]
+        assert row["train.steps"] == 250 and row["images"] == 2000 and row["halting.gamma"] == 10.0
+        figures = f"| {100 * row['top1']:.1f} | {row['macs_ratio']:.3f} |"
+        assert figures in (pathlib.Path(arms.__file__).parents[2] / "docs/study.md").read_text()

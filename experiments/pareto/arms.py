@@ -23,6 +23,12 @@ _CHILD = {
     "distill.targets": "soft",
     "distill.temperature": 2.0,
 }
+# Prior and weight that configs/deit_*.py may have, see recipes.py; "hybrid" is what they had.
+RECIPES = {
+    "paper": {"loss.prior_mode": "paper", "loss.prior_weight": 0.1},
+    "hybrid": {"loss.prior_mode": "paper", "loss.prior_weight": 1e-3},
+    "released": {"loss.prior_mode": "official", "loss.prior_weight": 1e-3},
+}
 # Four times as wide: its layers have sixteen times the work beside the same fixed costs. It learns at half the rates.
 _WIDE = {"model.width": 384, "model.num_heads": 12}
 
