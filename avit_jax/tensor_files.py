@@ -36,8 +36,9 @@ def is_weights(path: epath.PathLike) -> bool:
         return not folder.is_dir() or (
             not (folder / "checkpoints").is_dir() and any(map(pathlib.Path.exists, _in_folder(path)))
         )
-    except (KeyError, ImportError, ValueError) as error:  # of etils: it knows no such storage, or it has no library for it
-        raise errors.UserError(f"{path} cannot be reached ({errors.first_line(error)}): name a file or a folder.") from error
+    except (KeyError, ImportError, ValueError) as error:
+        why = "no such storage is known" if isinstance(error, KeyError) else errors.first_line(error)
+        raise errors.UserError(f"{path} cannot be reached ({why}): name a file or a folder.") from error
 
 
 def _in_folder(path: epath.PathLike) -> list[pathlib.Path]:

@@ -76,7 +76,7 @@ def check(path: pathlib.Path, tensors: Mapping[str, np.ndarray], *, required: bo
         return _compare(config, path, told, _sizes(tensors))
     except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, AttributeError, OSError) as error:
         what = "does not tell layer_norm_eps, num_attention_heads and the like" if required else f"beside {path} makes no sense"
-        raise errors.UserError(f"{config} {what} ({errors.first_line(error)}).") from error
+        raise errors.UserError(f"{config} {what} ({_text(errors.first_line(error))}).") from error
 
 
 def _sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -105,9 +105,9 @@ def _compare(config: pathlib.Path, path: pathlib.Path, told: dict[str, Any], act
     for section in (*own, source):
         for key, values in _SAME.items():
             if section.get(key) is not None and section[key] not in values:
-                raise errors.UserError(f"{config} tells of another network than ours: its {key} is {section[key]}.")
+                raise errors.UserError(f"{config} tells of another network than ours: its {key} is {_text(section[key])}.")
     if "quickgelu" in architecture:
-        raise errors.UserError(f"{config} tells of another network than ours: its architecture is {architecture}.")
+        raise errors.UserError(f"{config} tells of another network than ours: its architecture is {_text(architecture)}.")
     if architecture and not architecture.startswith(_FAMILIES):
         _warn("%s tells of the architecture %s, and its tensors are taken for a vision transformer's", config, architecture)
     no_embed_class = any(section.get("no_embed_class", False) for section in own)
@@ -198,8 +198,12 @@ def _shown(key: str, actual: Mapping[str, Any]) -> Any:
     return f"{actual['positions']} position embeddings" if key == "grid" else actual[key]
 
 
+def _text(value: Any) -> str:
+    return errors.printable(str(value))[:200]
+
+
 def _warn(message: str, *values: Any) -> None:
-    _logger.warning(message, *(errors.printable(str(value)) for value in values))
+    _logger.warning(message, *map(_text, values))
 
 
 def of_model(model: vit.AViT) -> dict[str, Any]:

@@ -107,7 +107,9 @@ def _told_by_metadata(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[s
         if "grid" in metadata:
             sizes["grid"] = tuple(int(side) for side in metadata["grid"].split("x"))
     except (ValueError, OverflowError) as error:
-        raise errors.UserError(f"{path} is refused: its metadata makes no sense ({errors.first_line(error)}).") from error
+        raise errors.UserError(
+            f"{path} is refused: its metadata makes no sense ({errors.printable(errors.first_line(error))})."
+        ) from error
     return sizes
 
 
@@ -138,7 +140,9 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str], depth: int) -> dict[s
         if max(abs(gate.gamma), abs(gate.beta), gate.redundancy) > float(np.finfo(np.float32).max):
             raise ValueError(f"gamma {gate.gamma}, beta {gate.beta}, redundancy {gate.redundancy}: float32 cannot hold it")
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise errors.UserError(f"{path} is refused: its gate makes no sense ({errors.first_line(error)}).") from error
+        raise errors.UserError(
+            f"{path} is refused: its gate makes no sense ({errors.printable(errors.first_line(error))})."
+        ) from error
     effect = _effect(gate, depth)
     if effect:
         message = "%s has a gate with which %s: gamma %g, beta %g, epsilon %g"

@@ -84,6 +84,8 @@ def test_a_config_of_hugging_face_that_contradicts_the_tensors(
     ("changes", "told"),
     [
         ({"global_pool": "avg"}, "its global_pool is avg"),
+        ({"global_pool": "\x1b[2J\ud800"}, r"its global_pool is \\x1b\[2J\\ud800"),
+        ({"img_size": ["\x1b[2J", 8]}, r"image_size is \\x1b\[2J"),
         ({"act_layer": "quick_gelu"}, "its act_layer is quick_gelu"),
         ({"norm_layer": "rmsnorm"}, "its norm_layer is rmsnorm"),
         ({"class_token": False}, "its class_token is False"),
