@@ -74,7 +74,7 @@ def train(
 ) -> None:
     """Trains to the last step, from the last checkpoint in `workdir` if there is one, and reports.
 
-    SIGTERM or SIGINT makes it save after the step in hand, and return; the next call goes on from there.
+    SIGTERM or SIGINT makes it save after the current step, and return; the next call continues from there.
 
     Args:
       config: see `avit_jax/config.py`.
@@ -85,8 +85,9 @@ def train(
     Raises:
       errors.UserError: a mistake in the configuration, the data set is missing, the workdir cannot be written or belongs to
         another run, or the loss is no longer finite.
+      KeyboardInterrupt: SIGINT came before the first step, so that there is nothing to save.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     check(config, "train", "eval")
     model = build.model(config) if model is None else model
     tx, learning_rate = build.optimizer(config)
@@ -108,6 +109,7 @@ def train(
         kept["teacher"] = teacher and teacher.fingerprint
         kept["parent"] = restore.evaluate_before(config, model, state.params, teacher, past, stop)
         if kept["parent"] is None:
+            _raise_if_interrupted(stop)
             _logger.info("stopped by %s before training", stop.name)
             return
         log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
@@ -144,9 +146,17 @@ def train(
                 if results or (new and (evaluates or stopping or step % config.train.save_every == 0)):
                     seconds, saved = _save(checkpoints, step, state, log, kept, results), step
             if stopping:
+                if step == start:
+                    _raise_if_interrupted(stop)
                 _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
                 return
         _report(evaluator, workdir, checkpoints, state.eval_params, results, stop, train_seconds=seconds, **kept["parent"])
+
+
+def _raise_if_interrupted(stop: distributed.Stop) -> None:
+    """Raises KeyboardInterrupt after SIGINT; used where nothing is saved. Several processes return together instead."""
+    if stop.name == "SIGINT" and jax.process_count() == 1:
+        raise KeyboardInterrupt
 
 
 def _report(
@@ -233,7 +243,7 @@ def restore_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       errors.UserError: no such checkpoint, it does not fit the configuration, or the data set is missing.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     check(config, "eval")
     model = build.model(config)
     evaluator = evaluate.Evaluator(config, model)

@@ -1,5 +1,6 @@
 """Training that starts from a weight file: its numbers, the accuracy of the parent, resumption."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -118,19 +119,27 @@ def test_another_number_of_classes(parent: pathlib.Path, tmp_path: pathlib.Path)
     assert head.shape == (16, 10) and np.abs(head).max() < 1e-6
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_parent_is_evaluated_ends_the_run(
-    parent: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    parent: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
 ) -> None:
     class Signalled(evaluate.Evaluator):
         def __call__(self, params: object, stop: Callable[[], bool] = lambda: False) -> evaluate.Results | None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            stop()
+            os.kill(os.getpid(), number)
             return super().__call__(params, stop)
 
     caplog.set_level("INFO", logger="avit_jax")
     config = _config(parent)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "Evaluator", Signalled)
-        train.train(config, tmp_path / "run")
-    assert caplog.messages[-1] == "stopped by SIGTERM before training"
+        with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
+            train.train(config, tmp_path / "run")
+    if number == signal.SIGTERM:
+        assert caplog.messages[-1] == "stopped by SIGTERM before training"
     train.train(config, tmp_path / "run")
     assert 0 < _summary(tmp_path / "run")["parent_top1"] < 1
