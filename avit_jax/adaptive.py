@@ -24,12 +24,16 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from avit_jax import block, files, flops, halting, merging, removal, vit
+from avit_jax import block, files, flops, halting, merging, no_gradient, removal, vit
 from avit_jax.removal import Plan
 
 _logger = logging.getLogger(__name__)
 _CACHE = pathlib.Path("~/.cache/avit_jax/plans.json")
 _ROUNDS = 5
+_NO_GRADIENT = (
+    "adaptive.apply has no gradient: train with model.apply (AViT(removal=...) removes halted tokens there too), or put "
+    "jax.lax.stop_gradient around the variables and the images."
+)
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -91,12 +95,12 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
     """Classifies images as `model.apply(variables, images)`, without computing what has halted.
 
     Runs under `jit`, under `pmap` where there are several devices (each sorts its own images), and under `jax.export`, with a
-    symbolic batch too. It has no gradient.
+    symbolic batch too. It has no gradient: to train, use `model.apply`.
 
     Args:
       model: a network with halting.
       variables: `{"params": params}`, as for `model.apply`.
-      images: `(B, H, W, C)`, normalised, B at least 1.
+      images: `(B, H, W, C)` float, normalised, B at least 1.
       plan: None for `default_plan`.
 
     Returns:
@@ -104,10 +108,21 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
 
     Raises:
       ValueError: the model does not halt, or the images do not fit it, or there are none.
+      TypeError: a derivative of it is needed.
     """
+    _check(model, images)
+    run = no_gradient.without_gradient(functools.partial(_apply, model, plan), _NO_GRADIENT)
+    return run(variables, images)
+
+
+def _check(model: vit.AViT, images: jax.Array) -> None:
     if model.halting is None:
         raise ValueError("this model has no halting, so that nothing can be removed: call model.apply instead.")
-    model.check_images(images.shape)
+    model.check_images(images)
+
+
+def _apply(model: vit.AViT, plan: Plan | None, variables: Any, images: jax.Array) -> tuple[jax.Array, Aux]:
+    """`apply` of images that fit."""
     batch = images.shape[0]
     known = isinstance(batch, int)
     plan = plan or default_plan(batch if known else None)
@@ -239,7 +254,11 @@ def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.Pa
       variables: as for `apply`.
       images: a typical batch.
       cache: JSON file that remembers; delete it to measure anew.
+
+    Raises:
+      ValueError: as for `apply`.
     """
+    _check(model, images)
     cache = pathlib.Path(cache).expanduser()
     shape = f"{images.dtype}{list(images.shape)}"
     devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, {cores_a_device()} cores each"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax import errors
+from avit_jax import errors, halting
 
 # Key -> least and largest value; what model and gate check themselves is not here.
 _RANGES = {
@@ -85,7 +85,6 @@ _FREE = {
 _LARGEST_FLOAT = 3.4e38  # of float32
 _BY_CHANNEL = ("mean", "std")
 _LARGEST_SIDE = 100_000  # pixels
-_FARTHEST = 50.0  # value of a token's gate channel that no network reaches
 
 
 def default() -> ConfigDict:
@@ -319,27 +318,21 @@ def _check_combinations(config: ConfigDict) -> None:
 
 
 def _check_halting(config: ConfigDict) -> None:
-    """A gate that cannot halt any token in time to save a layer, and a target depth that the network does not have."""
-    gate, depth = config.halting, config.model.depth
-    if config.budget:  # shifts the gate, and says what depth is asked for
-        if config.loss.prior_mode == "official":
-            raise errors.UserError('config.loss.prior_mode="official" is of the released recipe, which has no config.budget.')
-        return
-    if not 1 <= config.loss.target_depth <= depth:
+    """A gate by which nothing halts before the last layer, or all in the first; a depth that the network does not have."""
+    depth = config.model.depth
+    if config.budget and config.loss.prior_mode == "official":
+        raise errors.UserError('config.loss.prior_mode="official" is of the released recipe, which has no config.budget.')
+    if not config.budget and not 1 <= config.loss.target_depth <= depth:  # a budget says what depth is asked for
         raise errors.UserError(
             f"config.loss.target_depth must lie between 1 and the network's depth, {depth}; got {config.loss.target_depth}."
         )
-    score = (1 - gate.epsilon) / max(depth - 1, 1)  # in every layer but the last
-    if not (0 < score < 1 and all(map(math.isfinite, (gate.gamma, gate.beta, gate.redundancy)))):
+    numbers = {key: config.halting[key] for key in ("gamma", "beta", "epsilon", "redundancy")}
+    if not (0 < 1 - numbers["epsilon"] < 1 and all(map(math.isfinite, numbers.values()))):
         return  # the gate's own check tells what is wrong
-    needed = math.log(score / (1 - score)) - gate.beta - gate.redundancy
-    if not needed <= abs(gate.gamma) * _FARTHEST:
-        redundancy = f" and redundancy={gate.redundancy}" if gate.redundancy else ""
-        raise errors.UserError(
-            f"no token can ever halt with config.halting.gamma={gate.gamma} and beta={gate.beta}{redundancy}: its gate channel "
-            f"would have to reach "
-            f"{needed / abs(gate.gamma) if gate.gamma else math.inf:.3g}; make beta less negative or gamma larger."
-        )
+    # With a budget each step moves beta by the share of the MACs that is off, by less than 1.
+    fault = halting.fault(**numbers, num_layers=depth, slack=config.train.steps if config.budget else 0.0)
+    if fault:
+        raise errors.UserError(f"config.halting: {fault}")
 
 
 def of_then(before: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,17 @@ Example:
 """
 
 import dataclasses
+import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_FARTHEST = 50.0  # value of a token's gate channel that no network reaches
+_MANY_LAYERS = 1000  # more than any network has
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,8 @@ class HaltingConfig:
         token, to which nothing is added, hardly ever does before the last layer.
 
     Raises:
-      ValueError: epsilon outside (0, 1), gamma or beta not finite, redundancy below 0, or above it without merging.
+      ValueError: epsilon outside (0, 1), gamma or beta not finite, redundancy below 0, or above it without merging; or values
+        that float32 cannot hold. A gate by which nothing or everything halts is legal, and warned about.
     """
 
     gamma: float = 10.0
@@ -63,6 +71,49 @@ class HaltingConfig:
             raise ValueError(f"redundancy must be at least 0, and finite; got {self.redundancy}.")
         if self.redundancy and not self.merge:
             raise ValueError("redundancy is for tokens that merge: set merge=True too.")
+        if not (np.float32(1.0 - self.epsilon) < 1.0 and np.float32(self.epsilon) < 1.0):
+            raise ValueError(f"epsilon must lie between 1e-7 and 1 - 1e-7, else float32 rounds it off; got {self.epsilon}.")
+        largest = abs(self.gamma) * _FARTHEST + abs(self.beta) + self.redundancy
+        if not largest < float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"gamma * 50 + beta + redundancy must be finite in float32; got gamma={self.gamma}, beta={self.beta}, "
+                f"redundancy={self.redundancy}."
+            )
+        useless = fault(gamma=self.gamma, beta=self.beta, epsilon=self.epsilon, redundancy=self.redundancy)
+        if useless:
+            _logger.warning("%s", useless)
+
+
+def fault(
+    *, gamma: float, beta: float, epsilon: float, redundancy: float, num_layers: int = _MANY_LAYERS, slack: float = 0.0
+) -> str:
+    """What makes a gate useless, whatever the weights of the network; empty if nothing.
+
+    Args:
+      gamma: as in `HaltingConfig`, like the next three, and finite.
+      beta: see there.
+      epsilon: see there.
+      redundancy: see there.
+      num_layers: L; default: more than any network has.
+      slack: how far training may still move beta.
+    """
+    score = (1.0 - epsilon) / max(num_layers - 1, 1)  # in every layer but the last
+    needed = math.log(score / (1.0 - score)) - beta - redundancy
+    gate, farthest = f"gamma={gamma} and beta={beta}", abs(gamma) * _FARTHEST
+    if not needed - slack <= farthest:
+        gate += f" and redundancy={redundancy}" * (redundancy > 0)
+        return (
+            f"no token can ever halt with {gate}: its gate channel would have to reach "
+            f"{needed / abs(gamma) if gamma else math.inf:.3g}; make beta less negative or gamma larger."
+        )
+    # The class token has no redundancy, and once it has halted the image is finished.
+    excess = beta - math.log((1.0 - epsilon) / epsilon)
+    if excess - slack >= farthest:
+        return (
+            f"every image is finished after the first layer with {gate}: to go on, the gate channel of its class token would "
+            f"have to reach {excess / abs(gamma) if gamma else math.inf:.3g}; make beta negative."
+        )
+    return ""
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +134,12 @@ class HaltingState:
     depth: jax.Array
 
 
+def at_least_float32(dtype: jax.typing.DTypeLike) -> Any:
+    """The dtype of sums over values of a dtype, also if JAX is told to promote no dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
+
+
 def init(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> HaltingState:
     """Returns the state before the first layer: all tokens active.
 
@@ -90,7 +147,7 @@ def init(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> H
       shape: `(..., N)`, the shape of the tokens without their channels.
       dtype: dtype of the tokens; sums have it, but at least float32.
     """
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = at_least_float32(dtype)
     return HaltingState(
         cumulative=jnp.zeros(shape, dtype),
         remainder=jnp.ones(shape, dtype),
@@ -120,7 +177,7 @@ def score(tokens: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.Ar
     if not -width <= channel < width:  # an index beyond would be clamped
         raise ValueError(f"halting channel {channel} is not among the {width} channels of a token.")
     gate = tokens[..., channel]
-    gate = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    gate = gate.astype(at_least_float32(gate.dtype))
     return jax.nn.sigmoid(gamma * gate + beta)
 
 
@@ -154,7 +211,7 @@ def accumulate(
     active = state.active & goes_on(cumulative, epsilon)  # l < N_k
     weight = jnp.where(active, score, jnp.where(state.active, state.remainder, 0.0))  # p: h, then r, then 0
     remainder = state.remainder - jnp.where(active, score, 0.0)  # r = 1 - sum of h for l < N_k
-    depth = state.depth + state.active  # N_k = the number of layers entered
+    depth = state.depth + state.active.astype(state.depth.dtype)  # N_k = the number of layers entered
     return HaltingState(cumulative=cumulative, remainder=remainder, active=active, depth=depth), weight
 
 
@@ -163,7 +220,7 @@ def ponder_cost(state: HaltingState) -> jax.Array:
 
     Reference: [A-ViT] section 3, the ponder loss; Graves, equation 11.
     """
-    return state.depth + state.remainder
+    return state.depth.astype(state.remainder.dtype) + state.remainder
 
 
 def score_by_layer(score: jax.Array, active: jax.Array) -> jax.Array:

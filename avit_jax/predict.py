@@ -62,12 +62,14 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
       A prediction for each picture that can be read; the others are named in a warning.
 
     Raises:
-      errors.UserError: a path does not exist, there is no picture, or the checkpoint cannot be used.
+      errors.UserError: a path is empty or does not exist, there is no picture, or the checkpoint cannot be used.
     """
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     if model.channels not in (1, 3):
         raise errors.UserError(f"pictures have 1 or 3 channels, and the network has {model.channels}.")
+    if not all(os.fspath(path) for path in paths):  # pathlib would take it for the current folder
+        raise errors.UserError("the name of a picture is empty: name pictures to predict, or folders that hold some.")
     found = [file for path in paths for file in _files(pathlib.Path(path))]
     if not found:
         raise errors.UserError("name pictures to predict, or folders that hold some.")
@@ -76,6 +78,7 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
     apply = adaptive.removes(model)
     run = jax.jit(lambda params, images: apply({"params": params}, images))
     shown: list[tuple[pathlib.Path, np.ndarray]] = []
+    pictures.forget_warnings()
     for file in found:
         try:
             picture = pictures.decode(file.read_bytes())
@@ -98,6 +101,8 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
         return found
     if not path.exists():
         raise errors.UserError(f"there is no picture {path}.")
+    if not path.is_file():  # to read a pipe or a device may never end
+        raise errors.UserError(f"{path} is no file, but a pipe, a socket or a device: name pictures or their folders.")
     return [path]
 
 

@@ -13,6 +13,7 @@ Example:
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import zipfile
@@ -70,7 +71,8 @@ def load(path: os.PathLike | str) -> Network:
     """Reads an exported network onto the default device.
 
     Raises:
-      BadArtifact: it is none, or damaged, or does not run on this kind of device or under this version of JAX.
+      BadArtifact: it is none, or damaged, or contradicts itself, or does not run on this kind of device or under this
+        version of JAX.
       OSError: it cannot be read.
       ImportError: flatbuffers is not installed.
     """
@@ -80,12 +82,20 @@ def load(path: os.PathLike | str) -> Network:
         except ImportError:
             raise
         except Exception as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadArtifact(f"{path} is no exported network, or damaged ({line}).") from error
+            raise BadArtifact(f"{path} is no exported network, or damaged ({_first_line(error)}).") from error
     here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
     if here not in program.platforms:
         raise BadArtifact(f"{path} runs on {', '.join(program.platforms)}, and not on {here}.")
-    return Network(metadata=metadata, shape=program.in_avals[-1].shape, _run=jax.jit(program.call), _weights=weights)
+    run, images = jax.jit(program.call), program.in_avals[-1]
+    try:  # all but compiling it
+        run.lower(weights, jax.ShapeDtypeStruct((metadata["batch"] or 1, *images.shape[1:]), images.dtype))
+    except Exception as error:
+        raise BadArtifact(f"{path} does not run ({_first_line(error)}).") from error
+    return Network(metadata=metadata, shape=images.shape, _run=run, _weights=weights)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, Any], jax.export.Exported, list[jax.Array]]:
@@ -102,15 +112,64 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], jax.export.Exported, list[jax
     weights.seek(0)
     with np.load(weights, allow_pickle=False) as arrays:
         arrays = [arrays[str(i)] for i in range(len(arrays.files))]
-    *expected, images = program.in_avals
+    *expected, _ = program.in_avals
     if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in expected]:
         raise ValueError("its weights are not those that its program asks for")
-    if len(images.shape) != 4 or images.dtype != np.uint8 or len(program.out_avals) != 2:
-        raise ValueError("its program does not go from pictures to logits and depths")
+    if not all(np.isfinite(x).all() for x in arrays):
+        raise ValueError("its weights hold NaN or infinity")
     calls = set(re.findall(r"custom_call @?\"?([\w.$-]+)", program.mlir_module())) - _CALLS
     if calls:
         raise ValueError(f"its program calls what no network of ours does: {', '.join(sorted(calls))}")
+    _check_program(program, len(arrays))
+    _check_metadata(metadata, program)
     return metadata, program, jax.device_put(arrays)
+
+
+def _check_program(program: jax.export.Exported, num_weights: int) -> None:
+    """Raises ValueError unless the program takes weights and pictures, and gives logits and depths."""
+    images, outputs = program.in_avals[-1], program.out_avals
+    trees = jax.tree.structure((([0] * num_weights, 0), {})), jax.tree.structure((0, 0))
+    fits = (program.in_tree, program.out_tree, program.nr_devices) == (*trees, 1)
+    fits = fits and len(images.shape) == 4 and images.dtype == np.uint8
+    fits = fits and all(isinstance(size, int) and size > 0 for size in images.shape[1:])
+    fits = fits and [len(x.shape) for x in outputs] == [2, 3] and {x.shape[0] for x in outputs} == {images.shape[0]}
+    fits = fits and np.dtype(outputs[0].dtype).kind in "fV" and outputs[1].dtype == np.int32  # "V": bfloat16
+    if not fits:
+        raise ValueError("its program does not go from pictures to logits and depths")
+
+
+def _check_metadata(metadata: dict[str, Any], program: jax.export.Exported) -> None:
+    """Raises ValueError, naming the entry, where the metadata lacks what users read, or contradicts the program."""
+    (batch, *sides, channels), (_, num_classes) = program.in_avals[-1].shape, program.out_avals[0].shape
+    expected = {
+        "image_size": sides,
+        "channels": channels,
+        "batch": batch if isinstance(batch, int) else 0,
+        "num_classes": num_classes,
+    }
+    names = metadata.get("label_names")
+    right = {key: _same(metadata.get(key), value) for key, value in expected.items()} | {
+        "label_names": isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(names) in (0, num_classes),
+        "halting": "halting" in metadata and isinstance(metadata["halting"], dict | None),
+    }
+    for key in ("mean", "std"):
+        values = metadata.get(key)
+        right[key] = isinstance(values, list) and len(values) in (1, channels)
+        right[key] = right[key] and all(_is_number(x) and (key == "mean" or x > 0) for x in values)
+    wrong = [key for key, fits in right.items() if not fits]
+    if wrong:
+        raise ValueError(f"its metadata does not fit its program: {', '.join(wrong)}")
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Whether two values are equal, without True for 1 or 1.0 for 1."""
+    return json.dumps(value) == json.dumps(expected)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_stored(archive: zipfile.ZipFile) -> None:

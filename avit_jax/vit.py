@@ -20,6 +20,7 @@ from avit_jax import block, halting_linen
 from avit_jax import halting as halting_lib
 from avit_jax import removal as removal_lib
 
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 _token_init = nn.initializers.truncated_normal(0.02)
 
 
@@ -164,8 +165,16 @@ class AViT(nn.Module):
         if self.halting is not None and not -self.width <= self.halting.channel < self.width:
             raise ValueError(f"halting channel {self.halting.channel} is not among the {self.width} channels of a token.")
 
-    def check_images(self, shape: tuple[int, ...]) -> None:
-        """Raises ValueError, saying what it should be, where a batch has another shape; a symbolic batch will do."""
+    def check_images(self, images: jax.Array) -> None:
+        """Raises ValueError, saying what is expected, if the images have another dtype or shape; the batch may be symbolic."""
+        dtype, shape = getattr(images, "dtype", None), getattr(images, "shape", None)
+        if dtype is None or not isinstance(shape, tuple):
+            raise ValueError(f"images must be one array of floats; got a {type(images).__name__}: use jnp.asarray.")
+        if str(dtype) not in _FLOATS:  # not np.issubdtype: other libraries have dtypes too
+            raise ValueError(
+                f"images must be normalised floats ({', '.join(_FLOATS)}); got {dtype}. For pixels from 0 to 255 call "
+                "avit_jax.data.augment.normalize(images, mean, std) first."
+            )
         if len(shape) != 4 or shape[1:] != (*self.pixels, self.channels):
             raise ValueError(f"images must be (B, {self.pixels[0]}, {self.pixels[1]}, {self.channels}); got {shape}.")
         if isinstance(shape[0], int) and not shape[0]:
@@ -195,7 +204,7 @@ class AViT(nn.Module):
 
     def embed(self, images: jax.Array, image_index: jax.Array | None = None) -> jax.Array:
         """Images `(B, H, W, C)` to tokens `(B, N, D)`; `image_index` turns dropout on."""
-        self.check_images(images.shape)
+        self.check_images(images)
         batch, (rows, columns), patch = images.shape[0], self.grid, self.patch_size
         x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
         x = block.per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
@@ -232,7 +241,7 @@ class AViT(nn.Module):
         """Classifies images; halted tokens are masked, not removed.
 
         Args:
-          images: `(B, H, W, C)` float32, normalised.
+          images: `(B, H, W, C)` float, normalised.
           train: turns on dropout and drop path, which want `rngs={"dropout": key}`.
           image_index: `(B,)` int32, place of each image in the global batch, when this is a device's share of it: dropout is
             drawn by it, so that the draw does not depend on the number of devices. Default: 0 to B - 1.
@@ -244,6 +253,7 @@ class AViT(nn.Module):
         Raises:
           ValueError: sizes do not fit together, or the images do not fit the model.
         """
+        self.check_images(images)
         batch = images.shape[0]
         noisy = train and (self.dropout > 0.0 or self.drop_path > 0.0)
         image_index = (jnp.arange(batch) if image_index is None else image_index) if noisy else None

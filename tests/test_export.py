@@ -1,5 +1,6 @@
 """A network as one file: the same logits in a process that has JAX and the loader alone; bad files are refused."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -186,3 +187,86 @@ def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(network(images)[0], expected, atol=1e-5)
     loaded = weight_files.load(tmp_path / "weights.safetensors", model)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def _metadata(file: pathlib.Path) -> dict:
+    with zipfile.ZipFile(file) as archive:
+        return json.loads(archive.read("metadata.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("image_size", [None, 24, [16, 24], [24.0, 16.0], "24"]),
+        ("channels", [None, 1, True, "3", [3]]),
+        ("batch", [None, 4, False, "any"]),
+        ("num_classes", [None, 4, 5.0, [5]]),
+        ("label_names", [None, ["a"], [1, 2, 3, 4, 5], "abcde", {}]),
+        ("mean", [None, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, float("nan")], 0.5]),
+        ("std", [None, [0.0, 1.0, 1.0], [0.5, float("inf"), 0.5], [True, True, True], {}]),
+        ("halting", [[], "yes", 3]),
+    ],
+)
+def test_metadata_that_contradicts_the_program(file: pathlib.Path, tmp_path: pathlib.Path, key: str, values: list) -> None:
+    whole = _metadata(file)
+    without = {name: value for name, value in whole.items() if name != key}
+    for metadata in (without, *(whole | {key: value} for value in values)):
+        _changed(file, tmp_path / "bad.avit", metadata=json.dumps(metadata).encode())
+        with pytest.raises(serving.BadArtifact, match=f"its metadata does not fit its program: {key}"):
+            serving.load(tmp_path / "bad.avit")
+
+
+@pytest.mark.parametrize("metadata", [b"[]", b"3", b"null", b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"\xff"])
+def test_metadata_that_is_none(file: pathlib.Path, tmp_path: pathlib.Path, metadata: bytes) -> None:
+    _changed(file, tmp_path / "bad.avit", metadata=metadata)
+    with pytest.raises(serving.BadArtifact, match="is no exported network, or damaged"):
+        serving.load(tmp_path / "bad.avit")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(file: pathlib.Path, tmp_path: pathlib.Path, params: dict, value: float) -> None:
+    arrays = [np.array(x) for x in jax.tree.leaves(params)]
+    arrays[3].flat[-1] = value
+    _changed(file, tmp_path / "bad.avit", weights=_npz(np.savez, **{str(i): x for i, x in enumerate(arrays)}))
+    with pytest.raises(serving.BadArtifact, match="its weights hold NaN or infinity"):
+        serving.load(tmp_path / "bad.avit")
+
+
+def _one_weight(weights: list, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return weights[0][None, :] + images[:, 0, 0, :1], images[:, :3, :2, 0].astype(jnp.int32)
+
+
+_OTHERS: dict[str, Callable] = {
+    "one output": lambda weights, images: _one_weight(weights, images)[0],
+    "a dict": lambda weights, images: dict(zip("ab", _one_weight(weights, images), strict=True)),
+    "depths as floats": lambda weights, images: (_one_weight(weights, images)[0], images[:, :3, :2, 0].astype(jnp.float32)),
+    "logits as integers": lambda weights, images: (images[:, 0, 0, :1] + jnp.zeros((1, 5), jnp.uint8), images[..., 0] + 0),
+    "no batch": lambda weights, images: tuple(x[0] for x in _one_weight(weights, images)),
+    "another batch": lambda weights, images: tuple(x[:1] for x in _one_weight(weights, images)),
+}
+
+
+@pytest.mark.parametrize("name", [*_OTHERS, "swapped arguments", "another body", "good"])
+def test_programs_that_would_fail_at_the_call(file: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+    run = _OTHERS.get(name, _one_weight)
+    weights, images = [jax.ShapeDtypeStruct((5,), np.float32)], jax.ShapeDtypeStruct((4, 24, 16, 3), np.uint8)
+    with jax.numpy_dtype_promotion("standard"):
+        if name == "swapped arguments":
+            program = jax.export.export(jax.jit(lambda x, y, images: run([x], images)), platforms=("cpu",))(
+                *weights * 2, images
+            )
+        else:
+            program = jax.export.export(jax.jit(run), platforms=("cpu",))(weights, images)
+        if name == "another body":
+            other = jax.export.export(jax.jit(lambda x: (x, x)), platforms=("cpu",))(images)
+            program = dataclasses.replace(program, mlir_module_serialized=other.mlir_module_serialized)
+    arrays = {str(i): np.zeros(5, np.float32) for i in range(1 + (name == "swapped arguments"))}
+    metadata = json.dumps(_metadata(file) | {"batch": 4}).encode()
+    path = _changed(
+        file, tmp_path / "other.avit", program=bytes(program.serialize()), weights=_npz(np.savez, **arrays), metadata=metadata
+    )
+    if name == "good":
+        assert serving.load(path)(np.zeros((4, 24, 16, 3), np.uint8))[0].shape == (4, 5)
+        return
+    with pytest.raises(serving.BadArtifact, match="does not run" if name == "another body" else "does not go from pictures"):
+        serving.load(path)

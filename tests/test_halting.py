@@ -284,3 +284,51 @@ def test_flax_modules_equal_the_pure_functions(wrapper: str, learnable: bool) ->
     assert set(params_gradient) == ({"gamma", "beta"} if learnable else set())
     assert all(abs(gradient) > 1e-3 for gradient in params_gradient.values())
     assert jnp.abs(tokens_gradient[..., 2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        (dict(beta=1e300), "must be finite in float32"),
+        (dict(gamma=-1e38), "must be finite in float32"),
+        (dict(merge=True, redundancy=1e39), "must be finite in float32"),
+        (dict(beta=float("inf")), "gamma and beta must be finite"),
+        (dict(epsilon=1e-300), "float32 rounds it off"),
+        (dict(epsilon=1 - 1e-12), "float32 rounds it off"),
+    ],
+)
+def test_a_gate_that_float32_cannot_hold(gate: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        halting.HaltingConfig(**gate)
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        (dict(beta=-1e3), "no token can ever halt"),
+        (dict(beta=1e3), "every image is finished after the first layer"),
+        (dict(gamma=-1.0, beta=55.0), "every image is finished after the first layer"),
+        (dict(gamma=0.0, beta=2.0, epsilon=0.5), "every image is finished after the first layer"),
+        (dict(beta=1e3, merge=True, redundancy=1e4), "every image is finished after the first layer"),
+        (dict(beta=-1e3, merge=True, redundancy=1e3), ""),
+        (dict(gamma=0.0, beta=2.0), ""),
+        (dict(gamma=1.0, beta=50.0), ""),
+        ({}, ""),
+    ],
+)
+def test_a_useless_gate_is_warned_about(gate: dict, expected: str, caplog: pytest.LogCaptureFixture) -> None:
+    halting.HaltingConfig(**gate)
+    assert len(caplog.messages) == (1 if expected else 0)
+    assert expected in caplog.text
+
+
+def test_what_is_useless_by_the_paper_rule() -> None:
+    """The bounds are those of the halting rule itself, run on the farthest gate channel."""
+    tokens = jnp.array([[[-50.0], [50.0]]])
+    for beta in (-57.0, -56.0, -55.0, -20.0, 54.0, 55.0):
+        state = halting.init((1, 2))
+        for i in range(3):
+            score = halting.score(tokens, gamma=1.0, beta=beta)
+            state, _ = halting.accumulate(state, score, epsilon=0.01, is_last=i == 2)
+        useless = halting.fault(gamma=1.0, beta=beta, epsilon=0.01, redundancy=0.0, num_layers=3)
+        assert bool(useless) == (int(state.depth[0, 1]) == 3 or int(state.depth[0, 0]) == 1), (beta, useless)

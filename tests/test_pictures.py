@@ -187,3 +187,58 @@ def test_damaged_bytes_never_raise_anything_else() -> None:
         except pictures.BadPicture:
             bad += 1
     assert 100 < bad < 590
+
+
+def _written(depth: int, colour: int, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 8 or 16 bits, written by hand; values `(H, W)` or `(H, W, channels)`."""
+    rows = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", *values.shape[1::-1], depth, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("chunks", [(), ((b"PLTE", b""),), ((b"PLTE", b"\1\2"),), ((b"tRNS", b"\0"),)])
+def test_a_missing_palette_is_named(chunks: tuple) -> None:
+    with pytest.raises(pictures.BadPicture, match="palette, which is missing"):
+        pictures.decode(_written(8, 3, np.arange(12).reshape(3, 4), *chunks))
+
+
+_TWELVE_BITS = np.array([[0, 100, 2048], [4095, 4000, 7]])
+
+
+def test_grey_of_twelve_bits_is_scaled_where_the_file_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    pictures.forget_warnings()
+    for bits in (12, 10):
+        values = _TWELVE_BITS >> (12 - bits)
+        grey = np.asarray(pictures.decode(_written(16, 0, values, (b"gAMA", bytes(4)), (b"sBIT", bytes([bits])))))
+        np.testing.assert_allclose(grey[..., 0], values * 255 / (2**bits - 1), atol=1)
+    # As the standard has it, 12 bits are shifted up to 16, dark ones too: the brightness is that of the other pictures.
+    for values in (_TWELVE_BITS, _TWELVE_BITS // 32):
+        shifted = values << 4 | values >> 8
+        grey = np.asarray(pictures.decode(_written(16, 0, shifted, (b"sBIT", b"\x0c"))))
+        np.testing.assert_array_equal(grey[..., 1], shifted >> 8)
+    assert all("4096" in message for message in caplog.messages)
+
+
+def _with_alpha(values: np.ndarray, channels: int) -> np.ndarray:
+    return np.concatenate([np.repeat(values[..., None], channels, axis=-1), np.full((*values.shape, 1), 65535)], axis=-1)
+
+
+@pytest.mark.parametrize("channels", [0, 1, 2, 3, 4])
+def test_few_bits_are_warned_about_once_a_data_set(channels: int, caplog: pytest.LogCaptureFixture) -> None:
+    def file(values: np.ndarray) -> bytes:
+        colours = {0: values, 1: values, 2: _with_alpha(values, 1), 3: np.repeat(values[..., None], 3, axis=-1)}
+        return _written(16, {0: 0, 1: 0, 2: 4, 3: 2, 4: 6}[channels], colours.get(channels, _with_alpha(values, 3)))
+
+    pictures.forget_warnings()
+    for values in (0 * _TWELVE_BITS, 16 * _TWELVE_BITS):
+        pictures.decode(file(values))
+    assert not caplog.messages
+    for _ in range(2):
+        grey = np.asarray(pictures.decode(file(_TWELVE_BITS)))
+        np.testing.assert_allclose(grey[..., 0], _TWELVE_BITS // 256, atol=1)
+    assert len(caplog.messages) == 1 and "no value of 4096 or more" in caplog.text
+    pictures.forget_warnings()
+    pictures.decode(file(_TWELVE_BITS))
+    assert len(caplog.messages) == 2

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import pathlib
+import socket
 from collections.abc import Iterator
 
 import fixtures
@@ -120,7 +122,12 @@ def test_linked_folders_are_looked_into_once(folder: pathlib.Path, tmp_path: pat
 
 
 def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
-    for paths, told in (([], "name pictures"), ([tmp_path], "no picture in"), ([tmp_path / "no.png"], r"no picture .*no\.png")):
+    for paths, told in (
+        ([], "name pictures"),
+        ([""], "is empty"),
+        ([tmp_path], "no picture in"),
+        ([tmp_path / "no.png"], r"no picture .*no\.png"),
+    ):
         with pytest.raises(errors.UserError, match=told):
             list(predict.predict(_config(), _WEIGHTS, paths))
     (tmp_path / "bad.png").write_bytes(b"bad")
@@ -134,3 +141,19 @@ def test_pictures_do_not_have_four_channels(tmp_path: pathlib.Path) -> None:
     config = fixtures.small_config(**{"model.channels": 4, "data.mean": (0.5,), "data.std": (0.5,)})
     with pytest.raises(errors.UserError, match="pictures have 1 or 3 channels, and the network has 4"):
         next(predict.predict(config, tmp_path, [tmp_path]))
+
+
+def test_what_is_no_file_is_never_read(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    os.mkfifo(folder / "more/pipe.png")
+    (folder / "more/loop.png").symlink_to(folder / "more/loop.png")
+    (folder / "more/gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "more/deep.png").mkdir()
+    with socket.socket(socket.AF_UNIX) as open_socket:
+        open_socket.bind(str(folder / "socket.png"))
+        assert len(list(predict.predict(_config(), _WEIGHTS, [folder]))) == 17
+        for path in (folder / "more/pipe.png", folder / "socket.png", pathlib.Path("/dev/zero")):
+            with pytest.raises(errors.UserError, match="is no file, but a pipe, a socket or a device"):
+                list(predict.predict(_config(), _WEIGHTS, [path]))
+    for name in ("loop", "gone"):
+        with pytest.raises(errors.UserError, match=rf"there is no picture .*{name}\.png"):
+            list(predict.predict(_config(), _WEIGHTS, [folder / f"more/{name}.png"]))

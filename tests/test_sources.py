@@ -194,10 +194,19 @@ def test_fingerprint_of_a_folder(folder: pathlib.Path) -> None:
         assert dataclasses.replace(here, **change).fingerprint() != here.fingerprint()
 
 
-def test_folder_that_loops(folder: pathlib.Path) -> None:
-    (folder / "train/cat/loop.png").symlink_to(folder / "train/cat/loop.png")
-    with pytest.raises(errors.UserError, match=r'cannot read ".*loop\.png": Too many levels'):
-        sources.load("folder", split="train", data_dir=str(folder), image_size=(8, 8))
+def test_what_is_no_picture_is_left_out_and_counted(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    cat = folder / "train/cat"
+    (cat / "loop.png").symlink_to(cat / "loop.png")
+    (cat / "here.png").symlink_to(cat)
+    (cat / "above").symlink_to(folder)
+    os.mkfifo(cat / "pipe.png")
+    for name, target in (("self", "self"), ("parent", "."), ("root", str(folder)), ("nowhere", "gone")):
+        (folder / "train" / name).symlink_to(target)
+    with caplog.at_level("INFO", logger="avit_jax"):
+        source = sources.load("folder", split="train", data_dir=str(folder), image_size=(8, 8))
+    assert source.label_names == ["cat", "dog", "fox"]
+    assert [len(source.records[i]) for i in range(len(source.records))] == [3] * 6
+    assert "6 pictures of 3 classes, 12 other files ignored" in caplog.text
 
 
 def test_classes_of_training_and_evaluation_have_to_be_the_same(folder: pathlib.Path) -> None:

@@ -364,3 +364,32 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
         jax.eval_shape(_model(**changes).init, jax.random.key(0), _IMAGES)
     with pytest.raises(ValueError, match="there are no images"):
         jax.eval_shape(_model().init, jax.random.key(0), _IMAGES[:0])
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros(_IMAGES.shape, dtype) for dtype in (np.uint8, np.int32, bool, np.complex64, object, "U1", ">f4")
+    ] + [_IMAGES.tolist(), [*_IMAGES], None, 0.5],
+    ids=lambda images: str(getattr(images, "dtype", type(images).__name__)),
+)  # fmt: skip
+def test_what_is_no_normalised_float_image_is_refused(images: Any) -> None:
+    model = _model()
+    with pytest.raises(ValueError, match="images must be"):
+        model.apply({"params": _params(model)}, images)
+    with pytest.raises(ValueError, match="images must be"):
+        avit_jax.adaptive.apply(model, {"params": _params(model)}, images)
+    with pytest.raises(ValueError, match="images must be"):
+        model.init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match="images must be"):
+        avit_jax.adaptive.autotune(model, {"params": _params(model)}, images, cache="/dev/null")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, np.float64])
+def test_images_of_every_float_dtype(dtype: Any) -> None:
+    model = _model()
+    images = _IMAGES.astype(dtype)
+    expected = _run(images.astype(np.float32))[0]
+    np.testing.assert_allclose(model.apply({"params": _params(model)}, images)[0], expected, atol=0.02)
+    mapped = jax.vmap(lambda image: model.apply({"params": _params(model)}, image[None])[0])(jnp.asarray(images, jnp.float32))
+    np.testing.assert_allclose(mapped[:, 0], expected, atol=0.02)

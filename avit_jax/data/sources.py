@@ -1,12 +1,13 @@
 """Where images come from: random access to records `{"image", "label"}`, with label names."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -
     Raises:
       errors.UserError: no such split, or the data set is not prepared.
     """
+    pictures.forget_warnings()
     if name == "digits":
         return _digits(split, image_size)
     if name == "folder":
@@ -130,9 +132,11 @@ class _Files(Sequence[Record]):
 def _folder(root: pathlib.Path, split: str) -> Source:
     """Pictures `root/split/class/*` whose name ends as a picture's does; classes and files in alphabetical order."""
     folder = root / split
-    paths, labels, ignored = [], [], 0
+    paths, labels = [], []
     try:
-        names = sorted(entry.name for entry in list(os.scandir(folder)) if entry.is_dir() and not entry.name.startswith("."))
+        entries = [entry for entry in list(os.scandir(folder)) if not entry.name.startswith(".")]
+        names = sorted(entry.name for entry in entries if _is_class(entry, folder))
+        ignored = sum(entry.is_symlink() and entry.name not in names and not _is(entry.is_file) for entry in entries)
         for label, name in enumerate(names):
             entries = list(os.scandir(folder / name))
             found = sorted(entry.path for entry in entries if _is_picture(entry))
@@ -154,7 +158,23 @@ def _folder(root: pathlib.Path, split: str) -> Source:
 
 
 def _is_picture(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(pictures.ENDINGS) and not entry.name.startswith(".") and entry.is_file()
+    return entry.name.lower().endswith(pictures.ENDINGS) and not entry.name.startswith(".") and _is(entry.is_file)
+
+
+def _is_class(entry: os.DirEntry, folder: pathlib.Path) -> bool:
+    """Whether an entry of the folder is a folder, and no link back to this one or to one above."""
+    back = entry.is_symlink() and pathlib.Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(entry.path))
+    return not back and _is(entry.is_dir)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """What `os.DirEntry` says; False for a link that leads in circles."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
