@@ -16,7 +16,7 @@ from avit_jax import config as config_lib
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from configs import cifar10_merging, deit_base, deit_small, deit_small_distilled, deit_tiny, deit_tiny_distilled, folder
 from experiments import results, timing, workload
-from experiments.pareto import arms, measure, report, untrained
+from experiments.pareto import arms, measure, paired, report
 from experiments.rivals import tome, unrolled
 
 
@@ -187,18 +187,18 @@ def test_the_recipe_that_merges_is_the_study_s() -> None:
 
 def test_errors_are_of_the_paired_differences() -> None:
     right, other = np.array([1.0, 1.0, 1.0, 0.0] * 25), np.array([1.0, 1.0, 0.0, 0.0] * 25)
-    found = untrained.paired(right, other)
+    found = paired.paired(right, other)
     assert found["mean"] == 25.0 and found["changed"] == 0.25
     assert found["error"] == pytest.approx(100 * np.sqrt(0.25 * 0.75 / 99))  # not the larger one of independent images
     low, high = found["bootstrap"]
     assert (low, high) == pytest.approx((25 - 1.96 * found["error"], 25 + 1.96 * found["error"]), abs=1.0)
-    opposite = untrained.paired(other, right)
+    opposite = paired.paired(other, right)
     assert (opposite["mean"], opposite["error"]) == (-25.0, found["error"])
 
 
 def test_the_cheapest_images_come_first() -> None:
     cost, right = np.array([0.9, 0.1, 0.5, 0.3, 0.7] * 2), np.array([0.0, 1.0, 0.0, 1.0, 1.0] * 2)
-    parts = untrained.by_cost(cost, own=right, static=np.ones(10))
+    parts = paired.by_cost(cost, own=right, static=np.ones(10))
     assert [part["macs_ratio"] for part in parts] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
     assert [part["own"] for part in parts] == [100.0, 100.0, 0.0, 100.0, 0.0] and parts[0]["static"] == 100.0
 
@@ -212,7 +212,7 @@ def test_what_is_compared_image_by_image_is_what_evaluation_means(small: dict[st
     )  # the last part-full
     if rival:
         model, params = tome.ToMe(**unrolled.attributes(small["parent"]), merges=3), small["parent_params"]
-    right, ratio = untrained.outcomes(config, model, params)
+    right, ratio = paired.outcomes(config, model, params)
     values = evaluate.Evaluator(config, model).measure(params)
     assert len(right) == len(ratio) == values["images"] == 360
     assert right.mean() == pytest.approx(values["top1"]) and ratio.mean() == pytest.approx(values["macs_ratio"], rel=1e-5)
@@ -220,7 +220,7 @@ def test_what_is_compared_image_by_image_is_what_evaluation_means(small: dict[st
 
 
 def test_the_untrained_figures_agree_with_the_study() -> None:
-    folder = pathlib.Path(untrained.__file__).parent
+    folder = pathlib.Path(arms.__file__).parent
     found, study = results.load(folder / "untrained.json"), results.load(folder / "result.json")
     assert found["static_top1"] == study["parent/0"]["top1"] and found["images"] == 10_000
     for row in found["rows"]:

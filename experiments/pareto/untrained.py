@@ -17,10 +17,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, calibrate, errors, evaluate, flops, losses, vit, weight_files
-from avit_jax.data import augment, loader
+from avit_jax import build, calibrate, errors, evaluate, losses, weight_files
+from avit_jax.data import augment
 from experiments import results, timing
-from experiments.pareto import arms
+from experiments.pareto import arms, paired
 from experiments.rivals import tome, unrolled
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the prepared data set", required=True)
@@ -31,60 +31,6 @@ _MERGES = (8, 15)  # of ToMe, in each layer: about 0.62 and 0.4 of the static ne
 _TOLERANCE = 5e-4  # of the MACs ratio
 _GATES = ("avit_0.6", "avit_merging_0.6")  # the paper's, and that of threshold merging
 _IMAGES = 256
-_RESAMPLES = 10_000
-_PARTS = 5
-
-
-def outcomes(config: ConfigDict, model: vit.AViT, params: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the network is right `(n,)` float, and its MACs ratio `(n,)`, for each image of the evaluation split."""
-    reader = evaluate.Evaluator(config, model).reader
-    apply = adaptive.removes(model) if model.halting else model.apply
-
-    @jax.jit
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, aux = apply({"params": params}, augment.normalize(images, config.data.mean, config.data.std))
-        macs = flops.image_macs(model, aux.active) if aux.macs is None else aux.macs
-        return logits.argmax(-1), macs / flops.static_macs(model)
-
-    right, ratio = [], []
-    for batch in loader.eval_batches(reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads):
-        one = {name: np.concatenate(x) for name, x in jax.device_get(batch).items()}  # of all devices
-        guess, cost = jax.device_get(run(params, one["image"]))
-        right.append((guess == one["label"])[one["weight"] > 0])
-        ratio.append(cost[one["weight"] > 0])
-    return np.concatenate(right).astype(float), np.concatenate(ratio).astype(float)
-
-
-def paired(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """Difference of top-1 in points between two networks on the same images, with its errors over images.
-
-    Args:
-      right: `(n,)` 1 where the first network is right, else 0.
-      other: `(n,)` the same of the second.
-
-    Returns:
-      `mean`; `error`, its standard error; `bootstrap`, the limits of 95% of resampled means; `changed`, the share of images
-      on which exactly one of the two is right.
-    """
-    difference = 100 * (right - other)
-    counts = np.array([(difference == value).sum() for value in (-100, 0, 100)])  # an image's difference has three values
-    drawn = np.random.default_rng(0).multinomial(len(right), counts / len(right), size=_RESAMPLES)
-    means = 100 * (drawn[:, 2] - drawn[:, 0]) / len(right)
-    return {
-        "mean": float(difference.mean()),
-        "error": float(difference.std(ddof=1) / np.sqrt(len(difference))),
-        "bootstrap": [float(limit) for limit in np.percentile(means, (2.5, 97.5))],
-        "changed": float((difference != 0).mean()),
-    }
-
-
-def by_cost(cost: np.ndarray, **right: np.ndarray) -> list[dict[str, float]]:
-    """Means over the images of equal parts, the cheapest first: `macs_ratio`, and top-1 in per cent of each network."""
-    parts = np.array_split(np.argsort(cost, kind="stable"), _PARTS)
-    return [
-        {"macs_ratio": float(cost[part].mean())} | {name: float(100 * each[part].mean()) for name, each in right.items()}
-        for part in parts
-    ]
 
 
 def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) -> dict[str, Any]:
@@ -100,7 +46,7 @@ def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) ->
     gated = functools.partial(calibrate.with_gate, model, params)
     start = model.halting.beta
     fixed = tome.ToMe(**unrolled.attributes(model.clone(halting=None)), merges=merges)
-    fixed_right, fixed_cost = outcomes(config, fixed, params)
+    fixed_right, fixed_cost = paired.outcomes(config, fixed, params)
     held_out = config.copy_and_resolve_references()
     held_out.data.eval_split = arms.HELD_OUT
     search = evaluate.Evaluator(held_out, gated(start)[0])
@@ -108,17 +54,17 @@ def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) ->
     beta = calibrate.find_shift(
         lambda beta: search.measure(gated(beta)[1])["macs_ratio"], budget, start=start, tolerance=_TOLERANCE
     )
-    right, cost = outcomes(config, *gated(beta))
+    right, cost = paired.outcomes(config, *gated(beta))
     return {
         "merges": merges,
         "beta": beta,
         "cosine": -beta / model.halting.redundancy,
         "tome": {"top1": float(fixed_right.mean()), "macs_ratio": budget},
         "threshold": {"top1": float(right.mean()), "macs_ratio": float(cost.mean()), "macs_ratio_std": float(cost.std())},
-        "threshold_minus_tome": paired(right, fixed_right),
-        "threshold_minus_static": paired(right, static),
-        "tome_minus_static": paired(fixed_right, static),
-        "fifths": by_cost(cost, static=static, tome=fixed_right, threshold=right),
+        "threshold_minus_tome": paired.paired(right, fixed_right),
+        "threshold_minus_static": paired.paired(right, static),
+        "tome_minus_static": paired.paired(fixed_right, static),
+        "fifths": paired.by_cost(cost, static=static, tome=fixed_right, threshold=right),
         "correlation_of_cost_and_correctness": float(np.corrcoef(cost, right)[0, 1]),
         "correlation_of_cost_and_static_correctness": float(np.corrcoef(cost, static)[0, 1]),
     }
@@ -154,7 +100,7 @@ def main(_: list[str]) -> None:
     config = arms.config(_ROW, 0, data_dir=_DATA_DIR.value, parent=_PARENT)
     network = build.model(config).clone(halting=None, removal=None)
     params = weight_files.load(_PARENT, network)
-    static, _ = outcomes(config, network, params)
+    static, _ = paired.outcomes(config, network, params)
     rows = [compare(config, params, merges, static) for merges in _MERGES]
     result = timing.environment() | {"images": len(static), "static_top1": float(static.mean()), "rows": rows}
     result["gates"] = {row: gate(arms.config(row, 0, data_dir=_DATA_DIR.value, parent=_PARENT), params) for row in _GATES}
