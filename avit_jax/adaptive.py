@@ -198,7 +198,7 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
         active = state.active
         x, score = block.run_removed(each, params, plan, gate, x, active, dtype, is_last)
         state, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout, : model.width]
+        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout, : model.width].astype(weight.dtype)
         unfinished = state.active[:, :num_readout].any(axis=1, keepdims=True)
         state = dataclasses.replace(state, active=state.active & unfinished)
         return (x, state, readout), (score, active)
@@ -237,7 +237,8 @@ def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan, is_last: jax.typi
     compiled = jnp.array((0, *plan.token_counts(model.num_tokens)))
     ran = compiled[jnp.searchsorted(compiled, count[:, :1])].astype(jnp.float32)
     macs = plan.group * flops.layer_macs(ran, model, is_last)
-    macs = jnp.where(count > 0, macs / jnp.maximum((count > 0).sum(axis=1, keepdims=True), 1), 0.0)
+    images = (count > 0).sum(axis=1, keepdims=True).astype(macs.dtype)
+    macs = jnp.where(count > 0, macs / jnp.maximum(images, 1.0), 0.0)
     return jnp.zeros(batch).at[image.reshape(-1)].set(macs.reshape(-1), mode="drop")
 
 

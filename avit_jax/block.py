@@ -34,7 +34,15 @@ def random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLi
     So the draw does not depend on how the batch is spread over devices.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_index)
-    return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape) / (1.0 - rate))(keys)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape).astype(float) / (1.0 - rate))(keys)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Flax's, which promotes dtypes by itself, also if JAX is told not to."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
 
 
 class _QueryKeyValue(nn.Module):
@@ -70,7 +78,7 @@ class Block(nn.Module):
     compared: int
 
     def setup(self) -> None:
-        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
+        norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
         self.norm1 = norm()
         self.qkv = _QueryKeyValue(dtype=self.dtype)
@@ -133,7 +141,7 @@ class Block(nn.Module):
         return x + self._drop(per_token(self.fc2, self._dropout(a, image_index)), keep, 1, image_index)
 
     def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
-        return x if active is None else x * active[..., None]
+        return x if active is None else x * active[..., None].astype(x.dtype)
 
     def queries_keys_values(self, a: jax.Array) -> jax.Array:
         """Of normed tokens `(B, N, D)`, all heads: `(3, B, H, N, K)`."""
@@ -145,7 +153,7 @@ class Block(nn.Module):
         # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
         q, k, v = self.queries_keys_values(a)
         logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(-2, -1))
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(halting_lib.at_least_float32(logits.dtype))
         bias = None if size is None else jnp.log(size)  # in the exponent: one pass less over all pairs than a factor
         if active is not None:
             bias = jnp.where(active, 0.0 if bias is None else bias, _HALTED_KEY_BIAS)
@@ -244,7 +252,7 @@ class Block(nn.Module):
             x, notes = (packed, None) if size is None else merging.unpack(packed, x.dtype)[:2]
         size = None if size is None else notes.size
         state, weight = halting_lib.accumulate(state, score, epsilon=self.halting.epsilon, is_last=is_last)
-        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout]
+        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout].astype(weight.dtype)
         return (x, state, readout, size), (score, active)
 
 

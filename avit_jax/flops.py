@@ -33,6 +33,7 @@ def layer_macs(
     With comparing them, where they merge: in all layers but the last.
     """
     linear = 4 * model.width**2 + 2 * model.width * model.mlp_width  # qkv and projection, then the MLP
+    is_last = is_last if isinstance(is_last, bool) else jnp.asarray(is_last, jnp.float32)
     pairs = 2 * model.width + model.compared * (1 - is_last)  # queries times keys, and weights times values
     return num_tokens * (linear + pairs * num_tokens)
 

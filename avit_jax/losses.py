@@ -18,7 +18,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, *, label_smoothing: flo
     Returns:
       Scalar, in nats.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(halting.at_least_float32(logits.dtype))
     if targets.ndim == 1:
         targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing)).mean()
@@ -47,7 +47,7 @@ def distillation_loss(logits: jax.Array, teacher: jax.Array, *, targets: str = "
         return cross_entropy(logits, teacher.argmax(-1))
     if targets != "soft":
         raise ValueError(f'targets of distillation must be "hard" or "soft"; got "{targets}".')
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    dtype = halting.at_least_float32(logits.dtype)
     log_p, log_q = (jax.nn.log_softmax(x.astype(dtype) / temperature) for x in (teacher, logits))
     return optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean() * temperature**2
 
@@ -133,7 +133,7 @@ def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str |
         return jnp.zeros((), score.dtype)
     h = _mean_over(jnp.where(is_first[:, None], 0.0, score).mean((1, 2)), axis_name)
     log_q = jnp.clip(_log_normalised(h), jnp.log(0.01), jnp.log(0.99))
-    layer = jnp.arange(num_layers)
+    layer = jnp.arange(num_layers, dtype=jnp.float32)
     log_pdf = -0.5 * (layer - target_depth) ** 2
     first = jnp.where(layer < target_depth, log_pdf, -jnp.inf)
     log_target = log_pdf - jax.nn.logsumexp(first) + jnp.log(0.98)

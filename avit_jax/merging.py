@@ -57,7 +57,7 @@ def unpack(packed: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, N
 def similarity(tokens: jax.Array, channels: int) -> jax.Array:
     """Cosine of each pair of tokens `(B, N, D)`, by their first channels alone; `(B, N, N)`, at least float32, no gradient."""
     x = jax.lax.stop_gradient(tokens[..., :channels])
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(halting.at_least_float32(x.dtype))
     x = x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + jnp.finfo(x.dtype).tiny)
     # Exactly, on every device: a gate may multiply a difference by 50.
     return jnp.matmul(x, x.swapaxes(-2, -1), precision=jax.lax.Precision.HIGHEST)

@@ -12,8 +12,8 @@ from jax.interpreters import ad, batching, mlir
 def without_gradient(function: Callable[..., Any], message: str) -> Callable[..., Any]:
     """The same function of array trees; TypeError with the message once one of its derivatives is needed.
 
-    A derivative is not needed if no input depends on what is differentiated, or if nothing that is differentiated depends on the
-    output: `jax.grad(..., has_aux=True)` may return the output as auxiliary data.
+    It is not needed if no input depends on what is differentiated, or if what is differentiated does not depend on the output:
+    `jax.grad(..., has_aux=True)` may return the output as auxiliary data.
     """
     run = jax.custom_jvp(function)
 

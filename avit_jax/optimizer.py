@@ -1,5 +1,7 @@
 """AdamW with DeiT's schedule and its usual exceptions from weight decay."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,13 +15,25 @@ def schedule(
     *, steps: int, learning_rate: float, warmup: float, warmup_learning_rate: float, min_learning_rate: float
 ) -> optax.Schedule:
     """Linear warm-up over the share `warmup` of the steps, then half a cosine down to `min_learning_rate`."""
-    return optax.warmup_cosine_decay_schedule(
+    rate = optax.warmup_cosine_decay_schedule(
         init_value=warmup_learning_rate,
         peak_value=learning_rate,
         warmup_steps=min(round(warmup * steps), steps - 1),
         decay_steps=steps,
         end_value=min_learning_rate,
     )
+    return _promoting(rate)
+
+
+def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of Optax, which promotes dtypes by itself, also if JAX is told not to."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return run
 
 
 def decays(params: Any) -> Any:
@@ -53,8 +67,9 @@ def create(
         return jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay))
 
     # Always three: the state is the same with and without each, so that a run may go on with another setting of them.
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays),
         optax.stateless(scaled) if layer_decay < 1 else optax.identity(),
     )
+    return chain._replace(update=_promoting(chain.update))

@@ -199,7 +199,7 @@ class AViT(nn.Module):
         )(**self.block_sizes)
         if self.halting is not None:
             self.gate = halting_linen.Halting(self.halting)
-        self.norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
+        self.norm = block.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
         self.head = dense(self.num_classes)
 
     def embed(self, images: jax.Array, image_index: jax.Array | None = None) -> jax.Array:

@@ -66,14 +66,15 @@ def random_affine(images: jax.Array, key: jax.Array, index: jax.Array, ranges: A
     """
     height, width = images.shape[1:3]
     center = jnp.asarray([(height - 1) / 2, (width - 1) / 2])
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1) - center[None, None, :]
+    places = (jnp.arange(side, dtype=jnp.float32) for side in (height, width))
+    grid = jnp.stack(jnp.meshgrid(*places, indexing="ij"), axis=-1) - center[None, None, :]
 
     def one(image: jax.Array, i: jax.Array) -> jax.Array:
         draw = jax.random.uniform(jax.random.fold_in(key, i), (5,), minval=-1.0, maxval=1.0)
         turn, lean = jnp.deg2rad(draw[0] * ranges.rotate), jnp.deg2rad(draw[1] * ranges.shear)
         matrix = jnp.array([[jnp.cos(turn), -jnp.sin(turn)], [jnp.sin(turn), jnp.cos(turn)]]) * 2 ** (draw[2] * ranges.scale)
         matrix = matrix @ jnp.array([[1.0, 0.0], [jnp.tan(lean), 1.0]])
-        move = draw[3:] * ranges.translate * jnp.asarray([height, width])
+        move = draw[3:] * ranges.translate * jnp.asarray([height, width], jnp.float32)
         where = jnp.einsum("hwi,ji->jhw", grid, matrix) + (center + move)[:, None, None]
         sample = lambda plane: jax.scipy.ndimage.map_coordinates(plane, list(where), order=1)  # noqa: E731
         return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
@@ -98,7 +99,7 @@ def random_erase(images: jax.Array, key: jax.Array, index: jax.Array, probabilit
 
     Reference: Zhong et al., Random Erasing, 2020, with the ranges DeiT uses.
     """
-    rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])[None, :]
+    rows, columns = _places(*images.shape[1:3])
 
     def one(image: jax.Array, i: jax.Array) -> jax.Array:
         chance_key, box_key, noise_key = jax.random.split(jax.random.fold_in(key, i), 3)
@@ -144,14 +145,19 @@ def mix(
     share = jax.random.beta(mixup_key, *(2 * (ranges.mixup or 1.0,)))
     # The box is cut off at the border, which is why the share of its area is counted and not drawn.
     side = jnp.sqrt(1.0 - jax.random.beta(cutmix_key, *(2 * (ranges.cutmix or 1.0,))))
-    y, x = jnp.floor(jax.random.uniform(box_key, (2,)) * jnp.asarray([height, width]))
+    y, x = jnp.floor(jax.random.uniform(box_key, (2,)) * jnp.asarray([height, width], jnp.float32))
     half_height, half_width = jnp.floor(height * side) // 2, jnp.floor(width * side) // 2
-    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+    rows, columns = _places(height, width)
     inside = (abs(rows - y + 0.5) < half_height) & (abs(columns - x + 0.5) < half_width)
-    own = jnp.where(cuts, 1.0 - inside, share)  # share of the image itself, by pixel
+    own = jnp.where(cuts, 1.0 - inside.astype(jnp.float32), share)  # share of the image itself, by pixel
     partners, partner_targets = _partners((images, targets), axis_name)
     mixed = own[None, ..., None] * images + (1.0 - own[None, ..., None]) * partners
     return mixed, own.mean() * targets + (1.0 - own.mean()) * partner_targets
+
+
+def _places(height: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Rows `(H, 1)` and columns `(1, W)` of pixels, float32."""
+    return jnp.arange(height, dtype=jnp.float32)[:, None], jnp.arange(width, dtype=jnp.float32)[None, :]
 
 
 def _partners(tree: tuple[jax.Array, ...], axis_name: str | None) -> tuple[jax.Array, ...]:
