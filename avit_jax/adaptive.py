@@ -239,7 +239,7 @@ def padded_macs(model: vit.AViT, count: jax.Array, plan: Plan, is_last: jax.typi
     macs = plan.group * flops.layer_macs(ran, model, is_last)
     images = (count > 0).sum(axis=1, keepdims=True).astype(macs.dtype)
     macs = jnp.where(count > 0, macs / jnp.maximum(images, 1.0), 0.0)
-    return jnp.zeros(batch).at[image.reshape(-1)].set(macs.reshape(-1), mode="drop")
+    return jnp.zeros(batch, macs.dtype).at[image.reshape(-1)].set(macs.reshape(-1), mode="drop")
 
 
 def autotune(model: vit.AViT, variables: Any, images: jax.Array, *, cache: os.PathLike | str = _CACHE) -> Plan:

@@ -1,4 +1,4 @@
-"""Settings of every test: eight CPU devices, exact matmuls, no silent rank promotion, quick compilation.
+"""Settings of every test: eight CPU devices, exact matmuls, no silent promotion of ranks or dtypes, quick compilation.
 
 AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator; without `-n`, as each process takes its memory.
 """
@@ -16,6 +16,7 @@ _PLATFORM = os.environ.get("AVIT_TEST_PLATFORM", "cpu")
 jax.config.update("jax_platforms", _PLATFORM)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is nearly all that the tests do: equal programs are compiled once a session.
 _cache = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", _cache.name)

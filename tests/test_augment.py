@@ -20,7 +20,7 @@ def images() -> np.ndarray:
 def _drawn(monkeypatch: pytest.MonkeyPatch, images: np.ndarray, draw: list[float], ranges: augment.Affine) -> np.ndarray:
     """The affine map when the random numbers, of rotation, shear, scale and the two moves, are those of `draw`."""
     with monkeypatch.context() as patch:
-        patch.setattr(jax.random, "uniform", lambda *_, **__: jnp.asarray(draw))
+        patch.setattr(jax.random, "uniform", lambda *_, **__: jnp.asarray(draw, jnp.float32))
         return np.asarray(augment.random_affine(jnp.asarray(images), jax.random.key(0), jnp.arange(len(images)), ranges))
 
 

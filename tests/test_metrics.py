@@ -3,6 +3,7 @@
 import json
 import pathlib
 import unittest.mock
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,11 @@ def aux(model: vit.AViT) -> vit.Aux:
     return vit.Aux(score=score, active=active, depth=depth, ponder_cost=depth, class_output=np.zeros((_IMAGES, model.width)))
 
 
-_eval_sums = jax.jit(metrics.eval_sums, static_argnums=0)
+_jitted = jax.jit(metrics.eval_sums, static_argnums=0)
+
+
+def _eval_sums(*args: Any) -> dict[str, np.ndarray]:
+    return jax.device_get(_jitted(*args))
 
 
 def _some(aux: vit.Aux, images: slice) -> vit.Aux:
@@ -81,14 +86,14 @@ def test_means_over_uneven_batches(model: vit.AViT, logits: np.ndarray, aux: vit
         _eval_sums(model, logits[i], _some(aux, i), labels[i], np.ones(i.stop - i.start))
         for i in (slice(0, 7), slice(7, _IMAGES))
     ]
-    _check(metrics.means(jax.device_get(sums)), _expected(model, logits, aux, labels))
+    _check(metrics.means(sums), _expected(model, logits, aux, labels))
 
 
 def test_padding_counts_for_nothing(model: vit.AViT, logits: np.ndarray, aux: vit.Aux, labels: np.ndarray) -> None:
     real = slice(0, 9)
     weight = np.arange(_IMAGES) < real.stop
     sums = _eval_sums(model, logits, aux, labels, weight.astype(np.float32))
-    _check(metrics.means([jax.device_get(sums)]), _expected(model, logits[real], _some(aux, real), labels[real]))
+    _check(metrics.means([sums]), _expected(model, logits[real], _some(aux, real), labels[real]))
 
 
 @pytest.mark.parametrize("rank", range(_CLASSES))
