@@ -109,9 +109,7 @@ def train(
         kept["teacher"] = teacher and teacher.fingerprint
         kept["parent"] = restore.evaluate_before(config, model, state.params, teacher, past, stop)
         if kept["parent"] is None:
-            _raise_if_interrupted(stop)
-            _logger.info("stopped by %s before training", stop.name)
-            return
+            return _stopped(stop, "before training", is_empty=True)
         log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
         batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
         state = evaluate.replicate(state)
@@ -146,17 +144,18 @@ def train(
                 if results or (new and (evaluates or stopping or step % config.train.save_every == 0)):
                     seconds, saved = _save(checkpoints, step, state, log, kept, results), step
             if stopping:
-                if step == start:
-                    _raise_if_interrupted(stop)
-                _logger.info("stopped by %s after step %d; the same command goes on from there", stop.name, step)
-                return
+                return _stopped(stop, f"after step {step}; the same command continues from there", is_empty=step == start)
         _report(evaluator, workdir, checkpoints, state.eval_params, results, stop, train_seconds=seconds, **kept["parent"])
 
 
-def _raise_if_interrupted(stop: distributed.Stop) -> None:
-    """Raises KeyboardInterrupt after SIGINT; used where nothing is saved. Several processes return together instead."""
-    if stop.name == "SIGINT" and jax.process_count() == 1:
+def _stopped(stop: distributed.Stop, when: str, *, is_empty: bool) -> None:
+    """Logs the end of a run that was stopped; raises KeyboardInterrupt if SIGINT came before anything was done.
+
+    Several processes return together instead.
+    """
+    if is_empty and stop.name == "SIGINT" and jax.process_count() == 1:
         raise KeyboardInterrupt
+    _logger.info("stopped by %s %s", stop.name, when)
 
 
 def _report(
