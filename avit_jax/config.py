@@ -198,7 +198,7 @@ def _training() -> dict[str, dict[str, Any]]:
         "train": {
             "batch_size": 512,  # images a step, over all devices
             "steps": 1000,
-            "adaptive": False,  # halted tokens are removed in training too: the same gradients for less work; not "official"
+            "adaptive": False,  # removes halted tokens in training too: less work, same gradients to rounding; not "official"
             "log_every": 50,  # steps
             "eval_every": 0,  # steps; evaluates and saves; 0: only at the end
             "save_every": 500,  # steps; saves only

@@ -70,8 +70,8 @@ class AViT(nn.Module):
       dtype: of the computation, for example bfloat16; None takes that of parameters and images. Parameters and halting sums
         are float32 all the same.
       remat: recompute each layer in the backward pass: less memory, one more forward pass.
-      removal: how halted tokens are removed in training, with the same gradients; None: they are masked. Recomputes as `remat`.
-        Not for the "official" prior, which looks at halted tokens too. For inference `adaptive.apply` removes more.
+      removal: how halted tokens are removed in training, with the same gradients to rounding; None: they are masked. Recomputes
+        as `remat`. Not for the "official" prior, which looks at halted tokens too. For inference `adaptive.apply` removes more.
 
     Example:
       model = deit_tiny()

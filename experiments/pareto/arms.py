@@ -29,7 +29,7 @@ RECIPES = {
     "hybrid": {"loss.prior_mode": "paper", "loss.prior_weight": 1e-3},
     "released": {"loss.prior_mode": "official", "loss.prior_weight": 1e-3},
 }
-# Four times as wide: its layers have sixteen times the work beside the same fixed costs. It learns at half the rates.
+# Four times as wide: its layers have 14 times the work beside the same fixed costs. It learns at half the rates.
 _WIDE = {"model.width": 384, "model.num_heads": 12}
 
 

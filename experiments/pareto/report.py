@@ -18,9 +18,10 @@ _BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
 _LEGEND = (
     "Speed-up: images/s over those of the static network; of the ideal: that times the MACs ratio; training step: its time",
     "over the static one's. ±: standard deviation over seeds; for differences the standard error over seeds, each of runs with",
-    "the same seed. The choice of test images adds about 0.2 points to a difference near 0.6 of the MACs, and 0.3 near 0.4",
-    "(untrained.json). `avit` has the paper's gate and losses with a budget, a teacher and removal in training. `avit_merging`",
-    "and `merging` are threshold merging: one cosine threshold, ToMe's merge and the budget; no halting is learned.",
+    "the same seed. The choice of test images adds an error of at least 0.20 points to a difference near 0.6 and 0.8 of the",
+    "MACs, and 0.33 near 0.4 and 0.5 (untrained.json, docs/study.md#errors). `avit` has the paper's gate and losses with a",
+    "budget, a teacher and removal in training. `avit_merging` and `merging` are threshold merging: one cosine threshold,",
+    "ToMe's merge and the budget; no halting is learned.",
     "`layer_act` is naive ACT, which ran away and misses its budgets: a failure, no rival. A knob is beta of the gate, the",
     "merges of a layer, or the confidence to stop at.",
     "",
