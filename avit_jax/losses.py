@@ -105,7 +105,7 @@ def prior_loss(
     score = jnp.asarray(aux.score).at[-1].set(1.0)
     h = _mean_over(halting.score_by_layer(score, aux.active), axis_name)
     log_h = _log_normalised(h)
-    log_prior = halting.depth_prior(len(h), center=target_depth, width=width)
+    log_prior = halting.depth_prior(len(h), center=target_depth, width=width).astype(h.dtype)
     if reverse:
         log_h, log_prior = log_prior, log_h
     return jnp.sum(jnp.exp(log_h) * (log_h - log_prior))
@@ -133,7 +133,7 @@ def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str |
         return jnp.zeros((), score.dtype)
     h = _mean_over(jnp.where(is_first[:, None], 0.0, score).mean((1, 2)), axis_name)
     log_q = jnp.clip(_log_normalised(h), jnp.log(0.01), jnp.log(0.99))
-    layer = jnp.arange(num_layers, dtype=jnp.float32)
+    layer = jnp.arange(num_layers, dtype=score.dtype)
     log_pdf = -0.5 * (layer - target_depth) ** 2
     first = jnp.where(layer < target_depth, log_pdf, -jnp.inf)
     log_target = log_pdf - jax.nn.logsumexp(first) + jnp.log(0.98)
