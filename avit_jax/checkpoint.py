@@ -20,6 +20,7 @@ from avit_jax import errors
 _managers = ocp.checkpoint_managers
 _DIGESTS = "sha256.json"
 _REPLACED = "replaced_checkpoint_"
+_STEP = re.compile("0|[1-9][0-9]*")  # name of a folder
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # JSON that Orbax completes when the checkpoint has appeared
 _logger = logging.getLogger(__name__)
 
@@ -88,16 +89,13 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False) -> None:
         self._directory = folder(workdir)
         self._saving: int | None = None
-        if not read_only:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for step in self._named():
-                if not _is_finished(step):
-                    step.rmtree()  # Orbax would, but in the background, where a save may come across it
-            self._put_back()
-        self._ignored = self._damaged()
-        if not read_only:
-            while self._ignored:
-                self._set_aside(self._ignored.pop())
+        try:
+            self._prepare(read_only)
+        except OSError as error:
+            raise errors.UserError(
+                f"{self._directory} is no folder that can be read{'' if read_only else ' and written'} "
+                f"({errors.first_line(error)}): correct its permissions, or move it away."
+            ) from error
         best = _managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_top1,
@@ -116,6 +114,21 @@ class Checkpoints:
         # Asked so, processes count their steps otherwise than `distributed.Stop`, and would miss the one to stop after.
         self._manager.reached_preemption = lambda step: False
 
+    def _prepare(self, read_only: bool) -> None:
+        """Cleans up after a run that was killed, and finds damaged checkpoints."""
+        if os.path.islink(self._directory) and not self._directory.exists():
+            raise FileNotFoundError("it is a link to nothing")
+        if not read_only:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for step in self._named():
+                if not _is_finished(step):
+                    step.rmtree()  # Orbax would, but in the background, where a save may come across it
+            self._put_back()
+        self._ignored = self._damaged()
+        if not read_only:
+            while self._ignored:
+                self._set_aside(self._ignored.pop())
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -126,7 +139,13 @@ class Checkpoints:
     def step(self, which: str = "last") -> int | None:
         """Step of the "last" or the "best" checkpoint, None if there is none."""
         if which == "best":
-            return self._manager.best_step()
+            try:
+                return self._manager.best_step()
+            except Exception as error:  # metrics of a damaged one that was not moved away
+                raise errors.UserError(
+                    f"the best checkpoint in {self._directory} cannot be told ({errors.first_line(error)}): use "
+                    "--config.eval.checkpoint=last."
+                ) from error
         return max(set(self._manager.all_steps()) - set(self._ignored), default=None)
 
     def save(self, step: int, state: Any, *, top1: float | None, extra: dict[str, Any]) -> None:
@@ -225,11 +244,22 @@ class Checkpoints:
         return step
 
     def _read(self, step: int, **parts: Any) -> Any:
-        try:
+        with self._read_errors(step):
             return self._manager.restore(step, args=ocp.args.Composite(**parts))
-        except Exception as error:  # its files are as they were written, so another version wrote them, or a stranger
+
+    def _saved_shapes(self, step: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+        with self._read_errors(step):
+            return _shapes(self._manager.item_metadata(step)["state"])
+
+    @contextlib.contextmanager
+    def _read_errors(self, step: int) -> Iterator[None]:
+        """Whatever goes wrong while a checkpoint is read ends in a sentence: a stranger or another version wrote its files."""
+        try:
+            yield
+        except Exception as error:
             raise errors.UserError(
-                f"the checkpoint of step {step} in {self._directory} cannot be read ({errors.first_line(error)})."
+                f"the checkpoint of step {step} in {self._directory} cannot be read ({errors.first_line(error)}): move this "
+                "folder away and start again."
             ) from error
 
     def _write_digests(self) -> None:
@@ -240,9 +270,11 @@ class Checkpoints:
 
     def _put_back(self) -> None:
         """After a run that ended while it replaced a checkpoint: the old one takes its place again, unless the new one has."""
-        for old in self._directory.glob(f"{_REPLACED}*"):
+        for old in list(self._directory.iterdir()):
             target = self._directory / old.name.removeprefix(_REPLACED)
-            if target.exists():
+            if target == old or not _STEP.fullmatch(target.name) or os.path.islink(old) or not old.is_dir():
+                continue  # it is no checkpoint that was replaced
+            if os.path.lexists(target):
                 old.rmtree()
             else:
                 old.rename(target)
@@ -250,7 +282,7 @@ class Checkpoints:
     def _named(self) -> list[epath.Path]:
         """Folders that have the name of a checkpoint."""
         there = self._directory.iterdir() if self._directory.exists() else ()
-        return [path for path in there if re.fullmatch("0|[1-9][0-9]*", path.name)]
+        return [path for path in there if _STEP.fullmatch(path.name)]
 
     def _damaged(self) -> list[int]:
         """Steps of the checkpoints that are not as they were written; each is told."""
@@ -278,6 +310,8 @@ class Checkpoints:
                 return f"{min(changed)} is not as it was written"
             _check_orbax_metadata(json.loads((folder / _ORBAX_METADATA).read_text()))
             saved = json.loads((folder / "extra/metadata").read_text()).get("step", step)  # an older run did not write it
+            if (folder / "metrics/metrics").exists():
+                _check_metrics(json.loads((folder / "metrics/metrics").read_text()))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             return errors.first_line(error)
         return "" if saved == step else f"it is a copy of that of step {saved}"
@@ -293,7 +327,7 @@ class Checkpoints:
 
     def _check_fit(self, step: int, state: Any) -> None:
         """Compares shapes before anything is read: Orbax would leave an array out, or fail halfway with a page of text."""
-        there, here = _shapes(self._manager.item_metadata(step)["state"]), _shapes(state)
+        there, here = self._saved_shapes(step), _shapes(state)
         differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
         if differing:
             name = differing[0]
@@ -311,6 +345,12 @@ def _is_of_orbax(name: str) -> bool:
     """
     folder, _, file = name.rpartition("/")
     return bool(folder) and not file.startswith(".")
+
+
+def _check_metrics(values: Any) -> None:
+    """Raises ValueError if saved metrics are not what `_top1` reads."""
+    if type(values["top1"] if isinstance(values, dict) and "top1" in values else None) not in (int, float):
+        raise ValueError("its metrics hold no top1")
 
 
 def _check_orbax_metadata(values: Any) -> None:

@@ -42,7 +42,7 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
     content = content.encode() if isinstance(content, str) else content
     if "://" in str(path):
         path.write_bytes(content)
-    elif str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+    elif re.match(r"/dev/(stdout$|stderr$|fd/)|/proc/[^/]+/fd/", str(path)) or (path.exists() and not path.is_file()):
         with path.open("ab") as file:  # behind /dev/stdout there may be a file in which something is already
             file.write(content)
     else:

@@ -97,6 +97,8 @@ def _resolve_paths(pictures: list[str]) -> list[str]:
         flag = flags.FLAGS[name]
         if flag.value is not None:
             flag.value = files.resolve(flag.value, f"--{name}")
+    if not (_WORKDIR.value or "").isascii() and "\ufffd" in os.fsencode(_WORKDIR.value).decode(errors="replace"):
+        raise errors.UserError(f"--workdir must be UTF-8, as checkpoints need it; got {_WORKDIR.value!r}.")
     for section, key in _CONFIG_PATHS:
         values = _CONFIG.value[section] if section else _CONFIG.value
         if values[key]:

@@ -220,7 +220,7 @@ _PAST = {
     "parent": _holds(dict, _is_number),
     "label_names": _holds(list, lambda value: isinstance(value, str)),
     "evaluated": lambda value: isinstance(value, bool),
-    "train_seconds": _is_number,
+    "train_seconds": lambda value: _is_number(value) and 0 <= value < 1e12,
     "rows": _holds(list, _is_row),
     "skipped": _is_count,
     "steps": _is_count,

@@ -4,6 +4,7 @@ A file is a stranger's: nothing of it is run, and it is taken whole or not.
 """
 
 import contextlib
+import logging
 import pathlib
 import re
 import zipfile
@@ -91,6 +92,7 @@ def _from_hub(name: str) -> pathlib.Path:
         from huggingface_hub.errors import RemoteEntryNotFoundError
     except ImportError as error:
         raise errors.UserError(f"{HUB}{name} has to be fetched: pip install huggingface_hub, or name a file.") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
     try:
         with contextlib.suppress(RemoteEntryNotFoundError):
             hf_hub_download(name, "config.json")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -145,16 +146,26 @@ def _claims(section: Mapping[str, Any], actual: Mapping[str, Any], *, input_size
                     value = value[0]
                 if claims.setdefault(name, _whole(key, value)) != value:
                     raise ValueError(f"it contradicts itself: a {name} of {claims[name]} and of {value}")
+
+    def claim(name: str, value: Any) -> None:
+        if claims.setdefault(name, value) != value:
+            raise ValueError(f"it contradicts itself: a {name} of {claims[name]} and of {value}")
+
     for key in ("layer_norm_eps", "norm_eps"):
         if section.get(key) is not None:
-            claims["norm_eps"] = float(section[key])
+            if not math.isfinite(float(section[key])):
+                raise ValueError(f"{key} is {section[key]}")
+            claim("norm_eps", float(section[key]))
     if section.get("mlp_ratio") is not None and "width" in actual:
-        claims["mlp_width"] = int(actual["width"] * float(section["mlp_ratio"]))
-    if section.get("id2label") and "num_classes" not in claims:
-        claims["num_classes"] = len(section["id2label"])
+        claim("mlp_width", int(actual["width"] * float(section["mlp_ratio"])))
+    if section.get("id2label"):
+        claim("num_classes", len(section["id2label"]))
     if "model_type" in section:
         claims["distilled"] = section["model_type"] == "deit"
-    image = section.get("image_size", section.get("img_size"))
+    images = [section[key] for key in ("image_size", "img_size") if section.get(key) is not None]
+    if len(images) == 2 and images[0] != images[1]:
+        raise ValueError(f"it contradicts itself: images of {images[0]} and of {images[1]} pixels")
+    image = images[0] if images else None
     if image is None and section.get("input_size") is not None and input_size:
         claims["channels"], *image = section["input_size"]
     if isinstance(image, dict):

@@ -137,30 +137,15 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str], depth: int) -> dict[s
             gate = halting.HaltingConfig(**told)
             message = "%s: the gate is taken from the file's name, gamma %g and beta %g"
             _logger.warning(message, errors.printable(str(path)), gate.gamma, gate.beta)
-        if max(abs(gate.gamma), abs(gate.beta), gate.redundancy) > float(np.finfo(np.float32).max):
-            raise ValueError(f"gamma {gate.gamma}, beta {gate.beta}, redundancy {gate.redundancy}: float32 cannot hold it")
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise errors.UserError(
             f"{path} is refused: its gate makes no sense ({errors.printable(errors.first_line(error))})."
         ) from error
-    effect = _effect(gate, depth)
-    if effect:
-        message = "%s has a gate with which %s: gamma %g, beta %g, epsilon %g"
-        _logger.warning(message, errors.printable(str(path)), effect, gate.gamma, gate.beta, gate.epsilon)
+    sizes = {key: getattr(gate, key) for key in ("gamma", "beta", "epsilon", "redundancy")}
+    useless = halting.fault(**sizes, num_layers=depth)
+    if useless:
+        _logger.warning("%s: %s", errors.printable(str(path)), useless)
     return told
-
-
-def _effect(gate: halting.HaltingConfig, depth: int) -> str:
-    """What a gate does to tokens of any value, in words; empty if it depends on the token."""
-    threshold, reach = float(np.float32(1) - np.float32(gate.epsilon)), abs(gate.gamma) * _FARTHEST
-    if depth < 2:
-        return ""
-    if threshold <= 0 or (threshold < 1 and gate.beta - reach >= math.log(threshold / (1 - threshold))):
-        return "every token halts in the first layer"
-    score = threshold / (depth - 1)  # in every layer but the last
-    if threshold >= 1 or gate.beta + gate.redundancy + reach < math.log(score / (1 - score)):
-        return "no token halts before the last layer"
-    return ""
 
 
 def _told(gate: halting.HaltingConfig) -> dict[str, Any]:

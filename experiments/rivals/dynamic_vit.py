@@ -38,7 +38,7 @@ def straight_through(keys: jax.Array, log_probability: jax.Array) -> jax.Array:
     """
     noise = jax.vmap(lambda key: jax.random.gumbel(key, log_probability.shape[1:]))(keys)
     soft = jax.nn.softmax(log_probability + noise)[..., 0]
-    return soft + jax.lax.stop_gradient((soft > 0.5) - soft)
+    return soft + jax.lax.stop_gradient((soft > 0.5).astype(soft.dtype) - soft)
 
 
 class DynamicViT(unrolled.Unrolled):

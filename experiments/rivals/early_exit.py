@@ -43,5 +43,5 @@ class EarlyExit(unrolled.Unrolled):
             going &= jax.nn.softmax(logits).max(axis=-1) < self.confidence
         active = jnp.stack(active)
         heads = (active[:, :, 0].sum(axis=0) - 1) * self.width * self.num_classes  # the last one is in fixed_macs
-        macs = flops.image_macs(self, active) + heads
+        macs = flops.image_macs(self, active) + heads.astype(jnp.float32)
         return taken, aux.replace(macs=macs, active=active, depth=active.sum(axis=0))
