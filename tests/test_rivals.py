@@ -160,7 +160,7 @@ def test_the_ratio_loss_is_the_squared_distance_of_each_stage(monkeypatch: pytes
         unrolled.block.Block(**_STATIC.block_sizes, parent=None), params["layers"], None, jnp.arange(5), False
     )
     for i in range(4):
-        x = layers(i, x) if i == 0 else layers(i, x * active[..., None], active=active)
+        x = layers(i, x) if i == 0 else layers(i, x * active[..., None].astype(x.dtype), active=active)
     np.testing.assert_allclose(logits, _STATIC.apply({"params": params}, x[:, :1], method="classify"), atol=2e-5)
 
 
