@@ -38,7 +38,7 @@ def random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLi
 
 
 class LayerNorm(nn.LayerNorm):
-    """Flax's, which promotes dtypes by itself, also if JAX is told not to."""
+    """Flax's layer norm. It promotes dtypes implicitly, which strict promotion would refuse."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"):

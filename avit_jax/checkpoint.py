@@ -143,7 +143,7 @@ class Checkpoints:
                 return self._manager.best_step()
             except Exception as error:  # metrics of a damaged one that was not moved away
                 raise errors.UserError(
-                    f"the best checkpoint in {self._directory} cannot be told ({errors.first_line(error)}): use "
+                    f"the best checkpoint in {self._directory} cannot be found ({errors.first_line(error)}): use "
                     "--config.eval.checkpoint=last."
                 ) from error
         return max(set(self._manager.all_steps()) - set(self._ignored), default=None)
@@ -303,18 +303,18 @@ class Checkpoints:
         try:
             if os.path.islink(folder):
                 return "it is a link"
-            then, now = json.loads((folder / _DIGESTS).read_text()), _digests(folder)
+            then, now = _json(folder / _DIGESTS), _digests(folder)
             names = then.keys() | {name for name in now if _is_of_orbax(name)}
             changed = [name for name in names if then.get(name) != now.get(name)]
             if changed:
                 return f"{min(changed)} is not as it was written"
-            _check_orbax_metadata(json.loads((folder / _ORBAX_METADATA).read_text()))
-            saved = json.loads((folder / "extra/metadata").read_text()).get("step", step)  # an older run did not write it
+            _check_orbax_metadata(_json(folder / _ORBAX_METADATA))
+            saved = _json(folder / "extra/metadata").get("step", step)  # older runs did not write it
             if (folder / "metrics/metrics").exists():
-                _check_metrics(json.loads((folder / "metrics/metrics").read_text()))
+                _check_metrics(_json(folder / "metrics/metrics"))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             return errors.first_line(error)
-        return "" if saved == step else f"it is a copy of that of step {saved}"
+        return "" if type(saved) is int and saved == step else f"its metadata is of step {saved}"
 
     def _set_aside(self, step: int) -> None:
         target = self._directory / f"damaged_checkpoint_{step}"
@@ -338,6 +338,18 @@ class Checkpoints:
             )
 
 
+def _is_file(path: epath.Path) -> bool:
+    """Whether it is a file, and not a pipe, which epath takes for one."""
+    return path.is_file() if _on_bucket(path) else os.path.isfile(path)
+
+
+def _json(path: epath.Path) -> Any:
+    """What a JSON file holds; raises ValueError if it is no file: reading a pipe may never end."""
+    if not _is_file(path):
+        raise ValueError(f"{path.name} is missing")
+    return json.loads(path.read_text())
+
+
 def _is_of_orbax(name: str) -> bool:
     """Whether a file of a checkpoint, by its path in there, has been there since the digests were taken.
 
@@ -349,7 +361,7 @@ def _is_of_orbax(name: str) -> bool:
 
 def _check_metrics(values: Any) -> None:
     """Raises ValueError if saved metrics are not what `_top1` reads."""
-    if type(values["top1"] if isinstance(values, dict) and "top1" in values else None) not in (int, float):
+    if not isinstance(values, dict) or type(values.get("top1")) not in (int, float):
         raise ValueError("its metrics hold no top1")
 
 
@@ -368,9 +380,10 @@ def _digests(folder: epath.Path) -> dict[str, str]:
     """SHA-256 of every file in a checkpoint's folder by its path in there."""
     digests = {}
     for parent, _, names in folder.walk():
-        for name in set(names) - {_DIGESTS, _ORBAX_METADATA}:
-            with (parent / name).open("rb") as file:
-                digests[str((parent / name).relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+        for path in (parent / name for name in set(names) - {_DIGESTS, _ORBAX_METADATA}):
+            if _is_file(path):
+                with path.open("rb") as file:
+                    digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return dict(sorted(digests.items()))
 
 

@@ -197,7 +197,7 @@ class Stop:
         self._several = jax.process_count() > 1
         self._in_handler: list[int] = []  # signals so far
         self._in_thread: list[int] = []
-        self._unsaid = ["stopping after the step in hand; once more stops at once"]
+        self._unsaid = ["stopping after the current step; a second signal stops at once"]
         self._elsewhere = False  # another process got the first signal
         self._before: dict[int, Any] = {}
 

@@ -90,16 +90,14 @@ def from_checkpoint(path: epath.PathLike, config: ConfigDict, checkpoint: epath.
     Raises:
       errors.UserError: the checkpoint cannot be used, or the file has the name of another kind.
     """
-    if str(path).endswith((".pth", ".pt", ".bin", ".npz")):
-        raise errors.UserError(f"{path} would be taken for weights, which are written as .safetensors: name another file.")
-    if not str(path).endswith((".avit", ".safetensors")):
+    if not str(path).lower().endswith((".avit", ".safetensors")):
         raise errors.UserError(f"the file must be name.avit for a program, or name.safetensors for weights; got {path}.")
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     params, names = restore.trained(config, model, checkpoint)
     if not distributed.is_first():
         return
-    if str(path).endswith(".safetensors"):
+    if str(path).lower().endswith(".safetensors"):
         weight_files.write(path, params, model)
     else:
         write(path, params, model, mean=config.data.mean, std=config.data.std, label_names=names, batch=batch)

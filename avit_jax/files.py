@@ -42,8 +42,9 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
     content = content.encode() if isinstance(content, str) else content
     if "://" in str(path):
         path.write_bytes(content)
-    elif re.match(r"/dev/(stdout$|stderr$|fd/)|/proc/[^/]+/fd/", str(path)) or (path.exists() and not path.is_file()):
-        with path.open("ab") as file:  # behind /dev/stdout there may be a file in which something is already
+    elif re.match(r"/dev/(stdout$|stderr$|fd/)|/proc/[^/]+/fd/", str(path)) or (path.exists() and not os.path.isfile(path)):
+        # Behind /dev/stdout there may be a file in which something is already. epath takes devices for files, hence os.path.
+        with path.open("ab") as file:
             file.write(content)
     else:
         path = epath.Path(os.path.realpath(path))

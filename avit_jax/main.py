@@ -97,8 +97,10 @@ def _resolve_paths(pictures: list[str]) -> list[str]:
         flag = flags.FLAGS[name]
         if flag.value is not None:
             flag.value = files.resolve(flag.value, f"--{name}")
-    if not (_WORKDIR.value or "").isascii() and "\ufffd" in os.fsencode(_WORKDIR.value).decode(errors="replace"):
-        raise errors.UserError(f"--workdir must be UTF-8, as checkpoints need it; got {_WORKDIR.value!r}.")
+    try:
+        (_WORKDIR.value or "").encode()
+    except UnicodeEncodeError as error:
+        raise errors.UserError(f"--workdir must be valid UTF-8, as checkpoints need it; got {_WORKDIR.value!r}.") from error
     for section, key in _CONFIG_PATHS:
         values = _CONFIG.value[section] if section else _CONFIG.value
         if values[key]:
@@ -119,7 +121,7 @@ def _run(argv: list[str], workdir: str) -> None:
             errors.stop("name the file to write, for example --out=network.avit or --out=weights.safetensors.")
         export.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, batch=_BATCH.value)
     elif _MODE.value == "calibrate":
-        if not (_OUT.value or "").endswith(".safetensors") or not _BUDGET.value:
+        if not (_OUT.value or "").lower().endswith(".safetensors") or not _BUDGET.value:
             errors.stop("name the weight file to write and the budget, for example --out=weights.safetensors --budget=0.6.")
         train.check(_CONFIG.value, "eval")
         calibrate.from_checkpoint(_OUT.value, _CONFIG.value, _CHECKPOINT.value or workdir, _BUDGET.value)

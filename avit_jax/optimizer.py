@@ -26,7 +26,7 @@ def schedule(
 
 
 def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of Optax, which promotes dtypes by itself, also if JAX is told not to."""
+    """A function of Optax. It promotes dtypes implicitly, which strict promotion would refuse."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:

@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 def fit_positions(
     embedding: np.ndarray, grid: tuple[int, int], num_readout: int, *, before: tuple[int, int] | None, name: str
 ) -> np.ndarray:
-    """Position embeddings for a model: as they are if they fit, else resized; a warning tells a grid that is only assumed.
+    """Position embeddings for a model: unchanged if they fit, else resized; a warning names a grid that is only assumed.
 
     Args:
       embedding: `(1, R + n, D)` of the file.
@@ -62,28 +62,19 @@ def _text(grid: tuple[int, int]) -> str:
     return f"{grid[0]} x {grid[1]}"
 
 
-def resize_positions(
-    embedding: np.ndarray, grid: tuple[int, int], num_readout: int, *, before: tuple[int, int] | None = None
-) -> np.ndarray:
+def resize_positions(embedding: np.ndarray, grid: tuple[int, int], num_readout: int, *, before: tuple[int, int]) -> np.ndarray:
     """Position embeddings for another number of patches, bicubic, as PyTorch's `interpolate` with align_corners=False.
 
     Args:
       embedding: `(1, R + n, D)`.
       grid: rows and columns of patches that are wanted.
       num_readout: R, of tokens that are no patches and keep theirs.
-      before: rows and columns that it has; None: as many of both.
+      before: rows and columns that it has.
 
     Returns:
       `(1, R + rows * columns, D)` float32.
-
-    Raises:
-      errors.UserError: the embeddings are not of such a grid.
     """
     head, patches = embedding[0, :num_readout], embedding[0, num_readout:]
-    before = before or (math.isqrt(len(patches)),) * 2
-    if not len(patches) or math.prod(before) != len(patches):
-        of = "a square" if before[0] == before[1] else f"{before[0]} x {before[1]}"
-        raise errors.UserError(f"position embeddings of {len(patches)} patches are not of {of}: they cannot be resized.")
     rows, columns = (_bicubic(side, size) for side, size in zip(before, grid, strict=True))
     patches = np.einsum("ri,cj,ijd->rcd", rows, columns, patches.reshape(*before, -1).astype(np.float64))
     return np.concatenate([head, patches.reshape(grid[0] * grid[1], -1)])[None].astype(np.float32)

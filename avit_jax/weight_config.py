@@ -138,19 +138,18 @@ def _compare(config: pathlib.Path, path: pathlib.Path, told: dict[str, Any], act
 def _claims(section: Mapping[str, Any], actual: Mapping[str, Any], *, input_size: bool = False) -> dict[str, Any]:
     """What a section of a config tells, by our names."""
     claims: dict[str, Any] = {}
+
+    def claim(name: str, value: Any) -> None:
+        if claims.setdefault(name, value) != value:
+            raise ValueError(f"it contradicts itself: a {name} of {claims[name]} and of {value}")
+
     for name, keys in _SIZES.items():
         for key in keys:
             value = section.get(key)
             if value is not None:
                 if isinstance(value, list) and len(set(value)) == 1:  # of a patch
                     value = value[0]
-                if claims.setdefault(name, _whole(key, value)) != value:
-                    raise ValueError(f"it contradicts itself: a {name} of {claims[name]} and of {value}")
-
-    def claim(name: str, value: Any) -> None:
-        if claims.setdefault(name, value) != value:
-            raise ValueError(f"it contradicts itself: a {name} of {claims[name]} and of {value}")
-
+                claim(name, _whole(key, value))
     for key in ("layer_norm_eps", "norm_eps"):
         if section.get(key) is not None:
             if not math.isfinite(float(section[key])):

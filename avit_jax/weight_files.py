@@ -21,7 +21,6 @@ from etils import epath
 from avit_jax import errors, files, halting, tensor_files, vit, weight_config, weights
 from avit_jax.positions import fit_positions
 
-_FARTHEST = 50.0  # value of a token's gate channel that no network reaches
 _logger = logging.getLogger(__name__)
 
 
@@ -171,7 +170,10 @@ def adopt(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool = Fals
 
     Raises:
       errors.UserError: it does not fit, or has another number of heads, epsilon of the layer norms, or grid.
+      ValueError: the grid is not two numbers.
     """
+    if len(grid) not in (0, 2):
+        raise ValueError(f"grid must be the rows and columns of patches, or empty; got {grid}.")
     grid = tuple(grid) or file.grid
     if file.grid not in (None, grid):
         raise errors.UserError(f"{name} tells a grid of {file.grid}, and config.init_grid is {grid}: leave it out.")

@@ -37,18 +37,76 @@ def _rewrite(folder: pathlib.Path, name: str, text: str) -> None:
 
 _ODD = [
     (name, text)
-    for name in ("sha256.json", "_CHECKPOINT_METADATA", "extra/metadata")
+    for name in ("sha256.json", "_CHECKPOINT_METADATA", "extra/metadata", "metrics/metrics")
     for text in ("", "[]", "5", "null", '"x"', _DEEP)
 ]
 
 
-@pytest.mark.parametrize(("name", "text"), [*_ODD, ("sha256.json", "{}")])
+_ODD += [("sha256.json", "{}"), ("metrics/metrics", "{}"), ("metrics/metrics", '{"top1": "a"}')]
+_ODD += [("extra/metadata", '{"step": 2.0}')]
+
+
+@pytest.mark.parametrize(("name", "text"), _ODD)
 def test_odd_json_is_damage(tmp_path: pathlib.Path, name: str, text: str) -> None:
     _saved(tmp_path, (1, 0.1), (2, 0.2))
     _rewrite(tmp_path / "checkpoints/2", name, text)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         _equal(checkpoints.restore(_state())[0], _state(1))
     assert (tmp_path / "checkpoints/damaged_checkpoint_2").is_dir()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "5", "", '{"tree_metadata": 5}'])
+def test_odd_metadata_of_the_state_end_in_a_sentence(tmp_path: pathlib.Path, text: str) -> None:
+    _saved(tmp_path, (1, 0.1))
+    _rewrite(tmp_path / "checkpoints/1", "state/_METADATA", text)
+    with (
+        checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(errors.UserError, match=r"step 1 .* cannot be read .*: move this folder away"),
+    ):
+        checkpoints.restore(_state())
+
+
+def test_metrics_of_a_damaged_checkpoint_that_stays(tmp_path: pathlib.Path) -> None:
+    _saved(tmp_path, (1, 0.1), (2, 0.2))
+    (tmp_path / "checkpoints/2/metrics/metrics").write_text("{}")
+    with (
+        checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(errors.UserError, match=r"best checkpoint .*use --config.eval.checkpoint=last"),
+    ):
+        checkpoints.restore(_state(), "best")
+
+
+@pytest.mark.parametrize("name", ["sha256.json", "extra/metadata", "_CHECKPOINT_METADATA"])
+def test_a_pipe_in_place_of_a_file_is_damage(tmp_path: pathlib.Path, name: str) -> None:
+    _saved(tmp_path, (1, 0.1), (2, 0.2))
+    (tmp_path / "checkpoints/2" / name).unlink()
+    os.mkfifo(tmp_path / "checkpoints/2" / name)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.step() == 1
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to itself"])
+def test_a_folder_of_checkpoints_that_is_none(tmp_path: pathlib.Path, kind: str, read_only: bool) -> None:
+    there = tmp_path / "checkpoints"
+    if kind == "file":
+        there.write_text("")
+    else:
+        there.symlink_to("nowhere" if kind == "link to nothing" else there)
+    with pytest.raises(errors.UserError, match="checkpoints is no folder that can be read"):
+        checkpoint.Checkpoints(tmp_path, read_only=read_only)
+
+
+def test_what_only_looks_like_a_replaced_checkpoint_stays(tmp_path: pathlib.Path) -> None:
+    _saved(tmp_path, (1, 0.1))
+    there = tmp_path / "checkpoints"
+    names = [f"replaced_checkpoint_{end}" for end in ("", "abc", "..", "07")]
+    for name in names:
+        (there / name).mkdir()
+    (there / "replaced_checkpoint_9").symlink_to(there / "1")
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        _equal(checkpoints.restore(_state())[0], _state(1))
+    assert {path.name for path in there.iterdir()} == {"1", "replaced_checkpoint_9", *names}
 
 
 @pytest.mark.parametrize("key", ["item_handlers", "metrics", "performance_metrics", "init_timestamp_nsecs", "custom_metadata"])

@@ -177,7 +177,7 @@ def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
     train.train(config, tmp_path / "run")
     export.from_checkpoint(tmp_path / "network.avit", config, tmp_path / "run")
     export.from_checkpoint(tmp_path / "weights.safetensors", config, tmp_path / "run")
-    with pytest.raises(errors.UserError, match=r"weights\.pth would be taken for weights"):
+    with pytest.raises(errors.UserError, match=r"must be name\.avit .*weights\.pth"):
         export.from_checkpoint(tmp_path / "weights.pth", config, tmp_path / "run")
     network = serving.load(tmp_path / "network.avit")
     assert network.metadata["label_names"] == [str(i) for i in range(10)]

@@ -1,6 +1,7 @@
 """Weights by their names on the Hugging Face hub: the real library against a hub of our own."""
 
 import http.server
+import logging
 import pathlib
 import sys
 import threading
@@ -69,6 +70,12 @@ def test_a_name_that_is_not_there(hub: None, name: str) -> None:
     with pytest.raises(errors.UserError, match=f"hf-hub:{name} cannot be fetched") as told:
         weight_files.read(f"hf-hub:{name}")
     assert "\n" not in str(told.value)
+
+
+def test_the_library_s_own_warnings_stay_away(hub: None, caplog: pytest.LogCaptureFixture) -> None:
+    weight_files.read("hf-hub:some/model")
+    logging.getLogger("huggingface_hub.utils").warning("retrying")
+    assert "retrying" not in caplog.text
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,11 @@ def test_empty_paths(flag: str, mode: str, empty: str) -> None:
         _parse(_DIGITS, f"--mode={mode}", f"{flag}={empty}")
 
 
+def test_a_workdir_whose_name_is_no_text() -> None:
+    with _one_line("--workdir must be valid UTF-8"):
+        _parse(_DIGITS, "--workdir=/tmp/\udcff")
+
+
 def test_paths_of_pictures_and_of_the_recipe(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["main"])

@@ -136,3 +136,10 @@ def test_position_embeddings_of_pictures_that_are_not_square(tmp_path: pathlib.P
     )  # cubic, not linear
     with pytest.raises(errors.UserError, match="0 patches"):
         positions.fit_positions(np.zeros((1, 1, 12)), (4, 4), 1, before=None, name="x")
+
+
+@pytest.mark.parametrize("grid", [(4,), (1, 2, 2)])
+def test_a_grid_has_rows_and_columns(tmp_path: pathlib.Path, grid: tuple[int, ...]) -> None:
+    _file(tmp_path / "x.safetensors", _model(2, 2))
+    with pytest.raises(ValueError, match="grid must be the rows and columns"):
+        weight_files.load(tmp_path / "x.safetensors", _model(2, 2), grid=grid)

@@ -130,7 +130,7 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: py
         with pytest.raises(SystemExit) as exit_:
             signal.raise_signal(signal.SIGTERM)
     assert exit_.value.code == 128 + signal.SIGTERM
-    assert capfd.readouterr().err == "SIGINT: stopping after the step in hand; once more stops at once\n"
+    assert capfd.readouterr().err == "SIGINT: stopping after the current step; a second signal stops at once\n"
 
 
 def test_a_run_that_is_prolonged_has_not_ended(undisturbed, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +357,7 @@ def test_an_update_that_overflows_is_not_saved(tmp_path: pathlib.Path) -> None:
         (lambda past: past.update(config=[]), "another version .*config"),
         (lambda past: past.update(rows="x", train_seconds="x"), "another version .*train_seconds, rows"),
         (lambda past: past.update(rows=[[1, {"loss": "x"}]], skipped=-1, steps=True), "rows, skipped, steps"),
+        (lambda past: past.update(train_seconds=float("nan")), "train_seconds"),
         (
             lambda past: past.update(sizes={"metrics.jsonl": -5}, label_names=[1], parent={"x": []}, data={"training": 1}),
             "data",

@@ -84,7 +84,7 @@ def test_a_busy_main_thread() -> None:
         with _start("-c", _BUSY) as process:
             _after_ready(process)
             assert select.select([process.stderr], [], [], 30)[0], "nothing is said while the main thread is busy"
-            assert process.stderr.readline() == "SIGINT: stopping after the step in hand; once more stops at once\n"
+            assert process.stderr.readline() == "SIGINT: stopping after the current step; a second signal stops at once\n"
             if end == "it goes on":
                 process.stdin.write("x")
             else:

@@ -70,6 +70,12 @@ def test_what_hugging_face_tells_is_used(tmp_path: pathlib.Path) -> None:
         ({"hidden_act": ["gelu"]}, "its hidden_act is"),
         ({"hidden_act": "gelu_new"}, "its hidden_act is gelu_new"),
         ({"layer_norm_eps": 2.0}, "makes no sense"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"norm_eps": 1e-3}, "contradicts itself: a norm_eps of 1e-12 and of 0.001"),
+        ({"mlp_ratio": 2.0}, "contradicts itself: a mlp_width of 48 and of 24"),
+        ({"num_labels": 5, "id2label": {"0": "a"}}, "contradicts itself: a num_classes of 5 and of 1"),
+        ({"embed_dim": 13}, "contradicts itself: a width of 12 and of 13"),
+        ({"img_size": 32}, "contradicts itself: images of 16 and of 32 pixels"),
     ],
 )
 def test_a_config_of_hugging_face_that_contradicts_the_tensors(

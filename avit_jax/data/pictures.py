@@ -73,7 +73,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _of_sixteen_bits(picture: Image.Image, encoded: bytes) -> Image.Image:
-    """A decoded PNG of 16 bits a channel, of which Pillow keeps 8 if it is not grey; grey ones of fewer bits are scaled."""
+    """A decoded PNG of 16 bits a channel: grey is scaled if it uses fewer bits; Pillow keeps the upper 8 bits of colours."""
     if not picture.mode.startswith("I"):
         largest = max(high for band, (_, high) in zip(picture.getbands(), picture.getextrema(), strict=True) if band != "A")
         if 0 < largest < _FEW >> 8:
@@ -110,7 +110,7 @@ def _warn_of_few_bits() -> None:
 
 
 def forget_warnings() -> None:
-    """The next data set is warned about anew."""
+    """Lets the warnings of this module appear again, for the next data set."""
     _warn_of_few_bits.cache_clear()
 
 
