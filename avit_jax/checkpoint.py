@@ -162,9 +162,8 @@ class Checkpoints:
         Raises:
           errors.UserError: it cannot be written, or the folder holds a checkpoint of a later step.
         """
-        state = jax.tree.map(np.array, jax.device_get(state))
-        extra = json.loads(json.dumps(extra | {"step": step}))
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
+        extra = json.loads(json.dumps(extra | {"step": step}))  # a copy: Orbax copies arrays before it returns, JSON it does not
+        args = ocp.args.Composite(state=ocp.args.StandardSave(jax.device_get(state)), extra=ocp.args.JsonSave(extra))
         with self._told():
             self._manager.wait_until_finished()
             replaced = self._directory / f"{_REPLACED}{step}"
