@@ -162,7 +162,7 @@ class Checkpoints:
         Raises:
           errors.UserError: it cannot be written, or the folder holds a checkpoint of a later step.
         """
-        extra = json.loads(json.dumps(extra | {"step": step}))  # a copy: Orbax copies arrays before it returns, JSON it does not
+        extra = json.loads(json.dumps(extra | {"step": step}))  # a copy, which Orbax makes of arrays alone
         args = ocp.args.Composite(state=ocp.args.StandardSave(jax.device_get(state)), extra=ocp.args.JsonSave(extra))
         with self._told():
             self._manager.wait_until_finished()

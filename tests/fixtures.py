@@ -40,3 +40,15 @@ def restored_state(config: ConfigDict, workdir: pathlib.Path) -> build.TrainStat
     tx, _ = build.optimizer(config)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(build.new_state(build.model(config), tx, seed=0, ema=True))[0]
+
+
+def big_vision_outside_layers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Embedding, head and last norm in the names and layouts of big_vision, of tensors by timm's names."""
+    return {
+        "embedding/kernel": tensors["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": tensors["patch_embed.proj.bias"],
+        "head/kernel": tensors["head.weight"].T,
+        "head/bias": tensors["head.bias"],
+        "Transformer/encoder_norm/scale": tensors["norm.weight"],
+        "Transformer/encoder_norm/bias": tensors["norm.bias"],
+    }

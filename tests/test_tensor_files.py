@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import Callable
 
+import fixtures
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -60,12 +61,7 @@ def _big_vision(heads: tuple[int, int] = (3, 3)) -> dict[str, np.ndarray]:
     there = {
         "cls": tensors["cls_token"] + tensors["pos_embed"][:, :1],
         "pos_embedding": tensors["pos_embed"][:, 1:],
-        "embedding/kernel": tensors["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": tensors["patch_embed.proj.bias"],
-        "head/kernel": tensors["head.weight"].T,
-        "head/bias": tensors["head.bias"],
-        "Transformer/encoder_norm/scale": tensors["norm.weight"],
-        "Transformer/encoder_norm/bias": tensors["norm.bias"],
+        **fixtures.big_vision_outside_layers(tensors),
     }
     for i in range(2):
         block, shape = f"Transformer/encoderblock_{i}/", (heads[i], 12 // heads[i])

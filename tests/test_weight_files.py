@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,12 +147,7 @@ def _as_augreg(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     there = {
         "cls": tensors["cls_token"],
         "Transformer/posembed_input/pos_embedding": tensors["pos_embed"],
-        "embedding/kernel": tensors["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
-        "embedding/bias": tensors["patch_embed.proj.bias"],
-        "head/kernel": tensors["head.weight"].T,
-        "head/bias": tensors["head.bias"],
-        "Transformer/encoder_norm/scale": tensors["norm.weight"],
-        "Transformer/encoder_norm/bias": tensors["norm.bias"],
+        **fixtures.big_vision_outside_layers(tensors),
     }
     for i in range(2):
         block = f"Transformer/encoderblock_{i}/"
