@@ -1,5 +1,7 @@
 """What a configuration asks for: the network, its optimizer, and the state a training begins with."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -76,3 +78,8 @@ def new_state(network: vit.AViT, tx: optax.GradientTransformation, *, seed: int,
     params = network.init(jax.random.key(seed), images)["params"]
     ema_params = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params=ema_params, opt_state=tx.init(params))
+
+
+def creation(config: ConfigDict, network: vit.AViT) -> Callable[[], TrainState]:
+    """What makes the state before the first step of a configuration's run."""
+    return functools.partial(new_state, network, optimizer(config)[0], seed=config.seed, ema=config.optimizer.ema_decay > 0)

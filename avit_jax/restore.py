@@ -1,6 +1,5 @@
 """What a run starts from: random weights, a weight file, or its last checkpoint."""
 
-import functools
 import json
 import logging
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -38,17 +36,16 @@ def to_keep(config: ConfigDict, training: sources.Source, evaluation: sources.So
 def begin(
     config: ConfigDict,
     model: vit.AViT,
-    tx: optax.GradientTransformation,
+    create: Callable[[], build.TrainState],
     checkpoints: Checkpoints | None,
     kept: dict[str, Any],
     allow_changed_config: bool,
 ) -> tuple[build.TrainState, dict[str, Any]]:
     """The state of the last checkpoint and what was saved beside it, on all processes; a new one and {} where there is none.
 
-    `kept` is of `to_keep`.
+    `create` returns the new one, and `kept` is of `to_keep`.
     """
-    create, state = _creation(config, model, tx)
-    past: dict[str, Any] = {}
+    state, past = _of_its_shapes(create), {}
     if checkpoints is not None and checkpoints.step() is not None:
         state, past = checkpoints.restore(state)
         progress.check_past(past)
@@ -96,12 +93,9 @@ def _changed_data(past: dict[str, Any], data: dict[str, str]) -> str:
     return f"the {odd[0]} split has other files, or another number of pictures, than when the run began" if odd else ""
 
 
-def _creation(
-    config: ConfigDict, model: vit.AViT, tx: optax.GradientTransformation
-) -> tuple[Callable[[], build.TrainState], build.TrainState]:
-    """What makes the state before the first step, and a state of its shapes."""
-    create = functools.partial(build.new_state, model, tx, seed=config.seed, ema=config.optimizer.ema_decay > 0)
-    return create, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
+def _of_its_shapes(create: Callable[[], build.TrainState]) -> build.TrainState:
+    """Zeros of the shapes and dtypes of what `create` would return."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(create))
 
 
 def evaluate_before(
@@ -198,7 +192,7 @@ def params(config: ConfigDict, model: vit.AViT, workdir: epath.PathLike) -> tupl
     """
     if config.eval.checkpoint == "init":
         return _adopted(config, model), {"train_seconds": 0.0}
-    _, state = _creation(config, model, build.optimizer(config)[0])
+    state = _of_its_shapes(build.creation(config, model))
     past: dict[str, Any] = {}
     if distributed.is_first():
         with Checkpoints(workdir, read_only=True) as checkpoints:

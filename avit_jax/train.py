@@ -1,13 +1,15 @@
 """The training loop, under `pmap`. What shares work out over devices is here, in `train_step` and in `evaluate`."""
 
 import contextlib
+import functools
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import optax
 from etils import epath
 from flax import jax_utils
 from ml_collections import ConfigDict
@@ -44,7 +46,56 @@ def input_batches(config: ConfigDict, model: vit.AViT, source: sources.Source, s
     )
 
 
-def _next(batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None) -> tuple[loader.Batch, float]:
+Step = Callable[[build.TrainState, loader.Batch], tuple[build.TrainState, dict[str, jax.Array]]]
+
+
+class Parts(NamedTuple):
+    """What the training loop runs: `parts` makes those of a configuration.
+
+    Attributes:
+      model: what is trained.
+      create: returns the state before the first step, of random parameters.
+      make_step: takes the teacher, or None, and returns the training step over all devices. The step takes the state, which it
+        donates, and a batch; it returns the new state and its values, each along a first axis of devices.
+      batches: takes the number of steps done and returns the batches that follow, on the devices.
+      evaluator: takes parameters and `stop`, as `evaluate.Evaluator`, whose `source`, `scalars` and `report` it has too.
+      source: the training split.
+      learning_rate: by step.
+    """
+
+    model: vit.AViT
+    create: Callable[[], build.TrainState]
+    make_step: Callable[[restore.Teacher | None], Step]
+    batches: Callable[[int], Iterator[loader.Batch]]
+    evaluator: evaluate.Evaluator
+    source: sources.Source
+    learning_rate: optax.Schedule
+
+
+def parts(config: ConfigDict, model: vit.AViT | None = None) -> Parts:
+    """The parts of a configuration; `model` is trained in place of its own.
+
+    Raises errors.UserError where a data set is missing or does not fit the model.
+    """
+    model = build.model(config) if model is None else model
+    tx, learning_rate = build.optimizer(config)
+    source = load_source(config, model)
+
+    def make_step(teacher: restore.Teacher | None) -> Step:
+        return _on_devices(train_step.make_train_step(model, tx, config, teacher and teacher.model), teacher)
+
+    return Parts(
+        model=model,
+        create=build.creation(config, model),
+        make_step=make_step,
+        batches=functools.partial(input_batches, config, model, source),
+        evaluator=evaluate.Evaluator(config, model, source),
+        source=source,
+        learning_rate=learning_rate,
+    )
+
+
+def next_batch(batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None) -> tuple[loader.Batch, float]:
     """The next batch, and the seconds that the devices may have waited for it: none if the step before is still running."""
     started = time.monotonic()
     batch = next(batches)
@@ -87,33 +138,34 @@ def train(
         another run, or the loss is no longer finite.
       KeyboardInterrupt: SIGINT came before the first step, so that there is nothing to save.
     """
-    workdir = epath.Path(workdir).expanduser()
     check(config, "train", "eval")
-    model = build.model(config) if model is None else model
-    tx, learning_rate = build.optimizer(config)
-    source = load_source(config, model)
-    evaluator = evaluate.Evaluator(config, model, source)
+    run(config, workdir, parts(config, model), allow_changed_config=allow_changed_config)
+
+
+def run(config: ConfigDict, workdir: epath.PathLike, parts: Parts, *, allow_changed_config: bool = False) -> None:
+    """The loop of `train`, of which it has arguments and errors, over the given parts."""
+    workdir, evaluator = epath.Path(workdir).expanduser(), parts.evaluator
     with contextlib.ExitStack() as stack:
         stop, checkpoints = stack.enter_context(distributed.Stop()), None
         stack.enter_context(_named_nans(config.debug.nans))
         if distributed.is_first():
             stack.enter_context(checkpoint.claim(workdir))
             checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-        kept = restore.to_keep(config, source, evaluator.source)
-        state, past = restore.begin(config, model, tx, checkpoints, kept, allow_changed_config)
+        kept = restore.to_keep(config, parts.source, evaluator.source)
+        state, past = restore.begin(config, parts.model, parts.create, checkpoints, kept, allow_changed_config)
         start = int(state.step)
         if checkpoints and start < config.train.steps:
             (workdir / "summary.json").unlink(missing_ok=True)  # it tells that a run has ended
             _warn_of_a_long_average(config)
-        teacher = restore.teacher(config, model, past, allow_changed_config)
+        teacher = restore.teacher(config, parts.model, past, allow_changed_config)
         kept["teacher"] = teacher and teacher.fingerprint
-        kept["parent"] = restore.evaluate_before(config, model, state.params, teacher, past, stop)
+        kept["parent"] = restore.evaluate_before(config, parts.model, state.params, teacher, past, stop)
         if kept["parent"] is None:
             return _stopped(stop, "before training", is_empty=True)
-        log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, learning_rate, start, past))
-        batches = stack.enter_context(contextlib.closing(input_batches(config, model, source, start)))
+        log = stack.enter_context(progress.Log(config, workdir if checkpoints else None, parts.learning_rate, start, past))
+        batches = stack.enter_context(contextlib.closing(parts.batches(start)))
         state = evaluate.replicate(state)
-        step_fn = _on_devices(train_step.make_train_step(model, tx, config, teacher and teacher.model), teacher)
+        step_fn = parts.make_step(teacher)
         results, values, saved, seconds = None, None, start, past.get("train_seconds", 0.0)
         profile = config.debug.profile if start < config.debug.profile[0] else (0, 0)
         for step in range(start, config.train.steps + 1):
@@ -121,7 +173,7 @@ def train(
             if new:
                 with _profiled(profile, step, workdir):
                     try:
-                        batch, waited = _next(batches, values)
+                        batch, waited = next_batch(batches, values)
                     except Exception:
                         if step - 1 > saved:  # what has been trained is saved, even where it cannot go on
                             _save(checkpoints, step - 1, state, log, kept, None)

@@ -153,7 +153,7 @@ def test_a_run_can_be_the_teacher_or_the_start(tmp_path: pathlib.Path) -> None:
     gate = state.ema_params.pop("gate")
     assert (found.model.halting.gamma, found.model.halting.beta) == (gate["gamma"], gate["beta"])  # fixed as it was learnt
     chex.assert_trees_all_equal(found.params, state.ema_params)
-    begun, _ = restore.begin(config, model, build.optimizer(config)[0], None, {}, False)
+    begun, _ = restore.begin(config, model, build.creation(config, model), None, {}, False)
     chex.assert_trees_all_equal(begun.params, state.ema_params)
 
 

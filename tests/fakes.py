@@ -1,0 +1,120 @@
+"""A network of three parameters and what trains it, for tests of the loop and of all that surrounds a network."""
+
+import functools
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+
+import fixtures
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import jax_utils
+from ml_collections import ConfigDict
+
+from avit_jax import build, checkpoint, distributed, evaluate, files, train, train_step, vit
+from avit_jax.data import loader, sources
+
+SOURCES = [sources.Source(f"the {split} split", range(count), list("ab"), channels=1) for split, count in (("a", 32), ("b", 8))]
+_ROW = {"macs": np.float32(50.0), "depth_patch": np.float32(1.5), "depth_class": np.float32(2.0), "images": np.float32(8)}
+
+
+def config(**overrides: object) -> ConfigDict:
+    """Windows of the log, evaluations and checkpoints end at different steps."""
+    steps = {"train.steps": 9, "train.log_every": 4, "train.eval_every": 6, "train.save_every": 3}
+    return fixtures.small_config(**steps | overrides)
+
+
+def create() -> build.TrainState:
+    """The state before the first step."""
+    params = {"a": jnp.zeros(2), "b": jnp.ones(())}
+    return build.TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params={"a": jnp.zeros(2)}, opt_state=())
+
+
+def batches(start: int, at: Mapping[int, Callable[[], None]] | None = None) -> Iterator[loader.Batch]:
+    """Batches that follow from the number of the step; before that of a step in `at`, its action is done."""
+    for step in itertools.count(start + 1):
+        (at or {}).get(step, lambda: None)()
+        image = np.random.default_rng(step).random((jax.local_device_count(), 2), np.float32)
+        yield {"image": image, "skipped": np.zeros(image.shape, np.int32)}
+
+
+@functools.cache
+def _step(poisoned: frozenset[int], value: str, skip: bool) -> train.Step:
+    def step(state: build.TrainState, batch: loader.Batch) -> tuple[build.TrainState, dict[str, jax.Array]]:
+        target = jax.lax.pmean(batch["image"].astype(jnp.float32).mean(), train_step.AXIS)
+        number = state.step + 1
+        bad = jnp.isin(number, jnp.array([*poisoned, -1]))
+        update = lambda tree: jax.tree.map(lambda x: 0.9 * x + 0.1 * target, tree)  # noqa: E731
+        values = dict.fromkeys(("loss", "task_loss", "grad_norm", "param_norm", "top1"), target)
+        values[value] = jnp.where(bad, jnp.sqrt(-target), values[value])
+        counts = {"skipped": jax.lax.psum(batch["skipped"].sum(), train_step.AXIS), "nonfinite": bad & skip}
+        new = {"params": update(state.params), "ema_params": update(state.ema_params)}
+        return state.replace(step=number, **new), values | counts
+
+    return jax.pmap(step, axis_name=train_step.AXIS, donate_argnums=0)
+
+
+class Evaluator(evaluate.Evaluator):
+    """Reads its results off the parameters."""
+
+    def __init__(self, source: sources.Source = SOURCES[1]) -> None:
+        self.source = source
+
+    def __call__(self, params: object, stop: Callable[[], bool] = lambda: False) -> evaluate.Results | None:
+        first = jax.tree.leaves(jax_utils.unreplicate(params))[0]
+        return None if stop() else _ROW | {"top1": np.float32(1.0) / (1.0 + np.asarray(first, np.float32).mean())}
+
+    def scalars(self, results: evaluate.Results) -> dict[str, float]:
+        return {name: float(value) for name, value in results.items()} | {"macs_ratio": 0.5}
+
+    def report(self, summary: pathlib.Path, picture: object, params: object, results: evaluate.Results, **more: float) -> None:
+        if distributed.is_first():
+            files.write(summary, json.dumps(self.scalars(results) | more))
+
+
+def parts(
+    config: ConfigDict,
+    *,
+    at: Mapping[int, Callable[[], None]] | None = None,
+    poisoned: tuple[int, ...] = (),
+    value: str = "loss",
+    model: vit.AViT | None = None,
+) -> train.Parts:
+    """What the loop needs; its other attributes can be changed with `_replace`.
+
+    Args:
+      config: of the run.
+      at: what is done while the batch of a step is fetched.
+      poisoned: the steps of which a value is not finite.
+      value: its name.
+      model: has its random parameters in place of the three.
+    """
+    return train.Parts(
+        model=model,
+        create=create if model is None else build.creation(config, model),
+        make_step=lambda teacher: _step(frozenset(poisoned), value, config.train.nonfinite == "skip"),
+        batches=functools.partial(batches, at=at),
+        evaluator=Evaluator(),
+        source=SOURCES[0],
+        learning_rate=build.optimizer(config)[1],
+    )
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False, **how: object) -> None:
+    """A run of the fake network; `how` is of `parts`."""
+    train.run(config, workdir, parts(config, **how), allow_changed_config=allow_changed_config)
+
+
+def real_run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """The workdir of a run of the configuration's own network and data, of which no loss has been computed."""
+    model = build.model(config)
+    source = train.load_source(config, model)
+    train.run(config, workdir, parts(config, model=model)._replace(source=source, evaluator=Evaluator(source)))
+
+
+def restored(workdir: pathlib.Path) -> build.TrainState:
+    """The last checkpoint of a run of the fake network."""
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.restore(jax.device_get(create()))[0]
