@@ -1,15 +1,15 @@
 """The training step and the loop: devices, resumption, evaluation, what a run leaves behind."""
 
 import functools
-import itertools
 import json
 import pathlib
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import chex
+import fakes
 import fixtures
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import pytest
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import build, checkpoint, errors, evaluate, flops, progress, train, train_step
+from avit_jax import build, errors, evaluate, flops, progress, train, train_step
 from avit_jax.data import loader
 
 
@@ -125,11 +125,10 @@ def test_no_compilation_after_the_first_step() -> None:
 
 def test_the_steps_asked_for_are_traced(tmp_path: pathlib.Path) -> None:
     for name, steps, traces in (("none", (0, 0), 0), ("some", (2, 3), 1)):
-        train.train(fixtures.small_config(**{"train.steps": 4, "debug.profile": steps}), tmp_path / name)
+        fakes.run(fakes.config(**{"train.steps": 4, "debug.profile": steps}), tmp_path / name)
         assert len(list((tmp_path / name).glob("profile/**/*.xplane.pb"))) == traces
     # A run that goes on in their midst traces none.
-    config = fixtures.small_config(**{"train.steps": 6, "debug.profile": (2, 5)})
-    train.train(config, tmp_path / "none", allow_changed_config=True)
+    fakes.run(fakes.config(**{"train.steps": 6, "debug.profile": (2, 5)}), tmp_path / "none", allow_changed_config=True)
     assert not list((tmp_path / "none").glob("profile/**/*"))
 
 
@@ -196,59 +195,54 @@ def train_rows(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 def test_bad_records_stop_training_or_are_counted(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     folder = pictures_folder(tmp_path, good=20, bad=30)
+
+    def run(workdir: str, **overrides: object) -> Callable[[int], Iterator[loader.Batch]]:
+        config = folder_config(folder, **overrides)
+        model = build.model(config)
+        batches = functools.partial(train.input_batches, config, model, train.load_source(config, model))
+        train.run(config, tmp_path / workdir, fakes.parts(config)._replace(batches=batches))
+        return batches
+
     with pytest.raises(errors.UserError, match=rf"cannot read {folder}/train/[ab]/\d+\.png: .*bad_records=skip"):
-        train.train(folder_config(folder), tmp_path / "raise")
+        run("raise")
     skip = {"data.bad_records": "skip", "data.max_bad_share": 1.0}
     with caplog.at_level("WARNING", logger="avit_jax"):
-        train.train(folder_config(folder, **skip), tmp_path / "skip")
+        batches = run("skip", **skip)(0)
     rows = train_rows(tmp_path / "skip")
     assert [row["step"] for row in rows] == [2, 4, 6]
-    config = folder_config(folder, **skip)
-    model = build.model(config)
-    batches = train.input_batches(config, model, train.load_source(config, model))
     expected = [sum(int(next(batches)["skipped"].sum()) for _ in range(2)) for _ in range(3)]
     assert [row["skipped"] for row in rows] == expected
     assert sum(expected) > 30
     assert f"skipped {folder}/train" in caplog.text
     with pytest.raises(errors.UserError, match=r"\d+ records, .*% of all, could not be read"):
-        train.train(folder_config(folder, **skip | {"data.max_bad_share": 0.1}), tmp_path / "share")
+        run("share", **skip | {"data.max_bad_share": 0.1})
 
 
 def test_an_evaluation_that_fails_does_not_cost_what_was_trained(tmp_path) -> None:
-    folder = pictures_folder(tmp_path, good=8, bad=0)
-    good, torn = (tmp_path / "val/a/0.png").read_bytes(), b"torn"
-    (tmp_path / "val/a/0.png").write_bytes(torn)
-    config = folder_config(folder, **{"train.steps": 2})
-    with pytest.raises(errors.UserError, match=r"cannot read .*val/a/0\.png"):
-        train.train(config, tmp_path / "run")
-    with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.step() == 2
-    with pytest.raises(errors.UserError, match=r"1 of the 8 images .*max_bad_share"):
-        train.restore_and_evaluate(folder_config(folder, **{"data.bad_records": "skip"}), tmp_path / "run")
-    (tmp_path / "val/a/0.png").write_bytes(good)
-    train.restore_and_evaluate(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run/eval.json").read_text())["images"] == 8
+    class Failing(fakes.Evaluator):
+        def __call__(self, *_: object) -> evaluate.Results | None:
+            raise errors.UserError("an image cannot be read")
+
+    config = fakes.config(**{"train.steps": 2})
+    with pytest.raises(errors.UserError, match="cannot be read"):
+        train.run(config, tmp_path, fakes.parts(config)._replace(evaluator=Failing()))
+    assert fakes.restored(tmp_path).step == 2
+    fakes.run(config, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["images"] == 8
 
 
-def test_batches_that_fail_do_not_cost_what_was_trained(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = fixtures.small_config()
-    train.train(config, tmp_path / "whole")
-
-    def failing(*arguments: object) -> Iterator[loader.Batch]:
-        yield from itertools.islice(batches(*arguments), 2)
+def test_batches_that_fail_do_not_cost_what_was_trained(tmp_path) -> None:
+    def fail() -> None:
         raise errors.UserError("no more")
 
-    batches = train.input_batches
-    monkeypatch.setattr(train, "input_batches", failing)
+    config = fakes.config(**{"train.steps": 6})
+    fakes.run(config, tmp_path / "whole")
     for step in (2, 4):
         with pytest.raises(errors.UserError, match="no more"):
-            train.train(config, tmp_path / "run")
-        with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
-            assert checkpoints.step() == step
-    monkeypatch.undo()
-    train.train(config, tmp_path / "run")
-    whole, run = (fixtures.restored_state(config, tmp_path / name) for name in ("whole", "run"))
-    jax.tree.map(np.testing.assert_array_equal, run, whole)
+            fakes.run(config, tmp_path / "run", at={step + 1: fail})
+        assert fakes.restored(tmp_path / "run").step == step
+    fakes.run(config, tmp_path / "run")
+    chex.assert_trees_all_equal(fakes.restored(tmp_path / "run"), fakes.restored(tmp_path / "whole"))
 
 
 def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
@@ -261,6 +255,12 @@ def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(tmp_path, c
     with caplog.at_level("WARNING", logger="avit_jax"):
         assert evaluator(evaluate.replicate(params))["images"] == 7
     assert "1 of 8 images could not be read" in caplog.text
+    config.data.max_bad_share = 0.1
+    with pytest.raises(errors.UserError, match=r"1 of the 8 images .*max_bad_share"):
+        evaluator(evaluate.replicate(params))
+    config.data.bad_records = "raise"
+    with pytest.raises(errors.UserError, match=r"cannot read .*val/a/0\.png"):
+        evaluate.Evaluator(config, model)(evaluate.replicate(params))
 
 
 def test_waiting_counts_only_where_the_devices_are_idle() -> None:
@@ -273,9 +273,9 @@ def test_waiting_counts_only_where_the_devices_are_idle() -> None:
         def __init__(self, ready: bool) -> None:
             self.is_ready = lambda: ready
 
-    assert train._next(slow(), None)[1] == 0
-    assert train._next(slow(), {"loss": Value(False)})[1] == 0
-    assert train._next(slow(), {"loss": Value(True)})[1] >= 0.05
+    assert train.next_batch(slow(), None)[1] == 0
+    assert train.next_batch(slow(), {"loss": Value(False)})[1] == 0
+    assert train.next_batch(slow(), {"loss": Value(True)})[1] >= 0.05
 
 
 def test_the_devices_are_at_most_two_steps_behind() -> None:
@@ -287,19 +287,18 @@ def test_the_devices_are_at_most_two_steps_behind() -> None:
         assert waited == list(range(1, step - 1))
 
 
-def test_removal_in_training_ends_where_masking_does(tmp_path) -> None:
-    overrides = {"train.steps": 3, "model.remat": True, "halting.gamma": 5.0, "halting.beta": -1.0}
+def test_removal_in_training_ends_where_masking_does() -> None:
+    overrides = {"model.remat": True, "halting.gamma": 5.0, "halting.beta": -1.0}
     states = {}
     for adaptive in (False, True):
         config = fixtures.small_config(**overrides, **{"train.adaptive": adaptive})
         assert (build.model(config).removal is not None) == adaptive
-        train.train(config, tmp_path / str(adaptive))
-        states[adaptive] = fixtures.restored_state(config, tmp_path / str(adaptive))
-        assert float(json.loads((tmp_path / str(adaptive) / "summary.json").read_text())["macs_ratio"]) < 0.95
+        states[adaptive], rows = run_steps(config, 2, steps=3)
+        assert rows[-1]["macs_ratio"] < 0.95
     chex.assert_trees_all_close(states[True].params, states[False].params, atol=1e-5)
     assert build.model(fixtures.small_config(**{"train.adaptive": True, "halting.enabled": False})).removal is None
     with pytest.raises(errors.UserError, match=r"official.*config\.train\.adaptive=False"):
-        train.train(fixtures.small_config(**{"train.adaptive": True, "loss.prior_mode": "official"}), tmp_path)
+        train.check(fixtures.small_config(**{"train.adaptive": True, "loss.prior_mode": "official"}))
 
 
 @pytest.mark.parametrize(("batch_size", "adaptive"), [(56, True), (512, True), (56, False)])
