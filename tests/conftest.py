@@ -4,7 +4,6 @@ AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator; w
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -20,9 +19,12 @@ jax.config.update("jax_platforms", _PLATFORM)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Compiling is nearly all that the tests do: equal programs are compiled once a session.
-_cache = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _cache.name)
+# Compiling is nearly all that the tests do: all processes share what has been compiled, and it is kept for the next time.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
 
 
 @pytest.fixture(autouse=True)

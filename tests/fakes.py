@@ -41,13 +41,14 @@ def batches(start: int, at: Mapping[int, Callable[[], None]] | None = None) -> I
 
 
 @functools.cache
-def _step(poisoned: frozenset[int], value: str, skip: bool) -> train.Step:
+def _step(poisoned: frozenset[int], value: str, skip: bool, taught: bool) -> train.Step:
     def step(state: build.TrainState, batch: loader.Batch) -> tuple[build.TrainState, dict[str, jax.Array]]:
         target = jax.lax.pmean(batch["image"].astype(jnp.float32).mean(), train_step.AXIS)
         number = state.step + 1
         bad = jnp.isin(number, jnp.array([*poisoned, -1]))
         update = lambda tree: jax.tree.map(lambda x: 0.9 * x + 0.1 * target, tree)  # noqa: E731
         values = dict.fromkeys(("loss", "task_loss", "grad_norm", "param_norm", "top1"), target)
+        values |= {"distill_loss": target} if taught else {}
         values[value] = jnp.where(bad, jnp.sqrt(-target), values[value])
         counts = {"skipped": jax.lax.psum(batch["skipped"].sum(), train_step.AXIS), "nonfinite": bad & skip}
         new = {"params": update(state.params), "ema_params": update(state.ema_params)}
@@ -94,7 +95,7 @@ def parts(
     return train.Parts(
         model=model,
         create=create if model is None else build.creation(config, model),
-        make_step=lambda teacher: _step(frozenset(poisoned), value, config.train.nonfinite == "skip"),
+        make_step=lambda teacher: _step(frozenset(poisoned), value, config.train.nonfinite == "skip", teacher is not None),
         batches=functools.partial(batches, at=at),
         evaluator=Evaluator(),
         source=SOURCES[0],
@@ -107,11 +108,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool
     train.run(config, workdir, parts(config, **how), allow_changed_config=allow_changed_config)
 
 
-def real_run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """The workdir of a run of the configuration's own network and data, of which no loss has been computed."""
+def real_run(config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False) -> None:
+    """A run of the configuration's own network and data, of which no loss is computed."""
     model = build.model(config)
     source = train.load_source(config, model)
-    train.run(config, workdir, parts(config, model=model)._replace(source=source, evaluator=Evaluator(source)))
+    real = parts(config, model=model)._replace(source=source, evaluator=Evaluator(source))
+    train.run(config, workdir, real, allow_changed_config=allow_changed_config)
 
 
 def restored(workdir: pathlib.Path) -> build.TrainState:

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import chex
+import fakes
 import fixtures
 import jax
 import jax.numpy as jnp
@@ -119,18 +120,18 @@ def test_a_distilled_run_resumes_and_knows_its_teacher(teacher: pathlib.Path, tm
     assert _summary(tmp_path / "run")["teacher_top1"] == expected
 
     more = _config(teacher, **{"model.distilled": True, "train.steps": 3})
-    train.train(more, tmp_path / "run", allow_changed_config=True)  # the same teacher: it goes on
+    fakes.real_run(more, tmp_path / "run", allow_changed_config=True)  # the same teacher: it goes on
     assert _summary(tmp_path / "run")["teacher_top1"] == expected
     for other in (network.clone(num_heads=2), network.clone(norm_eps=1e-3)):
         weight_files.write(teacher, params, other)
         with pytest.raises(errors.UserError, match="has changed since the run began"):
-            train.train(more, tmp_path / "run")
+            fakes.real_run(more, tmp_path / "run")
 
 
 def test_a_teacher_may_leave_in_the_midst_of_a_run(teacher: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    train.train(_config(teacher), tmp_path / "run")
+    fakes.real_run(_config(teacher), tmp_path / "run")
     config = fixtures.small_config(**{"train.steps": 5, "train.log_every": 5})
-    train.train(config, tmp_path / "run", allow_changed_config=True)
+    fakes.real_run(config, tmp_path / "run", allow_changed_config=True)
     assert "teacher_top1" not in _summary(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["split"] == "train" and "distill_loss" not in rows[-2]
@@ -144,7 +145,7 @@ def test_a_teacher_may_leave_in_the_midst_of_a_run(teacher: pathlib.Path, tmp_pa
 
 def test_a_run_can_be_the_teacher_or_the_start(tmp_path: pathlib.Path) -> None:
     parent = fixtures.small_config(**{"train.steps": 2, "halting.learnable": True, "model.num_heads": 4})
-    train.train(parent, tmp_path / "parent")
+    fakes.real_run(parent, tmp_path / "parent")
     state = fixtures.restored_state(parent, tmp_path / "parent")
     config = _config(tmp_path / "parent", init=str(tmp_path / "parent"), **{"model.num_heads": 4})
     model = build.model(config)

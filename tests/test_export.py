@@ -10,13 +10,14 @@ import sys
 import zipfile
 from collections.abc import Callable
 
+import fakes
 import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax import build, errors, export, flops, halting, serving, train, vit, weight_files
+from avit_jax import build, errors, export, flops, halting, serving, vit, weight_files
 from avit_jax.data import augment
 
 _MODEL = vit.AViT(
@@ -174,7 +175,7 @@ def test_weights_of_any_size_and_numpys_dtypes(params: dict, tmp_path: pathlib.P
 
 def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
     config = fixtures.small_config(**{"train.steps": 2})
-    train.train(config, tmp_path / "run")
+    fakes.real_run(config, tmp_path / "run")
     export.from_checkpoint(tmp_path / "network.avit", config, tmp_path / "run")
     export.from_checkpoint(tmp_path / "weights.safetensors", config, tmp_path / "run")
     with pytest.raises(errors.UserError, match=r"must be name\.avit .*weights\.pth"):

@@ -4,13 +4,14 @@ import html.parser
 import pathlib
 import sys
 
+import fakes
 import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax import build, evaluate, train
+from avit_jax import build, evaluate
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from experiments.figures import draw, gather, page
@@ -97,7 +98,7 @@ def test_a_trained_run_to_a_page(tmp_path: pathlib.Path) -> None:
         f"import sys\nsys.path.insert(0, {str(tests)!r})\nimport fixtures\n"
         "def get_config():\n  return fixtures.small_config(**{'train.steps': 2, 'budget': 0.6})\n"
     )
-    train.train(fixtures.small_config(**{"train.steps": 2, "budget": 0.6}), tmp_path / "run")
+    fakes.real_run(fixtures.small_config(**{"train.steps": 2, "budget": 0.6}), tmp_path / "run")
     command = [sys.executable, "-m", "experiments.figures.run", f"--config={recipe}", f"--checkpoint={tmp_path / 'run'}"]
     command += [f"--out={tmp_path / 'out'}", "--shifts=0,0.5", "--shown=3"]
     subprocess.run(command, cwd=tests.parent, check=True, capture_output=True)

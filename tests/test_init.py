@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 
 import chex
+import fakes
 import fixtures
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_a_run_starts_from_the_file_and_knows_its_parent(parent: pathlib.Path, t
 
 def test_a_resumed_run_takes_its_checkpoint_and_remembers(parent: pathlib.Path, tmp_path: pathlib.Path, monkeypatch) -> None:
     config = _config(parent, **{"train.save_every": 1, "optimizer.learning_rate": 1e-3})
-    train.train(config, tmp_path / "whole")
+    fakes.real_run(config, tmp_path / "whole")
 
     save = checkpoint.Checkpoints.save
 
@@ -72,9 +73,9 @@ def test_a_resumed_run_takes_its_checkpoint_and_remembers(parent: pathlib.Path, 
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(checkpoint.Checkpoints, "save", save_once)
-        train.train(config, tmp_path / "parts")
+        fakes.real_run(config, tmp_path / "parts")
     parent.unlink()
-    train.train(config, tmp_path / "parts")
+    fakes.real_run(config, tmp_path / "parts")
     chex.assert_trees_all_equal(*(fixtures.restored_state(config, tmp_path / name) for name in ("whole", "parts")))
     assert _summary(tmp_path / "parts")["parent_top1"] == _summary(tmp_path / "whole")["parent_top1"]
 
@@ -107,16 +108,16 @@ def test_a_folder_of_hugging_face_is_a_start(parent: pathlib.Path, tmp_path: pat
 
 
 def test_another_number_of_classes(parent: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    config = fixtures.small_config()
-    config.model.num_classes = 7
+    config = fixtures.small_config(**{"model.num_classes": 7})
     model = build.model(config)
-    tx, _ = build.optimizer(config)
     other = tmp_path / "other.safetensors"
-    weight_files.write(other, build.new_state(model, tx, seed=5, ema=False).params, model)
-    train.train(_config(other, init_new_head=True), tmp_path / "run")
-    assert "parent_top1" not in _summary(tmp_path / "run")
-    head = fixtures.restored_state(_config(other), tmp_path / "run").params["head"]["kernel"]
-    assert head.shape == (16, 10) and np.abs(head).max() < 1e-6
+    weight_files.write(other, build.creation(config, model)().params, model)
+    config = _config(other, init_new_head=True)
+    model = build.model(config)
+    state, _ = restore.begin(config, model, build.creation(config, model), None, {}, False)
+    for params in (state.params, state.ema_params):
+        assert params["head"]["kernel"].shape == (16, 10) and not params["head"]["kernel"].any()
+    assert restore.evaluate_before(config, model, state.params, None, {}, lambda: False) == {}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -138,8 +139,8 @@ def test_a_signal_while_the_parent_is_evaluated_ends_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "Evaluator", Signalled)
         with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
-            train.train(config, tmp_path / "run")
+            fakes.real_run(config, tmp_path / "run")
     if number == signal.SIGTERM:
         assert caplog.messages[-1] == "stopped by SIGTERM before training"
-    train.train(config, tmp_path / "run")
+    fakes.real_run(config, tmp_path / "run")
     assert 0 < _summary(tmp_path / "run")["parent_top1"] < 1

@@ -7,13 +7,14 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
+import fakes
 import fixtures
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import build, errors, flops, predict, restore, train, weight_files
+from avit_jax import build, errors, flops, predict, restore, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import pictures, transforms
 
@@ -94,7 +95,7 @@ def test_an_interruption_loses_no_line(folder: pathlib.Path, tmp_path: pathlib.P
 
 def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = fixtures.small_config(**{"train.steps": 2})
-    train.train(config, tmp_path / "run")
+    fakes.real_run(config, tmp_path / "run")
     (one,) = predict.predict(config, tmp_path / "run", [folder / "0.png"])
     assert set(one.top5) <= set("0123456789")
     assert one.image.shape == (16, 16, 1) and one.depth.shape == (4, 4)

@@ -1,5 +1,7 @@
 """Training with halted tokens removed against masking them: the same loss and gradients; and the groups themselves."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -22,19 +24,25 @@ def _images(count: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((count, 40, 32, 2)).astype(np.float32)
 
 
+@functools.cache
+def _params(model: vit.AViT) -> Any:
+    return jax.jit(model.init)(jax.random.key(1), _images(1))["params"]
+
+
 def _variables(model: vit.AViT, beta: float = -1.0) -> dict[str, Any]:
-    params = jax.jit(model.init)(jax.random.key(1), _images(1))["params"]
+    params = _params(model)
     return {"params": params | {"gate": {"gamma": jnp.float32(3.0), "beta": jnp.float32(beta)}}}
 
 
-def _loss_and_grads(model: vit.AViT, variables: Any, images: np.ndarray) -> Any:
-    def loss(variables: Any) -> tuple[jax.Array, vit.Aux]:
+@functools.cache
+def _loss_and_grads(model: vit.AViT) -> Callable[[Any, np.ndarray], Any]:
+    def loss(variables: Any, images: jax.Array) -> tuple[jax.Array, vit.Aux]:
         logits, aux = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(3)})
         heads = logits if isinstance(logits, tuple) else (logits,)
         total = sum((head**2).mean() for head in heads) + 0.1 * losses.ponder_loss(aux)
         return total + 0.1 * losses.prior_loss(aux, target_depth=3.0), aux
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize(
@@ -50,8 +58,8 @@ def _loss_and_grads(model: vit.AViT, variables: Any, images: np.ndarray) -> Any:
 def test_loss_and_gradients_equal_those_of_masking(changes, batch: int, plan: removal.Plan, beta: float) -> None:
     model = _model(**changes)
     variables, images = _variables(model, beta), _images(batch)
-    (expected, masked), expected_grads = _loss_and_grads(model, variables, images)
-    (total, aux), grads = _loss_and_grads(model.clone(removal=plan), variables, images)
+    (expected, masked), expected_grads = _loss_and_grads(model)(variables, images)
+    (total, aux), grads = _loss_and_grads(model.clone(removal=plan))(variables, images)
     assert masked.active.all() == (beta == -100.0)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     for name in ("active", "depth"):
@@ -79,7 +87,7 @@ def test_halted_tokens_are_not_computed_in_training() -> None:
     model = _model(removal=removal.Plan(group=2, step=8))
     variables = _variables(model, beta=100.0)
     layers = jax.tree.map(lambda x: x.at[1:].set(jnp.nan), variables["params"]["layers"])
-    (total, _), grads = _loss_and_grads(model, {"params": variables["params"] | {"layers": layers}}, _images(3))
+    (total, _), grads = _loss_and_grads(model)({"params": variables["params"] | {"layers": layers}}, _images(3))
     assert np.isfinite(total)
     chex.assert_tree_all_finite(grads)
     for leaf in jax.tree.leaves(grads["params"]["layers"]):
