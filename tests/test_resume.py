@@ -5,7 +5,6 @@ import json
 import pathlib
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,18 +128,6 @@ def test_a_signal_during_evaluation(undisturbed, tmp_path: pathlib.Path) -> None
     assert _steps(tmp_path, "eval") == []
     fakes.run(fakes.config(), tmp_path)
     _assert_same_end(tmp_path, undisturbed())
-
-
-def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(distributed.os, "_exit", sys.exit)
-    with distributed.Stop() as stop:
-        assert not stop()
-        signal.raise_signal(signal.SIGINT)
-        assert stop()
-        with pytest.raises(SystemExit) as exit_:
-            signal.raise_signal(signal.SIGTERM)
-    assert exit_.value.code == 128 + signal.SIGTERM
-    assert capfd.readouterr().err == "SIGINT: stopping after the current step; a second signal stops at once\n"
 
 
 def test_a_run_that_is_prolonged_has_not_ended(undisturbed, tmp_path: pathlib.Path) -> None:

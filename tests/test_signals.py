@@ -45,6 +45,17 @@ with distributed.Stop() as stop:
     assert stop()
 """
 
+_TWICE = """
+import signal, time
+from avit_jax import distributed
+with distributed.Stop() as stop:
+    assert not stop()
+    signal.raise_signal(signal.SIGINT)
+    assert stop()
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(60)
+"""
+
 
 def _start(*command: str) -> subprocess.Popen:
     return subprocess.Popen(
@@ -92,6 +103,13 @@ def test_a_busy_main_thread() -> None:
                 process.wait(timeout=30)
             assert process.communicate(timeout=30)[1] == ""
         assert process.returncode == (0 if end == "it goes on" else 130)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with _start("-c", _TWICE) as process:
+        said = process.communicate(timeout=50)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == "SIGINT: stopping after the current step; a second signal stops at once\n"
 
 
 def test_listeners_nest() -> None:
