@@ -20,6 +20,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
 def test_the_training_step_compiles(topology: str) -> None:
     config = fixtures.small_config(**{"model.dtype": "bfloat16"})
@@ -32,6 +33,7 @@ def test_the_training_step_compiles(topology: str) -> None:
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_adaptive_inference_compiles() -> None:
     config = fixtures.small_config(**{"model.dtype": "bfloat16", "eval.batch_size": 8})
     row = aot.compile_inference(config, "v5e:2x2")

@@ -89,6 +89,7 @@ def test_the_page_holds_everything(tmp_path: pathlib.Path) -> None:
     assert "script" not in links.tags and "link" not in links.tags
 
 
+@pytest.mark.slow
 def test_a_trained_run_to_a_page(tmp_path: pathlib.Path) -> None:
     import subprocess
 

@@ -279,6 +279,7 @@ def _digests(folder: pathlib.Path, *, start: int, workers: int, steps: int, kill
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "workers_after"), [(0, 2), (2, 1)])
 def test_killed_and_resumed_with_another_number_of_workers(tmp_path: pathlib.Path, workers: int, workers_after: int) -> None:
     (tmp_path / "script.py").write_text(_SCRIPT)

@@ -14,7 +14,7 @@ import chex
 import fixtures
 import pytest
 
-pytestmark = pytest.mark.skipif("AVIT_SLOW_TESTS" not in os.environ, reason="minutes long: set AVIT_SLOW_TESTS=1 to run it")
+pytestmark = pytest.mark.slow
 _REPOSITORY = pathlib.Path(__file__).parent.parent
 _OVERRIDES = {"train.steps": 24, "train.log_every": 6, "train.save_every": 6, "train.eval_every": 12}
 

@@ -147,7 +147,7 @@ def test_an_interruption_removes_what_is_written_in_part(tmp_path: pathlib.Path)
     assert process.returncode == 130 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif("AVIT_SLOW_TESTS" not in os.environ, reason="minutes long: set AVIT_SLOW_TESTS=1 to run it")
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_at_many_moments_of_a_start(tmp_path: pathlib.Path, number: signal.Signals) -> None:
     for i, seconds in enumerate((0.2, 0.4, 0.8, 1.3, 1.9, 2.7, 4.0, 6.0, 9.0, 14.0)):
