@@ -63,12 +63,14 @@ def _config(**overrides: object):
     )
 
 
+@pytest.mark.slow
 def test_training_lands_on_a_budget_by_merging(tmp_path: pathlib.Path) -> None:
     merging = {"halting.merge": True, "halting.redundancy": 20.0, "halting.gamma": 1.0, "halting.beta": -17.0}
     train.train(_config(**merging, **{"loss.prior_weight": 0.0, "loss.ponder_weight": 0.0}), tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["macs_ratio"] == pytest.approx(0.6, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.4, 0.8])
 def test_training_lands_on_a_budget_far_from_the_target_depth(budget: float, tmp_path: pathlib.Path) -> None:
     train.train(_config(**{"budget": budget, "loss.prior_weight": 0.5}), tmp_path)  # a prior that no shift holds out against
