@@ -204,7 +204,7 @@ def _classify(model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, 
         return (x, state, readout), (score, active)
 
     lasts = jnp.arange(model.depth) == model.depth - 1
-    layers = (variables["params"]["layers"], lasts)
+    layers = (block.cast(variables["params"]["layers"], model.dtype), lasts)
     (_, state, readout), (score, active) = jax.lax.scan(layer, (x, state, readout), layers)
     macs = flops.image_macs(model, active)
     padded = jax.vmap(lambda count, is_last: padded_macs(model, count, plan, is_last))(active.sum(axis=-1), lasts)

@@ -7,13 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avit_jax import attention as attention_lib
 from avit_jax import halting as halting_lib
 from avit_jax import merging
 from avit_jax import removal as removal_lib
-
-# Added to the attention logits of halted keys: large enough that their weight underflows to exactly 0, and finite, so that an
-# image all of whose tokens have halted gives no NaN.
-_HALTED_KEY_BIAS = -1e9
 
 kernel_init = nn.initializers.xavier_uniform()  # learns from random weights far sooner than 0.02 everywhere
 
@@ -37,6 +34,19 @@ def random_keep(key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLi
     return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape).astype(float) / (1.0 - rate))(keys)
 
 
+def cast(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
+    """Parameters of layers with those of the dense ones in the dtype of the computation, which these would cast them to.
+
+    Done outside the loop over layers, it is done once. Norms compute with their parameters as they are.
+    """
+    if dtype is None:
+        return params
+    return {
+        name: of_module if name.startswith("norm") else jax.tree.map(lambda x: x.astype(dtype), of_module)
+        for name, of_module in params.items()
+    }
+
+
 class LayerNorm(nn.LayerNorm):
     """Flax's layer norm. It promotes dtypes implicitly, which strict promotion would refuse."""
 
@@ -55,13 +65,21 @@ class _QueryKeyValue(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, apart: bool = False) -> jax.Array | list[jax.Array]:
+        """Of rows `(..., D)`; `apart`: as three arrays `(..., D)`, each the result of a product of its own."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], 3 * x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         query, key, value = jnp.split(bias, 3)
-        bias = jnp.concatenate([query, jax.lax.stop_gradient(key), value])
-        return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        biases = [query, jax.lax.stop_gradient(key), value]
+        ones = (1,) * (x.ndim - 1)
+        if not apart:
+            return x @ kernel + jnp.concatenate(biases).reshape(*ones, -1)
+        results = []
+        for part, bias in zip(jnp.split(kernel, 3, axis=1), biases, strict=True):
+            results.append(x @ part + bias.reshape(*ones, -1))
+            x = jax.lax.optimization_barrier(x)  # else XLA makes one product of them, and copies its result apart
+        return results
 
 
 class Block(nn.Module):
@@ -76,6 +94,7 @@ class Block(nn.Module):
     halting: halting_lib.HaltingConfig | None
     removal: removal_lib.Plan | None
     compared: int
+    fused_attention: bool | None
 
     def setup(self) -> None:
         norm = functools.partial(LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
@@ -150,21 +169,19 @@ class Block(nn.Module):
     def _attend(
         self, a: jax.Array, active: jax.Array | None, size: jax.Array | None, key_weight: jax.Array | None
     ) -> jax.Array:
-        # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
-        q, k, v = self.queries_keys_values(a)
-        logits = jnp.matmul(q * q.shape[-1] ** -0.5, k.swapaxes(-2, -1))
-        logits = logits.astype(halting_lib.at_least_float32(logits.dtype))
-        bias = None if size is None else jnp.log(size)  # in the exponent: one pass less over all pairs than a factor
-        if active is not None:
-            bias = jnp.where(active, 0.0 if bias is None else bias, _HALTED_KEY_BIAS)
-        if bias is not None:
-            logits = logits + bias[:, None, None, :]
-        # Softmax, but divided by its sum after the product with the values: one pass less over all pairs of tokens.
-        weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-        if key_weight is not None:
-            weight = weight * key_weight[:, None]
-        out = jnp.matmul(weight.astype(v.dtype), v) / weight.sum(axis=-1, keepdims=True).astype(v.dtype)
-        return per_token(self.proj, out.swapaxes(1, 2).reshape(a.shape))
+        bias = attention_lib.key_bias(active, size)
+        if key_weight is None and self._fuses(a.dtype):
+            query, key, value = self.qkv(a.reshape(-1, a.shape[-1]), apart=True)
+            heads = (*a.shape[:2], self.num_heads, -1)
+            out = attention_lib.fused(query.reshape(heads), key.reshape(heads), value.reshape(heads), bias)
+        else:
+            out = attention_lib.exact(*self.queries_keys_values(a), bias, key_weight).swapaxes(1, 2)
+        return per_token(self.proj, out.reshape(a.shape))
+
+    def _fuses(self, dtype: jax.typing.DTypeLike) -> bool:
+        if not attention_lib.can_fuse(dtype, self.width // self.num_heads):
+            return False
+        return attention_lib.has_cudnn() if self.fused_attention is None else self.fused_attention
 
     def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
         if image_index is None or not self.dropout:

@@ -46,7 +46,7 @@ def write(
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 is none of NumPy's
         raise ValueError("the parameters of a network that is written must be of a dtype of NumPy's, such as float32.")
-    apply = adaptive.removes(model)
+    apply = adaptive.removes(model.clone(fused_attention=False))  # the file is to run without cuDNN
 
     def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, aux = apply({"params": jax.tree.unflatten(tree, leaves)}, augment.normalize(images, mean, std))

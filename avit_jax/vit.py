@@ -72,6 +72,8 @@ class AViT(nn.Module):
       remat: recompute each layer in the backward pass: less memory, one more forward pass.
       removal: how halted tokens are removed in training, with the same gradients to rounding; None: they are masked. Recomputes
         as `remat`. Not for the "official" prior, which looks at halted tokens too. For inference `adaptive.apply` removes more.
+      fused_attention: in bfloat16 and float16, a program for NVIDIA GPUs computes attention by cuDNN, with other last digits.
+        None: if JAX runs on such a GPU. False: never, so that the program does not need cuDNN. True: always; needs cuDNN here.
 
     Example:
       model = deit_tiny()
@@ -95,6 +97,7 @@ class AViT(nn.Module):
     dtype: Any = None
     remat: bool = False
     removal: removal_lib.Plan | None = None
+    fused_attention: bool | None = None
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -140,6 +143,7 @@ class AViT(nn.Module):
             "halting": self.halting,
             "removal": self.removal,
             "compared": self.compared,
+            "fused_attention": self.fused_attention,
         }
 
     def check(self) -> None:
@@ -190,13 +194,16 @@ class AViT(nn.Module):
         self.pos_embed = self.param("pos_embed", _token_init, (1, self.num_tokens, self.width))
         self.patch_embed = dense(self.width)
         layer = nn.remat(block.Block, prevent_cse=False) if self.remat else block.Block
-        self.layers = nn.scan(
+        layers = nn.scan(
             layer,
             length=self.depth,
             in_axes=(0, nn.broadcast, nn.broadcast),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-        )(**self.block_sizes)
+        )
+        if not self.is_initializing() and self.removal is None:  # which sums gradients over groups, in the parameters' dtype
+            layers = nn.map_variables(layers, "params", lambda of: {"params": block.cast(of["params"], self.dtype)})
+        self.layers = layers(**self.block_sizes)
         if self.halting is not None:
             self.gate = halting_linen.Halting(self.halting)
         self.norm = block.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False)
