@@ -153,9 +153,18 @@ def _apply(model: vit.AViT, plan: Plan | None, variables: Any, images: jax.Array
     return logits, aux.replace(score=aux.score.swapaxes(0, 1), active=aux.active.swapaxes(0, 1))
 
 
-def removes(model: vit.AViT) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
-    """`apply` of a network that halts, `model.apply` of one that does not: variables and images to logits and aux."""
-    return model.apply if model.halting is None else functools.partial(apply, model)
+def removes(
+    model: vit.AViT, *, images: int | None = None, macs_ratio: float = 1.0
+) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
+    """`apply` of a network that halts, `model.apply` of one that does not: variables and images to logits and aux.
+
+    Args:
+      model: the network.
+      images: of a call, on each device; then it is `model.apply` too where `removal.pays` says that masking is faster.
+      macs_ratio: share of the static network's MACs that the network takes; 1 if it is not known.
+    """
+    masks = model.halting is None or (images is not None and not removal.pays(model.width, images, macs_ratio))
+    return model.apply if masks else functools.partial(apply, model)
 
 
 def _embed(model: vit.AViT, variables: Any, images: jax.Array, start: jax.Array, exists: jax.Array, group: int) -> jax.Array:
