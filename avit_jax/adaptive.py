@@ -85,10 +85,14 @@ def default_plan(batch: int | None, backend: str | None = None, cores: int | Non
     return Plan(group=2, step=8) if batch > 2 else Plan(group=1, step=16)
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores_a_device() -> int:
     """The cores that this process may use, shared out over its devices; at least 1."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // jax.local_device_count())
+    return max(1, usable_cores() // jax.local_device_count())
 
 
 def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | None = None) -> tuple[jax.Array, Aux]:
@@ -96,6 +100,12 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
 
     Runs under `jit`, under `pmap` where there are several devices (each sorts its own images), and under `jax.export`, with a
     symbolic batch too. It has no gradient: to train, use `model.apply`.
+
+    A CPU is used best if each core is a device of its own, as the command line makes it. In Python, before JAX is used:
+
+      jax.config.update("jax_num_cpu_devices", adaptive.usable_cores())
+      run = jax.pmap(functools.partial(adaptive.apply, model), in_axes=(None, 0))
+      logits, aux = run({"params": params}, images)  # images: (devices, images of each, H, W, C)
 
     Args:
       model: a network with halting.
@@ -153,9 +163,18 @@ def _apply(model: vit.AViT, plan: Plan | None, variables: Any, images: jax.Array
     return logits, aux.replace(score=aux.score.swapaxes(0, 1), active=aux.active.swapaxes(0, 1))
 
 
-def removes(model: vit.AViT) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
-    """`apply` of a network that halts, `model.apply` of one that does not: variables and images to logits and aux."""
-    return model.apply if model.halting is None else functools.partial(apply, model)
+def removes(
+    model: vit.AViT, *, images: int | None = None, macs_ratio: float = 1.0
+) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
+    """`apply` of a network that halts, `model.apply` of one that does not: variables and images to logits and aux.
+
+    Args:
+      model: the network.
+      images: of a call, on each device; then it is `model.apply` too where `removal.pays` says that masking is faster.
+      macs_ratio: share of the static network's MACs that the network takes; 1 if it is not known.
+    """
+    masks = model.halting is None or (images is not None and not removal.pays(model.width, images, macs_ratio))
+    return model.apply if masks else functools.partial(apply, model)
 
 
 def _embed(model: vit.AViT, variables: Any, images: jax.Array, start: jax.Array, exists: jax.Array, group: int) -> jax.Array:

@@ -46,7 +46,10 @@ def model(config: ConfigDict) -> vit.AViT:
         network = vit.AViT(**sizes, halting=halts)
         network.check()
         if config.train.adaptive and halts:  # its backward pass recomputes anyway, without remat
-            network = network.clone(removal=removal.training_plan(network.num_tokens), remat=False)
+            images = config.train.batch_size // jax.device_count()
+            removes = removal.pays(network.width, images, config.budget or 1.0, training=True)
+            plan = removal.training_plan(network.num_tokens) if removes else None
+            network = network.clone(removal=plan, remat=not removes)
             network.check()
         if network.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16; got {network.dtype}.")

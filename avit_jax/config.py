@@ -198,7 +198,9 @@ def _training() -> dict[str, dict[str, Any]]:
         "train": {
             "batch_size": 512,  # images a step, over all devices
             "steps": 1000,
-            "adaptive": False,  # removes halted tokens in training too: less work, same gradients to rounding; not "official"
+            # Removes halted tokens in training too: less work, same gradients to rounding; not "official". On a GPU it masks
+            # them, with remat, unless removal was measured to be faster: `removal.pays`.
+            "adaptive": False,
             "log_every": 50,  # steps
             "eval_every": 0,  # steps; evaluates and saves; 0: only at the end
             "save_every": 500,  # steps; saves only
@@ -206,7 +208,8 @@ def _training() -> dict[str, dict[str, Any]]:
         },
         "eval": {
             "batch_size": 512,
-            "adaptive": True,  # halted tokens are removed; False: masked, for comparison
+            # Halted tokens are removed, on a GPU if that was measured to be faster: `removal.pays`; False: masked.
+            "adaptive": True,
             "checkpoint": "last",  # --mode=eval: "last", "best", or "init", the weight file without any training
             "pictures": 8,  # images drawn in depth.png
         },

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NoReturn
 
 import jax
@@ -24,6 +24,7 @@ from avit_jax import errors, signals
 
 HEARTBEAT_SECONDS = 30  # a process that has not been heard of for so long is taken for dead
 START_SECONDS = 300  # so long the processes wait for each other at the start
+_DEVICES_FLAG = "xla_force_host_platform_device_count"
 _REASONS = {  # by the status that JAX aborts with
     "ALREADY_EXISTS": "another process has the same --process_id",
     "INVALID_ARGUMENT": "--num_processes is not the same on all",
@@ -148,6 +149,21 @@ def _cannot_join() -> NoReturn:
 def _is_address(text: str) -> bool:
     host, _, port = text.rpartition(":")
     return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
+
+
+def divide_cpu(cores: int, batch_sizes: Sequence[int]) -> None:
+    """Makes each core of a CPU a device of its own, before JAX is used; fewer if they could not share out the batches evenly.
+
+    If the user has chosen their number, by `XLA_FLAGS` or `jax_num_cpu_devices`, it stays, and so it does if there are several
+    processes.
+
+    Args:
+      cores: that this process may use.
+      batch_sizes: images over all devices.
+    """
+    chosen = jax.config.jax_num_cpu_devices > 0 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", "")
+    if not chosen and not jax.distributed.is_initialized():
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if not any(b % n for b in batch_sizes)))
 
 
 def check_devices() -> None:

@@ -52,7 +52,9 @@ class Evaluator:
             sources.check_same_classes(training, self.source)
         sources.check_fit(self.source, num_classes=model.num_classes, channels=model.channels)
         distributed.check_same(self.source.fingerprint(), self.source.name)
-        self._apply = adaptive.removes(model) if config.eval.adaptive else model.apply
+        images, macs_ratio = config.eval.batch_size // jax.device_count(), config.budget or 1.0
+        remove = adaptive.removes(model, images=images, macs_ratio=macs_ratio)
+        self._apply = remove if config.eval.adaptive else model.apply
         transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
         self.reader = loader.Reader(source=self.source, transform=transform, skip_bad=config.data.bad_records == "skip")
         step = make_eval_step(model, self._apply, mean=config.data.mean, std=config.data.std)

@@ -51,7 +51,7 @@ class Prediction:
 
 
 def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epath.PathLike]) -> Iterator[Prediction]:
-    """Predicts pictures, in the order of the paths; halted tokens are removed.
+    """Predicts pictures, in the order of the paths; halted tokens are removed, on a GPU masked, which is faster.
 
     Args:
       config: the recipe the network was trained with.
@@ -75,7 +75,7 @@ def predict(config: ConfigDict, checkpoint: epath.PathLike, paths: Sequence[epat
         raise errors.UserError("name pictures to predict, or folders that hold some.")
     params, names = restore.trained(config, model, checkpoint)
     transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
-    apply = adaptive.removes(model)
+    apply = adaptive.removes(model, images=_BATCH)
     run = jax.jit(lambda params, images: apply({"params": params}, images))
     shown: list[tuple[pathlib.Path, np.ndarray]] = []
     pictures.forget_warnings()

@@ -68,6 +68,27 @@ def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
     return Plan(group=group, step=max(8, num_tokens // 48 * 8), switch=gpu)
 
 
+# Where removal was measured to be faster than masking on a GPU: at least so many channels and images a device, at most such a
+# MACs ratio. NVIDIA H200, bfloat16, 224 pixels: experiments/inference_speed/h200_*.json, and for training, against masking with
+# `remat`, experiments/training_removal/h200.json; both are tables of docs/speed.md.
+_FASTER_ON_GPU = {False: ((192, 1024, 0.62), (384, 256, 0.4)), True: ((192, 256, 0.4),)}  # by whether it is training
+
+
+def pays(width: int, images: int, macs_ratio: float, *, training: bool = False, backend: str | None = None) -> bool:
+    """Whether to remove halted tokens instead of masking them: on a GPU only where removal was measured to be faster.
+
+    Args:
+      width: D, channels of a token.
+      images: of a call, on each device.
+      macs_ratio: share of the static network's MACs that the network takes; 1 if it is not known.
+      training: whether gradients are needed.
+      backend: "cpu", "gpu" or "tpu"; default: that of JAX, which starts it.
+    """
+    if (backend or jax.default_backend()) != "gpu":
+        return True
+    return any(width >= d and images >= b and macs_ratio <= ratio for d, b, ratio in _FASTER_ON_GPU[training])
+
+
 def groups(count: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     """Images in groups, those with most tokens first.
 

@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -16,7 +17,7 @@ from command_line import as_the_program_starts  # noqa: F401
 from command_line import one_line as _one_line
 from command_line import parse as _parse
 
-from avit_jax import build, errors, main
+from avit_jax import build, distributed, errors, main
 from avit_jax import config as config_lib
 
 # How ml_collections loads a recipe.
@@ -58,6 +59,48 @@ def test_the_grid_of_weights_on_the_command_line(text: str, grid: tuple[int, ...
 def test_mistakes_on_the_command_line(arguments: list[str], expected: str) -> None:
     with _one_line(expected):
         _parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("cores", "batches", "devices"), [(2, (32, 120), 2), (6, (512, 512), 4), (4, (15,), 3), (4, (7, 64), 1), (1, (64,), 1)]
+)
+def test_each_core_of_a_cpu_is_a_device_if_the_batches_divide(
+    monkeypatch: pytest.MonkeyPatch, cores: int, batches: tuple[int, ...], devices: int
+) -> None:
+    update = mock.Mock()
+    monkeypatch.setattr(jax.config, "update", update)
+    distributed.divide_cpu(cores, batches)
+    assert not update.called  # the tests have XLA_FLAGS
+    monkeypatch.delenv("XLA_FLAGS")
+    distributed.divide_cpu(cores, batches)
+    update.assert_called_once_with("jax_num_cpu_devices", devices)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    distributed.divide_cpu(cores, batches)
+    assert update.call_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "variable", "devices"),
+    [
+        (["--mode=eval", "--config.eval.batch_size=9"], {}, 3),
+        (["--mode=eval", "--config.eval.batch_size=8"], {}, 2),
+        (["--config.train.batch_size=12", "--config.eval.batch_size=8"], {}, 2),
+        (["--mode=eval", "--config.eval.batch_size=9"], {"JAX_NUM_CPU_DEVICES": "4"}, 4),
+        (["--mode=eval", "--config.eval.batch_size=9"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
+)
+def test_devices_of_a_program(tmp_path: pathlib.Path, arguments: list[str], variable: dict[str, str], devices: int) -> None:
+    program = (
+        "import jax\nfrom avit_jax import adaptive, main, train\n"
+        "adaptive.usable_cores = lambda: 3\n"
+        "train.train = train.restore_and_evaluate = lambda *_, **__: print('devices:', jax.device_count())\n"
+        "main._start()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, _DIGITS, f"--workdir={tmp_path}", *arguments]
+    done = subprocess.run(command, env=environment | variable, cwd=_REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == f"devices: {devices}\n", done.stderr
 
 
 _HEAD = "from avit_jax import config as config_lib\n"

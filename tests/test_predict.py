@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avit_jax import build, errors, flops, predict, restore, weight_files
+from avit_jax import adaptive, build, errors, flops, predict, restore, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import pictures, transforms
 
@@ -41,6 +41,15 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     (root / "torn.png").write_bytes(data[:100])
     (root / "notes.txt").write_text("not a picture")
     return root
+
+
+def test_a_gpu_masks_the_tokens_of_so_few_pictures(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = list(predict.predict(_config(), _WEIGHTS, [folder / "0.png"]))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(adaptive, "apply", None)  # is not called
+    masked = list(predict.predict(_config(), _WEIGHTS, [folder / "0.png"]))
+    assert masked[0].top5 == removed[0].top5 and masked[0].macs == removed[0].macs
+    np.testing.assert_array_equal(masked[0].depth, removed[0].depth)
 
 
 def test_predictions_are_the_models_own(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

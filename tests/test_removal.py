@@ -1,6 +1,8 @@
 """Training with halted tokens removed against masking them: the same loss and gradients; and the groups themselves."""
 
 import functools
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +131,26 @@ def test_training_plans_of_small_and_large_pictures() -> None:
     assert [(plan.group, plan.step) for plan in plans] == [(64, 8), (32, 8), (8, 32), (2, 128), (1, 680)]
     plan = removal.training_plan(197, "gpu")
     assert (plan.group, plan.step, plan.switch) == (128, 32, True)
+
+
+def test_a_gpu_removes_where_that_was_measured_to_be_faster() -> None:
+    experiments = pathlib.Path(__file__).parents[1] / "experiments"
+    compared = []
+    for name, width in (("tiny", 192), ("small", 384)):
+        for measured in json.loads((experiments / f"inference_speed/h200_deit_{name}.json").read_text())["batches"]:
+            speed_up = {row: values["speed_up"] for row, values in measured["rows"].items()}
+            for ratio in (1.0, 0.8, 0.62, 0.4):
+                compared.append(removal.pays(width, measured["batch"], ratio, backend="gpu"))
+                assert compared[-1] == (speed_up[f"adaptive {ratio}"] > speed_up["masked 0.4"])
+    measured = json.loads((experiments / "training_removal/h200.json").read_text())
+    for ratio, values in measured["budgets"].items():
+        speed_up = {row: values["speed_up"] for row, values in values["rows"].items()}
+        compared.append(removal.pays(192, measured["batch"], float(ratio), training=True, backend="gpu"))
+        assert compared[-1] == (speed_up["removed"] > speed_up["masked, remat"])
+    assert 0 < sum(compared) < len(compared) == 24
+    for training in (False, True):
+        assert not removal.pays(192, 16, 0.4, training=training, backend="gpu")
+        assert all(removal.pays(12, 1, 1.0, training=training, backend=backend) for backend in ("cpu", "tpu"))
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (5, 5), (20, 20), (21, 12), (41, 16), (1000, 20)])

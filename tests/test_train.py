@@ -18,7 +18,7 @@ import pytest
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import build, errors, evaluate, flops, progress, train, train_step
+from avit_jax import adaptive, build, errors, evaluate, flops, progress, train, train_step
 from avit_jax.data import loader
 
 
@@ -290,10 +290,10 @@ def test_the_devices_are_at_most_two_steps_behind() -> None:
 def test_removal_in_training_ends_where_masking_does() -> None:
     overrides = {"model.remat": True, "halting.gamma": 5.0, "halting.beta": -1.0}
     states = {}
-    for adaptive in (False, True):
-        config = fixtures.small_config(**overrides, **{"train.adaptive": adaptive})
-        assert (build.model(config).removal is not None) == adaptive
-        states[adaptive], rows = run_steps(config, 2, steps=3)
+    for removes in (False, True):
+        config = fixtures.small_config(**overrides, **{"train.adaptive": removes})
+        assert (build.model(config).removal is not None) == removes
+        states[removes], rows = run_steps(config, 2, steps=3)
         assert rows[-1]["macs_ratio"] < 0.95
     chex.assert_trees_all_close(states[True].params, states[False].params, atol=1e-5)
     assert build.model(fixtures.small_config(**{"train.adaptive": True, "halting.enabled": False})).removal is None
@@ -320,6 +320,23 @@ def test_evaluation_counts_every_image_once(batch_size: int, adaptive: bool, mon
     assert scalars["depth_patch"] == pytest.approx(float(depth[:, 1:].mean()), abs=1e-3)
     assert scalars["depth_class"] == pytest.approx(float(depth[:, 0].mean()), abs=1e-3)
     assert scalars["macs"] == pytest.approx(float(flops.image_macs(model, aux.active).mean()), rel=1e-4)
+
+
+def test_on_a_gpu_evaluation_and_training_mask_where_removal_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sizes = {"model.width": 192, "train.adaptive": True}
+    for batch, budget, evaluation, training in (
+        (1024, 0.6, True, False),
+        (1024, 0.0, False, False),
+        (512, 0.6, False, False),
+        (1024, 0.4, True, True),
+    ):
+        images = batch * jax.device_count()
+        config = fixtures.small_config(**sizes, **{"budget": budget, "eval.batch_size": images, "train.batch_size": images})
+        model = build.model(config)
+        assert (model.removal is not None, model.remat) == (training, not training)
+        apply = evaluate.Evaluator(config, model)._apply
+        assert (getattr(apply, "func", None) is adaptive.apply) == evaluation
 
 
 def test_configuration_mistakes_are_user_errors() -> None:

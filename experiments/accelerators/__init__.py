@@ -1,0 +1,1 @@
+"""What one accelerator does, measured in a few minutes."""

@@ -1,0 +1,60 @@
+"""Halted tokens removed, at several MACs ratios, against the static network and against masking."""
+
+import functools
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avit_jax import adaptive, flops
+from experiments import timing
+from experiments.accelerators import bench
+
+_MASKED = 0.62  # a masked network takes equally long at all ratios
+
+
+def plan(batch: int) -> adaptive.Plan:
+    """The default one, on a CPU that of a GPU: what is rehearsed there is the program that is measured."""
+    return adaptive.default_plan(batch, "gpu" if jax.default_backend() == "cpu" else None)
+
+
+def run(rows: bench.Rows, sizes: bench.Sizes, options: Mapping[str, Any] | None = None) -> None:
+    """Writes a row for each program and MACs ratio; speed-ups are over the static network, within a round.
+
+    Args:
+      rows: to write to.
+      sizes: of everything.
+      options: of the compiler; None for its defaults.
+    """
+    for name, batch in sizes.removal:
+        model, params, shifts = bench.network(name, sizes.dtype), bench.parameters(name), bench.shifts(name)
+        pixels, where = bench.images(batch)
+        images = jnp.asarray(pixels, sizes.dtype)
+        compiled = functools.partial(bench.Program, options=options)
+        remove = functools.partial(adaptive.apply, model, plan=plan(batch))
+        first = min(shifts)
+        what = {"model": name, "batch": batch, "dtype": sizes.dtype, "images": where}
+        static = model.clone(halting=None)
+        makers = {
+            "static": lambda: compiled(lambda v, x: static.apply(v, x)[0], {"params": params}, images),  # noqa: B023
+            "masked": lambda: compiled(model.apply, bench.gated(params, shifts[_MASKED]), images),  # noqa: B023
+            f"removed {first}": lambda: compiled(remove, bench.gated(params, shifts[first]), images),  # noqa: B023
+        }
+        made = rows.build(makers, **what)
+        removed = made.pop(f"removed {first}", None)
+        if removed is not None:  # one program serves all ratios
+            made |= {f"removed {ratio}": removed.at(bench.gated(params, shift), images) for ratio, shift in shifts.items()}
+        for label, taken in (seconds := bench.time_all(made, sizes)).items():
+            row = {"images_per_second": batch / statistics.median(taken), "rounds": len(taken)}
+            if "static" in seconds:
+                row["speed_up"] = timing.median_ratio(seconds["static"], taken)
+            if label.startswith("removed"):
+                macs, padded = (float(np.mean(getattr(made[label].result[1], key))) for key in ("macs", "macs_padded"))
+                ideal = flops.static_macs(model) / macs
+                row |= {"macs_ratio": 1 / ideal, "ideal_speed_up": ideal, "unpadded_share": macs / padded}
+                if "speed_up" in row:
+                    row["efficiency"] = row["speed_up"] / ideal
+            rows(**what, name=label, **row, **made[label].facts)
