@@ -101,7 +101,7 @@ def apply(model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | No
     Runs under `jit`, under `pmap` where there are several devices (each sorts its own images), and under `jax.export`, with a
     symbolic batch too. It has no gradient: to train, use `model.apply`.
 
-    A CPU is used best if each core is a device of its own, as the command line makes it. In Python, before JAX is used:
+    A CPU is used best if each core is a device of its own, as in `--mode=eval`. In Python, before JAX is used:
 
       jax.config.update("jax_num_cpu_devices", adaptive.usable_cores())
       run = jax.pmap(functools.partial(adaptive.apply, model), in_axes=(None, 0))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
 import jax
@@ -151,19 +151,19 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
 
 
-def divide_cpu(cores: int, batch_sizes: Sequence[int]) -> None:
-    """Makes each core of a CPU a device of its own, before JAX is used; fewer if they could not share out the batches evenly.
+def divide_cpu(cores: int, batch_size: int) -> None:
+    """Makes each core of a CPU a device of its own, before JAX is used; fewer if they could not share out a batch evenly.
 
     If the user has chosen their number, by `XLA_FLAGS` or `jax_num_cpu_devices`, it stays, and so it does if there are several
     processes.
 
     Args:
       cores: that this process may use.
-      batch_sizes: images over all devices.
+      batch_size: images over all devices.
     """
     chosen = jax.config.jax_num_cpu_devices > 0 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", "")
     if not chosen and not jax.distributed.is_initialized():
-        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if not any(b % n for b in batch_sizes)))
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
 
 
 def check_devices() -> None:

@@ -57,7 +57,6 @@ _ONLY = {  # flags that the other modes do not read
     "pictures": ("predict",),
     "allow_changed_config": ("train",),
 }
-_BATCHES = {"train": ("train", "eval"), "eval": ("eval",), "calibrate": ("eval",)}  # that a mode shares out over the devices
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of the first of several processes; not needed on Cloud TPU")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes", upper_bound=2**31 - 1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which process this is, from 0", upper_bound=2**31 - 1)
@@ -173,8 +172,8 @@ def _main(argv: list[str]) -> None:
         if _MODE.value in ("train", "eval") and not jax.config.jax_compilation_cache_dir:
             jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        if _MODE.value in _BATCHES:
-            distributed.divide_cpu(adaptive.usable_cores(), [_CONFIG.value[name].batch_size for name in _BATCHES[_MODE.value]])
+        if _MODE.value in ("eval", "calibrate"):  # training is not faster for it, and would hold its state once a device
+            distributed.divide_cpu(adaptive.usable_cores(), _CONFIG.value.eval.batch_size)
         distributed.check_devices()
         with distributed.ended_together():
             logger = progress.to_console(logging.INFO if distributed.is_first() else logging.WARNING)

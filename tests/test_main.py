@@ -61,21 +61,19 @@ def test_mistakes_on_the_command_line(arguments: list[str], expected: str) -> No
         _parse(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("cores", "batches", "devices"), [(2, (32, 120), 2), (6, (512, 512), 4), (4, (15,), 3), (4, (7, 64), 1), (1, (64,), 1)]
-)
-def test_each_core_of_a_cpu_is_a_device_if_the_batches_divide(
-    monkeypatch: pytest.MonkeyPatch, cores: int, batches: tuple[int, ...], devices: int
+@pytest.mark.parametrize(("cores", "batch_size", "devices"), [(2, 120, 2), (6, 512, 4), (4, 15, 3), (4, 7, 1), (1, 64, 1)])
+def test_each_core_of_a_cpu_is_a_device_if_the_batch_divides(
+    monkeypatch: pytest.MonkeyPatch, cores: int, batch_size: int, devices: int
 ) -> None:
     update = mock.Mock()
     monkeypatch.setattr(jax.config, "update", update)
-    distributed.divide_cpu(cores, batches)
+    distributed.divide_cpu(cores, batch_size)
     assert not update.called  # the tests have XLA_FLAGS
     monkeypatch.delenv("XLA_FLAGS")
-    distributed.divide_cpu(cores, batches)
+    distributed.divide_cpu(cores, batch_size)
     update.assert_called_once_with("jax_num_cpu_devices", devices)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    distributed.divide_cpu(cores, batches)
+    distributed.divide_cpu(cores, batch_size)
     assert update.call_count == 1
 
 
@@ -85,7 +83,7 @@ def test_each_core_of_a_cpu_is_a_device_if_the_batches_divide(
     [
         (["--mode=eval", "--config.eval.batch_size=9"], {}, 3),
         (["--mode=eval", "--config.eval.batch_size=8"], {}, 2),
-        (["--config.train.batch_size=12", "--config.eval.batch_size=8"], {}, 2),
+        ([], {}, 1),
         (["--mode=eval", "--config.eval.batch_size=9"], {"JAX_NUM_CPU_DEVICES": "4"}, 4),
         (["--mode=eval", "--config.eval.batch_size=9"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
     ],
