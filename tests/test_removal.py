@@ -72,7 +72,7 @@ def test_loss_and_gradients_equal_those_of_masking(changes, batch: int, plan: re
         got = grads
         for key in path:
             got = got[key.key]
-        np.testing.assert_allclose(got, grad, rtol=0, atol=1e-5 * np.abs(grad).max() + 1e-7, err_msg=str(path))
+        np.testing.assert_allclose(got, grad, rtol=0, atol=2e-5 * np.abs(grad).max() + 1e-7, err_msg=str(path))
 
 
 def test_the_parameters_are_the_same_however_tokens_halt() -> None:
