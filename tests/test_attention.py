@@ -103,6 +103,7 @@ def test_a_network_that_asks_for_it_runs_without_a_gpu(cudnn: list, gate: haltin
     loss, grads = run(model.clone(fused_attention=True))
     assert cudnn  # traced, though not what this backend runs
     np.testing.assert_allclose(loss, expected[0], rtol=0.05)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0.1, atol=0.1), grads, expected[1])
+    for ours, exact in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=0.03 * float(jnp.abs(exact).max()) + 1e-6)
     run(model.clone(fused_attention=True, dtype=jnp.float32))
     assert all(call["dtype"] == jnp.bfloat16 for call in cudnn)

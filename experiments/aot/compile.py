@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for a TPU topology, and what the compiler says of memory."""
+"""Ahead-of-time compilation for TPUs and an NVIDIA GPU, and what the compiler says of memory."""
 
 import dataclasses
 import functools
@@ -13,44 +13,53 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, errors, flops, train_step
+from avit_jax import adaptive, build, errors, flops, train_step, vit
+from experiments.aot import gpu
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip, by Google's published figures.
+    """A chip, by its maker's published figures.
 
     Attributes:
       memory: GiB of HBM.
-      peak: bfloat16 TFLOP/s.
+      peak: bfloat16 TFLOP/s, dense.
     """
 
     memory: float
     peak: float
 
 
-# Source: cloud.google.com/tpu/docs, pages of each version.
+# Source: cloud.google.com/tpu/docs, pages of each version; nvidia.com/h100, and the memory that its driver reports.
 CHIPS = {
     "v4": Chip(32, 275),
     "v5e": Chip(16, 197),
     "v5p": Chip(95, 459),
     "v6e": Chip(32, 918),
     "tpu7x": Chip(192, 2307),
+    gpu.NAME: Chip(79.1, 989),
 }
 
 
 def devices(topology: str) -> list[Any]:
-    """Devices of a topology such as `v5e:2x2`; raises errors.UserError where libtpu is missing, or does not know it."""
+    """Devices of a topology such as `v5e:2x2`, or of `h100`; raises errors.UserError where a compiler does not know it."""
+    if topology == gpu.NAME:
+        return gpu.devices()
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
         raise errors.UserError(f"there is no topology {topology} ({errors.first_line(error)}): is libtpu installed?") from error
 
 
+def _model(config: ConfigDict, topology: str) -> vit.AViT:
+    model = build.model(config)
+    return model.clone(fused_attention=True) if topology == gpu.NAME else model
+
+
 def compile_training(config: ConfigDict, topology: str) -> dict[str, Any]:
     """Compiles the `pmap` training step of a recipe for all devices of a topology; the batch is spread over them."""
     on = devices(topology)
-    model, (tx, _) = build.model(config), build.optimizer(config)
+    model, (tx, _) = _model(config, topology), build.optimizer(config)
     new_state = functools.partial(build.new_state, model, tx, seed=0, ema=config.optimizer.ema_decay > 0)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(on), *x.shape), x.dtype), jax.eval_shape(new_state))
     shape = (len(on), config.train.batch_size // len(on))
@@ -59,19 +68,28 @@ def compile_training(config: ConfigDict, topology: str) -> dict[str, Any]:
     step = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, devices=on, donate_argnums=0)
     # Forward once and backward twice; once more where layers are computed again.
     passes = 4 if config.model.remat else 3
-    return _compile(step, (state, batch), topology, on, passes * flops.static_macs(model) * shape[1])
+    return _compile(step, (state, batch), topology, on, passes * flops.static_macs(model) * shape[1], model)
 
 
-def compile_inference(config: ConfigDict, topology: str) -> dict[str, Any]:
-    """Compiles adaptive inference on `config.eval.batch_size` images for one device of a topology."""
-    on = devices(topology)
-    model = build.model(config).clone(removal=None)
+def compile_inference(config: ConfigDict, topology: str, program: str = "inference") -> dict[str, Any]:
+    """Compiles inference on `config.eval.batch_size` images for one device of a topology.
+
+    Args:
+      config: the recipe.
+      topology: see `devices`.
+      program: "inference" removes halted tokens, "masked" masks them, "static" is the network without halting.
+    """
+    on, batch = devices(topology), config.eval.batch_size
+    model = _model(config, topology).clone(removal=None)
+    if program == "static":
+        model = model.clone(halting=None)
     here = jax.sharding.SingleDeviceSharding(on[0])
-    images = jax.ShapeDtypeStruct((config.eval.batch_size, *model.pixels, model.channels), np.float32, sharding=here)
+    images = jax.ShapeDtypeStruct((batch, *model.pixels, model.channels), np.float32, sharding=here)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32))
     variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    run = jax.jit(functools.partial(adaptive.apply, model))
-    return _compile(run, (variables, images), topology, on, flops.static_macs(model) * config.eval.batch_size)
+    plan = adaptive.default_plan(batch, "gpu") if topology == gpu.NAME else None
+    run = jax.jit(functools.partial(adaptive.apply, model, plan=plan) if program == "inference" else model.apply)
+    return _compile(run, (variables, images), topology, on, flops.static_macs(model) * batch, model)
 
 
 def share_of_chip(on: list[Any]) -> float:
@@ -82,22 +100,30 @@ def share_of_chip(on: list[Any]) -> float:
     return len({tuple(device.coords) for device in on}) / len(on)
 
 
-def _compile(function: Any, arguments: tuple[Any, ...], topology: str, on: list[Any], macs: float) -> dict[str, Any]:
+def _compile(
+    function: Any, arguments: tuple[Any, ...], topology: str, on: list[Any], macs: float, model: vit.AViT
+) -> dict[str, Any]:
     chip, share = CHIPS[topology.split(":")[0]], share_of_chip(on)
     lowered = function.lower(*arguments)
     started = time.perf_counter()
     row: dict[str, Any] = {"topology": topology, "memory_gib": chip.memory * share, "devices": len(on)}
     try:
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile(compiler_options=gpu.OPTIONS if topology == gpu.NAME else None)
     except jax.errors.JaxRuntimeError as error:
         return row | {"fits": False, "error": errors.first_line(error), "compile_seconds": time.perf_counter() - started}
+    memory = compiled.memory_analysis()
+    counted = gpu.count(compiled, model) if topology == gpu.NAME else {}
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return row | {
-        "fits": used <= chip.memory * share * 2**30,
-        "compile_seconds": time.perf_counter() - started,
-        "argument_mib": memory.argument_size_in_bytes / 2**20,
-        "temporary_mib": memory.temp_size_in_bytes / 2**20,
-        "output_mib": memory.output_size_in_bytes / 2**20,
-        "shared_mib": memory.alias_size_in_bytes / 2**20,  # of arguments and outputs: donated
-        "roofline_ms": 2 * macs / (chip.peak * share * 1e12) * 1e3,
-    }
+    return (
+        row
+        | counted
+        | {
+            "fits": used <= chip.memory * share * 2**30,
+            "compile_seconds": time.perf_counter() - started,
+            "argument_mib": memory.argument_size_in_bytes / 2**20,
+            "temporary_mib": memory.temp_size_in_bytes / 2**20,
+            "output_mib": memory.output_size_in_bytes / 2**20,
+            "shared_mib": memory.alias_size_in_bytes / 2**20,  # of arguments and outputs: donated
+            "roofline_ms": 2 * macs / (chip.peak * share * 1e12) * 1e3,
+        }
+    )

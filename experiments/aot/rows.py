@@ -4,11 +4,13 @@ from ml_collections import ConfigDict
 
 from configs import deit_base, deit_small, deit_tiny
 from experiments.aot import compile as aot
+from experiments.aot import gpu
 
 _RECIPES = {"deit_tiny": deit_tiny, "deit_small": deit_small, "deit_base": deit_base}
-_INFERENCE_BATCH = 64
+_INFERENCE_BATCH = {gpu.NAME: 256}  # of others 64
 _FIRST = 64  # images per device of the first compile of a search
 _COLUMNS = ("fits", "compile_seconds", "argument_mib", "temporary_mib", "output_mib", "memory_gib", "roofline_ms")
+_COLUMNS += ("layer_mb", "layer_kernels", "layer_casts", "layer_branches", "program_mb")
 
 
 def _recipe(model: str, dtype: str) -> ConfigDict:
@@ -19,11 +21,11 @@ def _recipe(model: str, dtype: str) -> ConfigDict:
 
 
 def compile_one(program: str, model: str, dtype: str, topology: str) -> dict[str, object]:
-    """One row of the table: the recipe's batch per device for training, 64 images for inference."""
+    """One row of the table: the recipe's batch per device for training, 64 images (256 on a GPU) for inference."""
     config = _recipe(model, dtype)
-    if program == "inference":
-        config.eval.batch_size = _INFERENCE_BATCH
-        return aot.compile_inference(config, topology) | {"batch": _INFERENCE_BATCH}
+    if program != "training":
+        config.eval.batch_size = batch = _INFERENCE_BATCH.get(topology, 64)
+        return aot.compile_inference(config, topology, program) | {"batch": batch}
     per_device = config.train.batch_size // 8
     config.train.batch_size = per_device * len(aot.devices(topology))
     return aot.compile_training(config, topology) | {"batch": per_device}
@@ -62,7 +64,7 @@ def table(rows: dict[str, dict[str, object]]) -> str:
     keys = sorted(key for key, row in rows.items() if "fits" in row)
     lines = [
         "| program, model, dtype, topology | batch per device | "
-        + " | ".join(_COLUMNS).replace("_", " ").replace("mib", "MiB").replace("gib", "GiB")
+        + " | ".join(_COLUMNS).replace("_", " ").replace("mib", "MiB").replace("gib", "GiB").replace("mb", "MB")
         + " |"
     ]
     lines.append("|---" * (len(_COLUMNS) + 2) + "|")
