@@ -22,9 +22,10 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 def _recomputes(dtype: jax.typing.DTypeLike | None) -> bool:
-    """Whether the backward pass computes norms and GELU anew from their inputs, which it moves less memory for.
+    """Whether the backward pass recomputes norms and GELU from their inputs.
 
-    In half precision alone: XLA keeps several arrays in float32 otherwise, and moving memory is what a GPU's time goes to.
+    It does so in half precision alone. Otherwise XLA stores several float32 arrays of each layer, and a GPU spends most of its
+    time moving memory.
     """
     return dtype in (jnp.bfloat16, jnp.float16)
 

@@ -61,7 +61,7 @@ def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
 
     Args:
       num_tokens: N.
-      backend: "cpu", "gpu" or "tpu"; default: that of JAX, which starts it.
+      backend: "cpu", "gpu" or "tpu"; None: the default backend of JAX, which is then started.
     """
     gpu = (backend or jax.default_backend()) == "gpu"
     group = 2 ** (max(1, (25_600 if gpu else 2080) // num_tokens).bit_length() - 1)
@@ -82,7 +82,7 @@ def pays(width: int, images: int, macs_ratio: float, *, training: bool = False, 
       images: of a call, on each device.
       macs_ratio: share of the static network's MACs that the network takes; 1 if it is not known.
       training: whether gradients are needed.
-      backend: "cpu", "gpu" or "tpu"; default: that of JAX, which starts it.
+      backend: "cpu", "gpu" or "tpu"; None: the default backend of JAX, which is then started.
     """
     if (backend or jax.default_backend()) != "gpu":
         return True

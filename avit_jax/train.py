@@ -143,7 +143,7 @@ def train(
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, parts: Parts, *, allow_changed_config: bool = False) -> None:
-    """The loop of `train`, of which it has arguments and errors, over the given parts."""
+    """Runs the training loop with the given parts; arguments and errors are those of `train`."""
     workdir, evaluator = epath.Path(workdir).expanduser(), parts.evaluator
     with contextlib.ExitStack() as stack:
         stop, checkpoints = stack.enter_context(distributed.Stop()), None

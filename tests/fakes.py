@@ -33,7 +33,7 @@ def create() -> build.TrainState:
 
 
 def batches(start: int, at: Mapping[int, Callable[[], None]] | None = None) -> Iterator[loader.Batch]:
-    """Batches that follow from the number of the step; before that of a step in `at`, its action is done."""
+    """Batches that depend on the step alone. If `at` has an action for a step, it runs before the batch of the step."""
     for step in itertools.count(start + 1):
         (at or {}).get(step, lambda: None)()
         image = np.random.default_rng(step).random((jax.local_device_count(), 2), np.float32)

@@ -41,7 +41,7 @@ class Sizes:
       product: side of the square matrices that are multiplied.
       repeats: copies, products or switches in a call.
       rounds: calls of each program that are timed, at least.
-      seconds: goes on timing for so long.
+      seconds: of timing, at least.
     """
 
     static: tuple[tuple[str, int], ...]

@@ -17,7 +17,7 @@ _MASKED = 0.62  # a masked network takes equally long at all ratios
 
 
 def plan(batch: int) -> adaptive.Plan:
-    """The default one, on a CPU that of a GPU: what is rehearsed there is the program that is measured."""
+    """The default plan. A CPU gets the default of a GPU, so that a rehearsal runs the program that is measured later."""
     return adaptive.default_plan(batch, "gpu" if jax.default_backend() == "cpu" else None)
 
 

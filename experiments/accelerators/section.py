@@ -17,7 +17,7 @@ _SECTIONS = {
     "switch": switch.run,
 }
 _SECTION = flags.DEFINE_enum("section", None, list(_SECTIONS), "what to measure", required=True)
-_OUT = flags.DEFINE_string("out", None, "folder; <section>.jsonl in it is written anew", required=True)
+_OUT = flags.DEFINE_string("out", None, "folder; <section>.jsonl in it is replaced", required=True)
 _TINY = flags.DEFINE_bool("tiny", False, "a rehearsal: a small network, few images, float32")
 
 

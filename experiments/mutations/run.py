@@ -99,7 +99,7 @@ def main() -> None:
         if name in rows:
             continue
         tests = covering(options.coverage, file, line)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=--strict-markers"]
         started = time.monotonic()
         try:
             file.write_text(source)
