@@ -7,9 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avit_jax import adaptive, halting, halting_linen, halting_nnx, losses, serving, vit, weights
-    from avit_jax.halting import HaltingConfig
-    from avit_jax.vit import AViT, deit_base, deit_small, deit_tiny
+    from avit_jax import halting, halting_linen, halting_nnx, serving, weights
+    from avit_jax.core.halting import HaltingConfig
+    from avit_jax.inference import adaptive
+    from avit_jax.models import vit
+    from avit_jax.models.vit import AViT, deit_base, deit_small, deit_tiny
+    from avit_jax.training import losses
 
 __all__ = [
     "AViT",
@@ -26,18 +29,28 @@ __all__ = [
     "vit",
     "weights",
 ]
-_MODULE_OF = {"HaltingConfig": "halting", "AViT": "vit", "deit_base": "vit", "deit_small": "vit", "deit_tiny": "vit"}
+# Where each name is; a module if the path ends in it.
+_PATHS = {
+    "AViT": "models.vit",
+    "HaltingConfig": "core.halting",
+    "adaptive": "inference.adaptive",
+    "deit_base": "models.vit",
+    "deit_small": "models.vit",
+    "deit_tiny": "models.vit",
+    "losses": "training.losses",
+    "vit": "models.vit",
+}
 
 
 def __getattr__(name: str) -> Any:
-    path = f"{__name__}.{_MODULE_OF.get(name, name)}"
+    path = f"{__name__}.{_PATHS.get(name, name)}"
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name != path:
             raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
-    value = getattr(module, name) if name in _MODULE_OF else module
+    value = module if path.endswith(f".{name}") else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -4,13 +4,16 @@ python -m avit_jax.main --config=configs/deit_tiny.py --workdir=runs/deit_tiny \
   --config.init=hf-hub:timm/deit_tiny_patch16_224.fb_in1k
 
 --config.init may be a file too (see the README); without it training starts from random weights.
-The prior and its weight, 0.1, are the paper's. The gate is that of the released code, which was chosen for DeiT's weights. The
-released code has its own prior with weight 1e-3 (--config.loss.prior_mode=official --config.loss.prior_weight=1e-3).
-We compared them on CIFAR-10 with this gate, for 250 steps (experiments/pareto/recipes.json). Weight 0.1 gave 63.3% top-1
-at 0.63 of the MACs. Weight 1e-3 gave 68.5% with the paper's prior and 68.6% with the released one, both at 0.95. The
-parent has 69.7%.
-Hardware: meant for 8 accelerators, 64 images each. Expected: unknown, as nobody has trained it. The prior aims at a depth of 8
-of 12 layers, about 0.67 of the MACs: 0.84 GMACs, of DeiT-T's 1.25. The paper reports 71.0% at 0.8 GMACs with other settings.
+The prior and its weight, 0.1, are the paper's. The gate is that of the released code, which was
+chosen for DeiT's weights. The released code has its own prior with weight 1e-3
+(--config.loss.prior_mode=official --config.loss.prior_weight=1e-3). We compared them on CIFAR-10
+with this gate, for 250 steps (experiments/pareto/recipes.json). Weight 0.1 gave 63.3% top-1 at 0.63
+of the MACs. Weight 1e-3 gave 68.5% with the paper's prior and 68.6% with the released one, both at
+0.95. The parent has 69.7%.
+Hardware: meant for 8 accelerators, 64 images each. Expected: unknown, as nobody has trained it. The
+  prior aims at a depth of 8
+of 12 layers, about 0.67 of the MACs: 0.84 GMACs, of DeiT-T's 1.25. The paper reports 71.0% at 0.8
+  GMACs with other settings.
 """
 
 from ml_collections import ConfigDict
@@ -26,10 +29,14 @@ def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = config_lib.default()
     config.data.update({"name": "imagenet2012", "train_split": "train", "eval_split": "validation"})
-    config.augment.update({"magnitude": 9.0, "repeats": 3, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0})
+    config.augment.update(
+        {"magnitude": 9.0, "repeats": 3, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
+    )
     config.model.drop_path = 0.1
     config.halting.update({"gamma": 10.0, "beta": -30.0})
-    config.loss.update({"ponder_weight": 5e-4, "prior_mode": "paper", "prior_weight": 0.1, "label_smoothing": 0.1})
+    config.loss.update(
+        {"ponder_weight": 5e-4, "prior_mode": "paper", "prior_weight": 0.1, "label_smoothing": 0.1}
+    )
     config.optimizer.update({"learning_rate": 5e-4, "warmup": _WARMUP_EPOCHS / _EPOCHS})
     config.train.batch_size = 512
     config.train.steps = _IMAGES * _EPOCHS // config.train.batch_size

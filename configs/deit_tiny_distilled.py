@@ -1,11 +1,13 @@
-"""A-ViT-T with DeiT's distillation token on ImageNet-1k; the authors announced such models and released none.
+"""A-ViT-T with DeiT's distillation token on ImageNet-1k; the authors announced such models and
+released none.
 
 python -m avit_jax.main --config=configs/deit_tiny_distilled.py --config.data.dir=... \
   --config.init=hf-hub:timm/deit_tiny_distilled_patch16_224.fb_in1k
 
-The teacher is DeiT-B, from the hub (`pip install huggingface_hub`) unless --config.distill.teacher names a file; DeiT's own
-was a RegNetY-16GF, which is no vision transformer.
-Hardware: meant for 8 accelerators, 64 images each. Expected: unknown; DeiT-T with its token has 74.5% top-1 (DeiT paper).
+The teacher is DeiT-B, from the hub (`pip install huggingface_hub`) unless --config.distill.teacher
+names a file; DeiT's own was a RegNetY-16GF, which is no vision transformer.
+Hardware: meant for 8 accelerators, 64 images each. Expected: unknown; DeiT-T with its token has
+  74.5% top-1 (DeiT paper).
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +19,7 @@ def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = deit_tiny.get_config()
     config.model.distilled = True
-    config.distill.update({"teacher": "hf-hub:timm/deit_base_patch16_224.fb_in1k", "targets": "hard", "weight": 0.5})
+    config.distill.update(
+        {"teacher": "hf-hub:timm/deit_base_patch16_224.fb_in1k", "targets": "hard", "weight": 0.5}
+    )
     return config

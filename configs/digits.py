@@ -2,8 +2,9 @@
 
 python -m avit_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Hardware: two CPU cores, for a few minutes. Expected (experiments/digits, three seeds): 95.9% top-1 at half of the static
-network's MACs. One of the 360 test images is 0.28 points; seed 0 gave 95.8% with JAX 0.12 and 96.7% with JAX 0.10.2.
+Hardware: two CPU cores, for a few minutes. Expected (experiments/digits, three seeds): 95.9% top-1
+at half of the static network's MACs. One of the 360 test images is 0.28 points; seed 0 gave 95.8%
+with JAX 0.12 and 96.7% with JAX 0.10.2.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +21,9 @@ def get_config() -> ConfigDict:
     config.model.update({"image_size": (32, 32), "patch_size": 4, "channels": 1, "num_classes": 10})
     config.model.update({"width": 64, "depth": 6, "num_heads": 2, "mlp_ratio": 2.0, "remat": True})
     config.halting.update({"gamma": 5.0, "beta": -10.0})
-    config.loss.update({"ponder_weight": 5e-4, "prior_weight": 0.1, "target_depth": 3.2, "label_smoothing": 0.1})
+    config.loss.update(
+        {"ponder_weight": 5e-4, "prior_weight": 0.1, "target_depth": 3.2, "label_smoothing": 0.1}
+    )
     config.optimizer.update({"learning_rate": 2e-3, "ema_decay": 0.99, "clip_norm": 1.0})
     config.train.update({"batch_size": 32, "steps": 1500, "log_every": 100})
     config.eval.batch_size = 120

@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from avit_jax import files
+from avit_jax.utils import files
 
 
 def save(path: os.PathLike | str, result: object) -> None:

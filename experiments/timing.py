@@ -11,8 +11,11 @@ from collections.abc import Callable, Collection, Mapping
 import jax
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.0) -> dict[str, list[float]]:
-    """Calls all functions once to warm up, then in turn, in another order each time; each has to return when its work is done.
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Calls all functions once to warm up, then in turn, in another order each time; each has to
+    return when its work is done.
 
     Args:
       functions: by name.
@@ -41,20 +44,31 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def fastest(seconds: Mapping[str, list[float]], names: Collection[str]) -> str:
-    """Of these functions the one that takes least, by the median over rounds of its time over the first one's."""
+    """Of these functions the one that takes least, by the median over rounds of its time over the
+    first one's.
+    """
     first = seconds[next(iter(names))]
     return min(names, key=lambda name: median_ratio(seconds[name], first))
 
 
 def processor() -> str:
-    """Name of the processor and its widest vectors, as in "AMD EPYC, avx2"; the architecture where Linux does not tell more."""
+    """Name of the processor and its widest vectors, as in "AMD EPYC, avx2"; the architecture where
+    Linux does not tell more.
+    """
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine()
-    known = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
+    known = {
+        key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)
+    }
     name = " ".join(known.get("model name", [platform.machine()]))
-    return ", ".join([name, *[vectors for vectors in ("avx512f", "avx2") if vectors in known.get("flags", [])][:1]])
+    return ", ".join(
+        [
+            name,
+            *[vectors for vectors in ("avx512f", "avx2") if vectors in known.get("flags", [])][:1],
+        ]
+    )
 
 
 def environment() -> dict[str, str]:

@@ -10,17 +10,26 @@ import jax
 import numpy as np
 
 import avit_jax
-from avit_jax import calibrate as calibrate_lib
-from avit_jax import errors, evaluate
 from avit_jax.data import augment, loader, sources, transforms
+from avit_jax.tools import calibrate as calibrate_lib
+from avit_jax.training import evaluate
+from avit_jax.utils import errors
 
 
-def pixels(name: str, split: str, data_dir: str, *, size: tuple[int, int], crop_ratio: float, count: int) -> np.ndarray:
-    """The first `count` pictures of a split, as evaluation sees them, `(count, H, W, C)` uint8; again if there are fewer."""
+def pixels(
+    name: str, split: str, data_dir: str, *, size: tuple[int, int], crop_ratio: float, count: int
+) -> np.ndarray:
+    """The first `count` pictures of a split, as evaluation sees them, `(count, H, W, C)` uint8;
+    again if there are fewer.
+    """
     source = sources.load(name, split=split, data_dir=data_dir, image_size=size)
-    read = loader.Reader(source=source, transform=transforms.Evaluate(image_size=size, crop_ratio=crop_ratio))
+    read = loader.Reader(
+        source=source, transform=transforms.Evaluate(image_size=size, crop_ratio=crop_ratio)
+    )
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        images = list(threads.map(lambda i: read(i)["image"], range(min(count, len(source.records)))))
+        images = list(
+            threads.map(lambda i: read(i)["image"], range(min(count, len(source.records))))
+        )
     return np.stack([images[i % len(images)] for i in range(count)])
 
 
@@ -33,13 +42,16 @@ def load_images(count: int) -> tuple[np.ndarray, str]:
         name, split, where = "digits", "train", "digits"
     images = pixels(name, split, data_dir or "", size=(224, 224), crop_ratio=0.875, count=count)
     images = np.broadcast_to(images, (*images.shape[:-1], 3))
-    return np.asarray(augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), where
+    return np.asarray(
+        augment.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    ), where
 
 
 class Devices:
     """Local devices, as many as share out a batch evenly, each with images of its own.
 
-    On CPU `XLA_FLAGS=--xla_force_host_platform_device_count=2` makes two, so that each of two cores may have one.
+    On CPU `XLA_FLAGS=--xla_force_host_platform_device_count=2` makes two, so that each of two cores
+    may have one.
     """
 
     def __init__(self, batch: int) -> None:
@@ -49,8 +61,14 @@ class Devices:
         return len(self._devices)
 
     def compile(self, function: Callable[..., Any], variables: Any, images: jax.Array) -> Any:
-        """A function of variables and images, compiled for arguments like these, as `replicate` and `split` give them."""
-        return jax.pmap(function, axis_name=evaluate.AXIS, devices=self._devices).lower(variables, images).compile()
+        """A function of variables and images, compiled for arguments like these, as `replicate` and
+        `split` give them.
+        """
+        return (
+            jax.pmap(function, axis_name=evaluate.AXIS, devices=self._devices)
+            .lower(variables, images)
+            .compile()
+        )
 
     def replicate(self, variables: Any) -> Any:
         """Variables for all devices."""
@@ -64,7 +82,9 @@ class Devices:
 
 
 def chunked(apply: Callable[..., Any], chunk: int) -> Callable[[Any, jax.Array], jax.Array]:
-    """Logits of images `(B, H, W, C)`, `chunk` of them, of which B is a multiple, at a time through all layers."""
+    """Logits of images `(B, H, W, C)`, `chunk` of them, of which B is a multiple, at a time through
+    all layers.
+    """
 
     def run(variables: Any, images: jax.Array) -> jax.Array:
         chunks = images.reshape(-1, chunk, *images.shape[1:])
@@ -78,8 +98,11 @@ def gated(params: Any, shift: float) -> Any:
     return {"params": {**params, "gate": {"gamma": np.float32(1.0), "beta": np.float32(shift)}}}
 
 
-def calibrate(model: avit_jax.AViT, macs: Callable[[float], float], budgets: list[float]) -> dict[float, float]:
-    """Gate shift for each share of the static network's MACs; raises errors.UserError for one that it cannot come to.
+def calibrate(
+    model: avit_jax.AViT, macs: Callable[[float], float], budgets: list[float]
+) -> dict[float, float]:
+    """Gate shift for each share of the static network's MACs; raises errors.UserError for one that
+    it cannot come to.
 
     Args:
       model: for the MACs of the static network.
@@ -88,6 +111,9 @@ def calibrate(model: avit_jax.AViT, macs: Callable[[float], float], budgets: lis
     """
     share = lambda shift: macs(shift) / avit_jax.flops.static_macs(model)  # noqa: E731
     try:
-        return {budget: calibrate_lib.find_shift(share, budget, start=0.0, tolerance=0.004) for budget in budgets}
+        return {
+            budget: calibrate_lib.find_shift(share, budget, start=0.0, tolerance=0.004)
+            for budget in budgets
+        }
     except calibrate_lib.OutOfReach as error:
         raise errors.UserError(str(error)) from error

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from avit_jax import main
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+REPOSITORY = pathlib.Path(__file__).parents[1]
 DIGITS = "--config=configs/digits.py"
 
 
@@ -23,10 +23,14 @@ def as_the_program_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs a test in the repository's folder; afterwards flags and logger are as before."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.syspath_prepend(REPOSITORY)  # as `python -m` does
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the recipe of the test before
+    monkeypatch.delitem(
+        sys.modules, "config_config", raising=False
+    )  # the recipe of the test before
     logger = logging.getLogger("avit_jax")
     for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(logger, name, getattr(logger, name) if name != "handlers" else [*logger.handlers])
+        monkeypatch.setattr(
+            logger, name, getattr(logger, name) if name != "handlers" else [*logger.handlers]
+        )
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     names = set(flags.FLAGS)

@@ -1,6 +1,8 @@
-"""Settings of every test: eight CPU devices, exact matmuls, no silent promotion of ranks or dtypes, quick compilation.
+"""Settings of every test: eight CPU devices, exact matmuls, no silent promotion of ranks or dtypes,
+quick compilation.
 
-AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator; without `-n`, as each process takes its memory.
+AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator; without `-n`, as each
+process takes its memory.
 """
 
 import os
@@ -10,8 +12,13 @@ import jax
 import pytest
 
 # Read when the devices are first asked for.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-if jax.__version_info__ < (0, 11):  # newer ones have no other emitters than those that take three times as long to compile
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+if jax.__version_info__ < (
+    0,
+    11,
+):  # newer ones have no other emitters than those that take three times as long to compile
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 _PLATFORM = os.environ.get("AVIT_TEST_PLATFORM", "cpu")
@@ -19,13 +26,16 @@ jax.config.update("jax_platforms", _PLATFORM)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Compiling is nearly all that the tests do: all processes share what has been compiled, and it is kept for the next time.
+# Compiling is nearly all that the tests do: all processes share what has been compiled, and it is
+# kept for the next time.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "cache"):  # not with -p no:cacheprovider
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
+        jax.config.update(
+            "jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}"))
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +47,8 @@ def _compile_quickly(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
-    """Every program takes memory maps, of which a process may have 65,530: those of a file of tests go when it is done."""
+    """Every program takes memory maps, of which a process may have 65,530: those of a file of tests
+    go when it is done.
+    """
     yield
     jax.clear_caches()

@@ -1,4 +1,6 @@
-"""A network of three parameters and what trains it, for tests of the loop and of all that surrounds a network."""
+"""A network of three parameters and what trains it, for tests of the loop and of all that surrounds
+a network.
+"""
 
 import functools
 import itertools
@@ -13,11 +15,21 @@ import numpy as np
 from flax import jax_utils
 from ml_collections import ConfigDict
 
-from avit_jax import build, checkpoint, distributed, evaluate, files, train, train_step, vit
 from avit_jax.data import loader, sources
+from avit_jax.models import vit
+from avit_jax.training import build, checkpoint, distributed, evaluate, loop, train_step
+from avit_jax.utils import files
 
-SOURCES = [sources.Source(f"the {split} split", range(count), list("ab"), channels=1) for split, count in (("a", 32), ("b", 8))]
-_ROW = {"macs": np.float32(50.0), "depth_patch": np.float32(1.5), "depth_class": np.float32(2.0), "images": np.float32(8)}
+SOURCES = [
+    sources.Source(f"the {split} split", range(count), list("ab"), channels=1)
+    for split, count in (("a", 32), ("b", 8))
+]
+_ROW = {
+    "macs": np.float32(50.0),
+    "depth_patch": np.float32(1.5),
+    "depth_class": np.float32(2.0),
+    "images": np.float32(8),
+}
 
 
 def config(**overrides: object) -> ConfigDict:
@@ -29,11 +41,17 @@ def config(**overrides: object) -> ConfigDict:
 def create() -> build.TrainState:
     """The state before the first step."""
     params = {"a": jnp.zeros(2), "b": jnp.ones(())}
-    return build.TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params={"a": jnp.zeros(2)}, opt_state=())
+    return build.TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, ema_params={"a": jnp.zeros(2)}, opt_state=()
+    )
 
 
-def batches(start: int, at: Mapping[int, Callable[[], None]] | None = None) -> Iterator[loader.Batch]:
-    """Batches that depend on the step alone. If `at` has an action for a step, it runs before the batch of the step."""
+def batches(
+    start: int, at: Mapping[int, Callable[[], None]] | None = None
+) -> Iterator[loader.Batch]:
+    """Batches that depend on the step alone. If `at` has an action for a step, it runs before the
+    batch of the step.
+    """
     for step in itertools.count(start + 1):
         (at or {}).get(step, lambda: None)()
         image = np.random.default_rng(step).random((jax.local_device_count(), 2), np.float32)
@@ -41,8 +59,10 @@ def batches(start: int, at: Mapping[int, Callable[[], None]] | None = None) -> I
 
 
 @functools.cache
-def _step(poisoned: frozenset[int], value: str, skip: bool, taught: bool) -> train.Step:
-    def step(state: build.TrainState, batch: loader.Batch) -> tuple[build.TrainState, dict[str, jax.Array]]:
+def _step(poisoned: frozenset[int], value: str, skip: bool, taught: bool) -> loop.Step:
+    def step(
+        state: build.TrainState, batch: loader.Batch
+    ) -> tuple[build.TrainState, dict[str, jax.Array]]:
         target = jax.lax.pmean(batch["image"].astype(jnp.float32).mean(), train_step.AXIS)
         number = state.step + 1
         bad = jnp.isin(number, jnp.array([*poisoned, -1]))
@@ -50,7 +70,10 @@ def _step(poisoned: frozenset[int], value: str, skip: bool, taught: bool) -> tra
         values = dict.fromkeys(("loss", "task_loss", "grad_norm", "param_norm", "top1"), target)
         values |= {"distill_loss": target} if taught else {}
         values[value] = jnp.where(bad, jnp.sqrt(-target), values[value])
-        counts = {"skipped": jax.lax.psum(batch["skipped"].sum(), train_step.AXIS), "nonfinite": bad & skip}
+        counts = {
+            "skipped": jax.lax.psum(batch["skipped"].sum(), train_step.AXIS),
+            "nonfinite": bad & skip,
+        }
         new = {"params": update(state.params), "ema_params": update(state.ema_params)}
         return state.replace(step=number, **new), values | counts
 
@@ -63,14 +86,27 @@ class Evaluator(evaluate.Evaluator):
     def __init__(self, source: sources.Source = SOURCES[1]) -> None:
         self.source = source
 
-    def __call__(self, params: object, stop: Callable[[], bool] = lambda: False) -> evaluate.Results | None:
+    def __call__(
+        self, params: object, stop: Callable[[], bool] = lambda: False
+    ) -> evaluate.Results | None:
         first = jax.tree.leaves(jax_utils.unreplicate(params))[0]
-        return None if stop() else _ROW | {"top1": np.float32(1.0) / (1.0 + np.asarray(first, np.float32).mean())}
+        return (
+            None
+            if stop()
+            else _ROW | {"top1": np.float32(1.0) / (1.0 + np.asarray(first, np.float32).mean())}
+        )
 
     def scalars(self, results: evaluate.Results) -> dict[str, float]:
         return {name: float(value) for name, value in results.items()} | {"macs_ratio": 0.5}
 
-    def report(self, summary: pathlib.Path, picture: object, params: object, results: evaluate.Results, **more: float) -> None:
+    def report(
+        self,
+        summary: pathlib.Path,
+        picture: object,
+        params: object,
+        results: evaluate.Results,
+        **more: float,
+    ) -> None:
         if distributed.is_first():
             files.write(summary, json.dumps(self.scalars(results) | more))
 
@@ -82,7 +118,7 @@ def parts(
     poisoned: tuple[int, ...] = (),
     value: str = "loss",
     model: vit.AViT | None = None,
-) -> train.Parts:
+) -> loop.Parts:
     """What the loop needs; its other attributes can be changed with `_replace`.
 
     Args:
@@ -92,10 +128,12 @@ def parts(
       value: its name.
       model: has its random parameters in place of the three.
     """
-    return train.Parts(
+    return loop.Parts(
         model=model,
         create=create if model is None else build.creation(config, model),
-        make_step=lambda teacher: _step(frozenset(poisoned), value, config.train.nonfinite == "skip", teacher is not None),
+        make_step=lambda teacher: _step(
+            frozenset(poisoned), value, config.train.nonfinite == "skip", teacher is not None
+        ),
         batches=functools.partial(batches, at=at),
         evaluator=Evaluator(),
         source=SOURCES[0],
@@ -103,17 +141,21 @@ def parts(
     )
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False, **how: object) -> None:
+def run(
+    config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False, **how: object
+) -> None:
     """A run of the fake network; `how` is of `parts`."""
-    train.run(config, workdir, parts(config, **how), allow_changed_config=allow_changed_config)
+    loop.run(config, workdir, parts(config, **how), allow_changed_config=allow_changed_config)
 
 
-def real_run(config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False) -> None:
+def real_run(
+    config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False
+) -> None:
     """A run of the configuration's own network and data, of which no loss is computed."""
     model = build.model(config)
-    source = train.load_source(config, model)
+    source = loop.load_source(config, model)
     real = parts(config, model=model)._replace(source=source, evaluator=Evaluator(source))
-    train.run(config, workdir, real, allow_changed_config=allow_changed_config)
+    loop.run(config, workdir, real, allow_changed_config=allow_changed_config)
 
 
 def restored(workdir: pathlib.Path) -> build.TrainState:

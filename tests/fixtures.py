@@ -7,8 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from avit_jax import build, checkpoint
 from avit_jax import config as config_lib
+from avit_jax.training import build, checkpoint
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -24,7 +24,9 @@ def small_config(**overrides: object) -> ConfigDict:
     config.data.update({"mean": (0.3,), "std": (0.36,)})
     config.affine.update({"rotate": 10.0, "translate": 0.1})
     config.model.update({"image_size": (16, 16), "patch_size": 4, "channels": 1, "num_classes": 10})
-    config.model.update({"width": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "drop_path": 0.2})
+    config.model.update(
+        {"width": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "drop_path": 0.2}
+    )
     config.halting.update({"gamma": 5.0, "beta": -1.0})
     config.loss.update({"prior_weight": 0.1, "target_depth": 2.0})
     config.optimizer.update({"learning_rate": 1e-3, "ema_decay": 0.5, "warmup": 0.2})
@@ -43,7 +45,9 @@ def restored_state(config: ConfigDict, workdir: pathlib.Path) -> build.TrainStat
 
 
 def big_vision_outside_layers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Embedding, head and last norm in the names and layouts of big_vision, of tensors by timm's names."""
+    """Embedding, head and last norm in the names and layouts of big_vision, of tensors by timm's
+    names.
+    """
     return {
         "embedding/kernel": tensors["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
         "embedding/bias": tensors["patch_embed.proj.bias"],

@@ -1,7 +1,7 @@
 """Golden cases: what the authors' implementation gives on seeded weights and images.
 
-Each `tests/data/case_*.npz` holds a configuration and outputs; A and D hold their weights and images too, F (the size of
-DeiT-T) is made here from the recipe that its file describes.
+Each `tests/data/case_*.npz` holds a configuration and outputs; A and D hold their weights and
+images too, F (the size of DeiT-T) is made here from the recipe that its file describes.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avit_jax import halting, losses, vit, weights
+from avit_jax import weights
+from avit_jax.core import halting
+from avit_jax.models import vit
+from avit_jax.training import losses
 
 _DATA = pathlib.Path(__file__).parent / "data"
 
@@ -43,25 +46,44 @@ class Case:
     data: Mapping[str, np.ndarray]
 
     def model(self, **changes: Any) -> vit.AViT:
-        """The network of the case, with some attributes changed; its gate is a parameter, so that A and D share a program."""
+        """The network of the case, with some attributes changed; its gate is a parameter, so that A
+        and D share a program.
+        """
         c = self.config
-        sizes = dict(width=c["dim"], depth=c["depth"], num_heads=c["heads"], mlp_ratio=c["mlp_ratio"], channels=c["in_chans"])
-        image = dict(image_size=(c["img_h"], c["img_w"]), patch_size=c["patch"], num_classes=c["classes"])
+        sizes = dict(
+            width=c["dim"],
+            depth=c["depth"],
+            num_heads=c["heads"],
+            mlp_ratio=c["mlp_ratio"],
+            channels=c["in_chans"],
+        )
+        image = dict(
+            image_size=(c["img_h"], c["img_w"]), patch_size=c["patch"], num_classes=c["classes"]
+        )
         gate = dict(halting=halting.HaltingConfig(epsilon=c["eps"], learnable=True))
         return vit.AViT(**(sizes | image | gate | changes))
 
     def params(self, dtype: Any = np.float32, **gate: float) -> dict[str, Any]:
         """Our parameter tree; gamma and beta are the case's own if not given."""
-        params = weights.from_torch({name: array.astype(dtype) for name, array in self.state_dict.items()})
+        params = weights.from_torch(
+            {name: array.astype(dtype) for name, array in self.state_dict.items()}
+        )
         gate = {"gamma": self.config["gate_scale"], "beta": -self.config["gate_center"]} | gate
         return params | {"gate": {name: jnp.asarray(value, dtype) for name, value in gate.items()}}
 
-    def run(self, dtype: Any = np.float32, share: Any = (1, 1, 1, 0), pick: Any = slice(None), **gate: float) -> Any:
+    def run(
+        self,
+        dtype: Any = np.float32,
+        share: Any = (1, 1, 1, 0),
+        pick: Any = slice(None),
+        **gate: float,
+    ) -> Any:
         """Runs images forwards and backwards.
 
         Args:
           dtype: of the computation.
-          share: weights of task, ponder, official and paper prior loss in the sum that is differentiated.
+          share: weights of task, ponder, official and paper prior loss in the sum that is
+            differentiated.
           pick: which images, a slice or indices.
           **gate: gamma or beta, where they are not the case's own.
 
@@ -69,9 +91,13 @@ class Case:
           `(the four losses, logits, aux)` and the gradient, in PyTorch's names.
         """
         c = self.config
-        gradient = _gradient(self.model(), c["ponder_scale"], c["alpha"], c["target_depth"], fast=dtype == np.float64)
+        gradient = _gradient(
+            self.model(), c["ponder_scale"], c["alpha"], c["target_depth"], fast=dtype == np.float64
+        )
         images, labels = self.images[pick].astype(dtype), self.labels[pick]
-        (_, outputs), grads = jax.device_get(gradient(self.params(dtype, **gate), np.asarray(share, dtype), images, labels))
+        (_, outputs), grads = jax.device_get(
+            gradient(self.params(dtype, **gate), np.asarray(share, dtype), images, labels)
+        )
         return outputs, weights.to_torch(grads, patch_shape=(c["patch"], c["patch"], c["in_chans"]))
 
 
@@ -90,7 +116,10 @@ def _gradient(
     def total(params, share, images, labels):
         logits, aux = model.apply({"params": params}, images)
         ponder = ponder_weight * losses.ponder_loss(aux)
-        priors = [prior_weight * losses.prior_loss(aux, target_depth=target_depth, mode=mode) for mode in ("official", "paper")]
+        priors = [
+            prior_weight * losses.prior_loss(aux, target_depth=target_depth, mode=mode)
+            for mode in ("official", "paper")
+        ]
         terms = (losses.cross_entropy(logits, labels), ponder, *priors)
         return share @ jnp.stack(terms), (terms, logits, aux)
 
@@ -103,7 +132,11 @@ def load(name: str) -> Case:
     with np.load(_DATA / f"case_{name}.npz") as file:
         data = dict(file)
     config = json.loads(str(data["config_json"]))
-    state_dict = {key.removeprefix("params/"): array for key, array in data.items() if key.startswith("params/")}
+    state_dict = {
+        key.removeprefix("params/"): array
+        for key, array in data.items()
+        if key.startswith("params/")
+    }
     if "images" in data:
         images, labels = data["images"], data["labels"]
     else:
@@ -135,7 +168,9 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         layer = dict(norm1=(width,), qkv=(3 * width, width), proj=(width, width))
         layer |= dict(norm2=(width,), fc1=(hidden, width), fc2=(width, hidden))
         prefix = dict(qkv="attn.", proj="attn.", fc1="mlp.", fc2="mlp.")
-        matrices |= {f"blocks.{i}.{prefix.get(name, '')}{name}": shape for name, shape in layer.items()}
+        matrices |= {
+            f"blocks.{i}.{prefix.get(name, '')}{name}": shape for name, shape in layer.items()
+        }
     matrices |= {"norm": (width,), "head": (classes, width)}
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, num_tokens, width)}
     for name, shape in matrices.items():
@@ -153,7 +188,9 @@ def _std(name: str, shape: tuple[int, ...]) -> float:
 
 
 def recipe_params(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Float32 weights that float16 holds exactly; where the recipe says so, channel 0 is built to carry the gate."""
+    """Float32 weights that float16 holds exactly; where the recipe says so, channel 0 is built to
+    carry the gate.
+    """
     recipe, scale, center = config["recipe"], config["gate_scale"], config["gate_center"]
     rng = np.random.Generator(np.random.PCG64(recipe["seed"]))
     params = {}
@@ -166,7 +203,9 @@ def recipe_params(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
         gate = params["pos_embed"][0, :, 0]
         gate *= recipe["spread"] / (0.3 * scale)
         gate[0] = 0.0
-        gate += (center + np.where(np.arange(len(gate)) == 0, recipe["u0_cls"], recipe["u0_tok"])) / scale
+        gate += (
+            center + np.where(np.arange(len(gate)) == 0, recipe["u0_cls"], recipe["u0_tok"])
+        ) / scale
         params["patch_embed.proj.weight"][0] *= recipe["kpatch"] / scale
         params["patch_embed.proj.bias"][0] *= 0.0
         for i in range(config["depth"]):
@@ -179,13 +218,17 @@ def recipe_params(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def recipe_images(config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Images NCHW (noise of its own contrast, an offset and a slope per channel) and labels."""
-    batch, channels, height, width = (config[key] for key in ("batch", "in_chans", "img_h", "img_w"))
+    batch, channels, height, width = (
+        config[key] for key in ("batch", "in_chans", "img_h", "img_w")
+    )
     rng = np.random.Generator(np.random.PCG64(config["recipe"]["seed"] + 1000003))
     root = 3.0**0.5
     noise = _uniform(rng, (batch, channels, height, width)) * root
     offset = _uniform(rng, (batch, channels, 1, 1)) * root
     contrast = 0.3 + 0.9 * rng.random((batch, 1, 1, 1))
-    slope_y, slope_x = np.moveaxis(_uniform(rng, (batch, channels, 2)) * root, -1, 0)[..., None, None]
+    slope_y, slope_x = np.moveaxis(_uniform(rng, (batch, channels, 2)) * root, -1, 0)[
+        ..., None, None
+    ]
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
     images = contrast * noise * 0.6 + 0.7 * offset + 0.7 * (slope_y * y + slope_x * x)
     labels = np.floor(rng.random(batch) * config["classes"]).astype(np.int64)

@@ -13,11 +13,15 @@ from command_line import as_the_program_starts  # noqa: F401
 from command_line import one_line as _one_line
 from command_line import parse as _parse
 
-from avit_jax import build, errors, main
 from avit_jax import config as config_lib
+from avit_jax import main
+from avit_jax.training import build
+from avit_jax.utils import errors
 
 # How ml_collections loads a recipe.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"
+)
 
 _PATH_FLAGS = [
     ("--workdir", "train"),
@@ -32,11 +36,15 @@ _PATH_FLAGS = [
 
 
 @pytest.mark.parametrize(("flag", "mode"), _PATH_FLAGS)
-def test_the_home_directory_in_every_path(flag: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_directory_in_every_path(
+    flag: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config = _parse(_DIGITS, f"--mode={mode}", f"{flag}=~/a~b")
     name = flag.removeprefix("--")
-    values = config_lib.flat(config) if name.startswith("config.") else flags.FLAGS.flag_values_dict()
+    values = (
+        config_lib.flat(config) if name.startswith("config.") else flags.FLAGS.flag_values_dict()
+    )
     assert values[name.removeprefix("config.")] == "/home/me/a~b"
 
 
@@ -46,7 +54,9 @@ def test_the_home_directory_of_nobody(flag: str, mode: str) -> None:
         _parse(_DIGITS, f"--mode={mode}", f"{flag}=~nobody_of_this_name/x")
 
 
-@pytest.mark.parametrize("address", ["http://", "https://", "ftp://", "s3://", "file:///", "hdfs://", "GS://"])
+@pytest.mark.parametrize(
+    "address", ["http://", "https://", "ftp://", "s3://", "file:///", "hdfs://", "GS://"]
+)
 @pytest.mark.parametrize(("flag", "mode"), _PATH_FLAGS)
 def test_addresses_that_are_no_paths(flag: str, mode: str, address: str) -> None:
     with _one_line(f"{flag} must be a local path or gs://..."):
@@ -73,13 +83,20 @@ def test_a_workdir_whose_name_is_no_text() -> None:
         _parse(_DIGITS, "--workdir=/tmp/\udcff")
 
 
-def test_paths_of_pictures_and_of_the_recipe(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_pictures_and_of_the_recipe(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["main"])
     (tmp_path / "recipe.py").write_text((_REPOSITORY / "configs/digits.py").read_text())
-    pictures = main._parse(["main", "--config=~/recipe.py", "--mode=predict", "a.png", "~/b.png"])[1:]
+    pictures = main._parse(["main", "--config=~/recipe.py", "--mode=predict", "a.png", "~/b.png"])[
+        1:
+    ]
     assert pictures == ["a.png", f"{tmp_path}/b.png"]
-    for picture, told in (("", "a picture is not a path"), ("https://x/y.png", "a picture must be a local path")):
+    for picture, told in (
+        ("", "a picture is not a path"),
+        ("https://x/y.png", "a picture must be a local path"),
+    ):
         with _one_line(told):
             main._parse(["main", _DIGITS, "--mode=predict", "a.png", picture])
 
@@ -89,8 +106,14 @@ def _huge_values() -> Iterator[tuple[str, object]]:
         value = (0, 0) if value == () else value  # of init_grid
         one = value[0] if isinstance(value, tuple) else value
         if isinstance(one, int | float) and not isinstance(one, bool):
-            integers = (10**20, -(10**20), 10**400, 2**63) if isinstance(one, int) or value is not one else ()
-            numbers = (math.inf, -math.inf, math.nan, 1e300, -1e300) if isinstance(one, float) else ()
+            integers = (
+                (10**20, -(10**20), 10**400, 2**63)
+                if isinstance(one, int) or value is not one
+                else ()
+            )
+            numbers = (
+                (math.inf, -math.inf, math.nan, 1e300, -1e300) if isinstance(one, float) else ()
+            )
             for number in (*integers, *numbers):
                 yield key, (number,) * len(value) if isinstance(value, tuple) else number
 

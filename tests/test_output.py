@@ -1,4 +1,6 @@
-"""The output of the program: that nobody reads, that does not fit, and in every encoding; and its end by Ctrl-C."""
+"""The output of the program: that nobody reads, that does not fit, and in every encoding; and its
+end by Ctrl-C.
+"""
 
 import contextlib
 import io
@@ -19,12 +21,19 @@ from command_line import parse as _parse
 from avit_jax import main
 
 # How ml_collections loads a recipe.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"
+)
 
 
 def _output(command: list[str], code: str = "", **environment: str) -> tuple[int, bytes, bytes]:
     """Status, output and errors of a program; without code, one that nobody reads the output of."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(_REPOSITORY), **environment}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(_REPOSITORY),
+        **environment,
+    }
     with subprocess.Popen(
         [sys.executable, *command, *([code] if code else [])],
         cwd=_REPOSITORY,
@@ -57,19 +66,24 @@ def test_nobody_reads_the_output() -> None:
 
 def test_no_room_for_the_output() -> None:
     command = f"{sys.executable} -m avit_jax.main --help > /dev/full"
-    ended = subprocess.run(command, shell=True, cwd=_REPOSITORY, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(
+        command, shell=True, cwd=_REPOSITORY, stderr=subprocess.PIPE, text=True, check=False
+    )
     assert ended.returncode == 2 and ended.stderr == "error: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize(
-    ("encoding", "expected"), [("ascii", rb"\xe9 \U0001f600"), ("cp1252", b"\xe9 \\U0001f600"), ("utf-8", "é 😀".encode())]
+    ("encoding", "expected"),
+    [("ascii", rb"\xe9 \U0001f600"), ("cp1252", b"\xe9 \\U0001f600"), ("utf-8", "é 😀".encode())],
 )
 def test_characters_that_an_encoding_does_not_have(encoding: str, expected: bytes) -> None:
     printing = _PRINTING.format(r"lambda argv: print('\xe9 \U0001f600')")
     assert _output(["-c"], printing, PYTHONIOENCODING=encoding) == (0, expected + b"\n", b"")
 
 
-def test_predictions_that_nobody_reads(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_that_nobody_reads(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def exit_(status: int) -> None:
         raise SystemExit(status)
 
@@ -81,7 +95,7 @@ def test_predictions_that_nobody_reads(tmp_path: pathlib.Path, monkeypatch: pyte
     os.close(reader)
     _parse(_DIGITS, "--mode=predict", f"--workdir={tmp_path}")
     monkeypatch.setattr(os, "_exit", exit_)
-    monkeypatch.setattr("avit_jax.predict.predict", predict)
+    monkeypatch.setattr("avit_jax.tools.predict.predict", predict)
     stdout = os.fdopen(writer, "w")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
         patch.setattr(sys, "stdout", stdout)

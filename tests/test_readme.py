@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from avit_jax import predict, train, weight_files
+from avit_jax.tools import predict
+from avit_jax.training import loop
+from avit_jax.weights import weight_files
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 TOKENS = jax.random.normal(jax.random.key(0), (2, 9, 16))
@@ -56,18 +58,26 @@ def test_model_example() -> None:
     exec(code("<!-- adaptive example -->"), scope)
     np.testing.assert_allclose(scope["logits"], logits, atol=1e-5)
     assert scope["aux"].macs.shape == scope["aux"].macs_padded.shape == (2,)
-    assert np.unique(scope["aux"].depth).size > 1, "the example should show tokens of different depth"
+    assert np.unique(scope["aux"].depth).size > 1, (
+        "the example should show tokens of different depth"
+    )
 
 
 def test_trained_network_example(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = fixtures.small_config(**{"train.steps": 1})
-    train.train(config, "runs/deit_tiny")
+    loop.train(config, "runs/deit_tiny")
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     pathlib.Path("photo.jpg").write_bytes(fixtures.png(noise))
     (one,) = predict.predict(config, "runs/deit_tiny", ["photo.jpg"])
     scope = {"config": config, "pixels": np.stack([one.image] * 3)}
     exec(code("The same from Python, and how to write"), scope)
     assert scope["logits"].shape == (3, 10)
-    np.testing.assert_allclose(jax.nn.softmax(scope["logits"][2]).max(), one.probabilities[0], rtol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, weight_files.load("model.safetensors", scope["model"]), scope["params"])
+    np.testing.assert_allclose(
+        jax.nn.softmax(scope["logits"][2]).max(), one.probabilities[0], rtol=1e-5
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        weight_files.load("model.safetensors", scope["model"]),
+        scope["params"],
+    )

@@ -1,8 +1,9 @@
 """Batches for this process's devices; where a batch lies follows from the global step alone.
 
-A batch is a dict of arrays with the axes `(local devices, images a device, ...)`: `image` uint8 `(H, W, C)`, `label` int32,
-`skipped` int32, how many records could not be read before one could, and `index` int32, the place of each image in the global
-batch; in evaluation also `weight` float32, 0 for padding and for what could not be read.
+A batch is a dict of arrays with the axes `(local devices, images a device, ...)`: `image` uint8
+`(H, W, C)`, `label` int32, `skipped` int32, how many records could not be read before one could,
+and `index` int32, the place of each image in the global batch; in evaluation also `weight` float32,
+0 for padding and for what could not be read.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ import jax
 import numpy as np
 from flax import jax_utils
 
-from avit_jax import errors
 from avit_jax.data import pictures, sources
+from avit_jax.utils import errors
 
 Batch = dict[str, Any]
 Decoded = Callable[[int], sources.Record]  # the record of a number, decoded
@@ -41,7 +42,8 @@ class Reader:
     Attributes:
       source: images.
       transform: host transform, of an image and, in training, a random generator.
-      skip_bad: where a record cannot be read, the next one takes its place, and a warning names it; else it is an error.
+      skip_bad: where a record cannot be read, the next one takes its place, and a warning names it;
+        else it is an error.
     """
 
     source: sources.Source
@@ -49,7 +51,9 @@ class Reader:
     skip_bad: bool = False
 
     def __call__(self, i: int) -> sources.Record:
-        """The i-th record, transformed, with `skipped`; raises errors.UserError naming a record that cannot be read."""
+        """The i-th record, transformed, with `skipped`; raises errors.UserError naming a record
+        that cannot be read.
+        """
         return self.apply(self.decoded(i))
 
     def decoded(self, i: int) -> sources.Record:
@@ -61,7 +65,8 @@ class Reader:
             except _Unreadable as error:
                 if not self.skip_bad:
                     raise errors.UserError(
-                        f"cannot read {error}; mend or remove it, or set --config.data.bad_records=skip."
+                        f"cannot read {error}; mend or remove it, or set "
+                        "--config.data.bad_records=skip."
                     ) from error
                 _logger.warning("skipped %s", error)
         raise errors.UserError(f"not one record of {self.source.name} can be read.")
@@ -74,14 +79,21 @@ class Reader:
         record: sources.Record = {}
         try:
             record = self.source.records[i]
-        except Exception as error:  # a file that is gone, or whatever array_record says of a damaged shard
+        except (
+            Exception
+        ) as error:  # a file that is gone, or whatever array_record says of a damaged shard
             raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
         if not 0 <= record["label"] < len(self.source.label_names):
             raise errors.UserError(
-                f"{self.source.where(i, record)} has the label {record['label']}, of no class: name a split that has labels."
+                f"{self.source.where(i, record)} has the label {record['label']}, of no class: "
+                "name a split that has labels."
             )
         try:
-            image = record["image"] if isinstance(record["image"], np.ndarray) else pictures.decode(record["image"])
+            image = (
+                record["image"]
+                if isinstance(record["image"], np.ndarray)
+                else pictures.decode(record["image"])
+            )
             return {"image": image, "label": np.int32(record["label"])}
         except pictures.BadPicture as error:
             raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
@@ -99,8 +111,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Endless training batches from `start_step` on, shuffled anew each epoch.
 
-    The same batches, whatever the number of threads, workers or processes: the random generator of a host transform is
-    seeded by the place of the image in the endless sequence.
+    The same batches, whatever the number of threads, workers or processes: the random generator of
+    a host transform is seeded by the place of the image in the endless sequence.
 
     Args:
       reader: with a transform that takes a random generator.
@@ -109,8 +121,8 @@ def train_batches(
       start_step: number of batches that have been taken before.
       num_threads: that read and transform, in this process or in each worker.
       num_workers: processes that read and transform; 0: this one. Needs parsed absl flags.
-      repeats: copies of an image that follow each other, each transformed by itself; an epoch stays as long as the source,
-        so it takes one of `repeats` images. DeiT's repeated augmentation: 3.
+      repeats: copies of an image that follow each other, each transformed by itself; an epoch stays
+        as long as the source, so it takes one of `repeats` images. DeiT's repeated augmentation: 3.
     """
     length = len(reader.source.records)
     order = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
@@ -120,11 +132,14 @@ def train_batches(
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
         return reader.apply(decoded(order[epoch * length + i // repeats]), rng)
 
-    return _on_devices(reader, read, range(start_step, sys.maxsize), batch_size, num_threads, num_workers)
+    return _on_devices(
+        reader, read, range(start_step, sys.maxsize), batch_size, num_threads, num_workers
+    )
 
 
 def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterator[Batch]:
-    """Batches that hold every image exactly once, in order; the last is filled up with images of weight 0.
+    """Batches that hold every image exactly once, in order; the last is filled up with images of
+    weight 0.
 
     Args:
       reader: with a transform of a record alone.
@@ -137,7 +152,9 @@ def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterat
         record = reader.apply(decoded(min(place, length - 1)))
         return record | {"weight": np.float32(place < length and not record["skipped"])}
 
-    return _on_devices(reader, read, range(-(-length // batch_size)), batch_size, num_threads, num_workers=0)
+    return _on_devices(
+        reader, read, range(-(-length // batch_size)), batch_size, num_threads, num_workers=0
+    )
 
 
 def _on_devices(
@@ -148,13 +165,19 @@ def _on_devices(
     num_threads: int,
     num_workers: int,
 ) -> Iterator[Batch]:
-    """Batches of what `read` makes of the places in the endless sequence; each process takes its part of a batch."""
+    """Batches of what `read` makes of the places in the endless sequence; each process takes its
+    part of a batch.
+    """
     devices = jax.local_device_count()
-    index = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())[jax.process_index()]
+    index = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())[
+        jax.process_index()
+    ]
 
     def batch(step: int) -> Batch:
         # A whole batch at once: grain's own work on each image is not small beside Pillow's.
-        decoded = functools.lru_cache(maxsize=1)(reader.decoded)  # copies of an image follow each other
+        decoded = functools.lru_cache(maxsize=1)(
+            reader.decoded
+        )  # copies of an image follow each other
         records = [read(step * batch_size + int(i), decoded) | {"index": i} for i in index]
         stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
         return {key: x.reshape(devices, -1, *x.shape[1:]) for key, x in stacked.items()}
@@ -163,8 +186,12 @@ def _on_devices(
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_serve)
-    return jax_utils.prefetch_to_device(_of_workers(iter(batches)) if num_workers else iter(batches), _PREFETCH)
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_serve
+        )
+    return jax_utils.prefetch_to_device(
+        _of_workers(iter(batches)) if num_workers else iter(batches), _PREFETCH
+    )
 
 
 def _of_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -172,13 +199,16 @@ def _of_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield from batches
     except RuntimeError as error:  # grain's, where one has been killed
         raise errors.UserError(
-            f"a process that reads the training data has ended ({errors.first_line(error)}): most often the memory, or "
+            f"a process that reads the training data has ended ({errors.first_line(error)}): most "
+            "often the memory, or "
             "/dev/shm, is too small for so many; lower --config.data.num_workers, or set it to 0."
         ) from error
 
 
 def _serve(*_: int) -> None:
-    """A worker lives as long as the training process, which ends it, whatever signals are sent to the whole group."""
+    """A worker lives as long as the training process, which ends it, whatever signals are sent to
+    the whole group.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()

@@ -1,9 +1,11 @@
 """RandAugment as DeiT uses it (`rand-m9-mstd0.5-inc1` in timm's notation), on Pillow pictures.
 
-Two operations a picture, drawn from fifteen with replacement, each carried out with probability one half, at a magnitude drawn
-around the configured one; the greater the magnitude, the more an operation changes ("increasing").
+Two operations a picture, drawn from fifteen with replacement, each carried out with probability one
+half, at a magnitude drawn around the configured one; the greater the magnitude, the more an
+operation changes ("increasing").
 
-Reference: Cubuk et al., RandAugment, 2020; ranges of the operations as in timm, which DeiT trains with.
+Reference: Cubuk et al., RandAugment, 2020; ranges of the operations as in timm, which DeiT trains
+  with.
 """
 
 import functools
@@ -29,15 +31,21 @@ def _plain(function: Callable[[Image.Image], Image.Image]) -> Operation:
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     """An operation that blends a picture with a plainer version of itself, or away from it."""
-    return lambda picture, strength, sign: kind(picture).enhance(max(0.1, 1.0 + sign * 0.9 * strength))
+    return lambda picture, strength, sign: kind(picture).enhance(
+        max(0.1, 1.0 + sign * 0.9 * strength)
+    )
 
 
 def _affine(matrix: Callable[[float, Image.Image], Sequence[float]]) -> Operation:
-    """An operation that moves points of the output to points of the picture by a matrix of the signed strength."""
+    """An operation that moves points of the output to points of the picture by a matrix of the
+    signed strength.
+    """
 
     def operate(picture: Image.Image, strength: float, sign: int) -> Image.Image:
         data = matrix(sign * strength, picture)
-        return picture.transform(picture.size, Image.Transform.AFFINE, data, resample=_RESAMPLE, fillcolor=_FILL)
+        return picture.transform(
+            picture.size, Image.Transform.AFFINE, data, resample=_RESAMPLE, fillcolor=_FILL
+        )
 
     return operate
 
@@ -85,13 +93,17 @@ OPERATIONS: dict[str, Operation] = {
     "sharpness": _enhance(ImageEnhance.Sharpness),
     "shear_x": _affine(lambda x, _: (1, 0.3 * x, 0, 0, 1, 0)),  # tangent up to 0.3
     "shear_y": _affine(lambda x, _: (1, 0, 0, 0.3 * x, 1, 0)),
-    "translate_x": _affine(lambda x, picture: (1, 0, 0.45 * x * picture.width, 0, 1, 0)),  # up to 0.45 of the side
+    "translate_x": _affine(
+        lambda x, picture: (1, 0, 0.45 * x * picture.width, 0, 1, 0)
+    ),  # up to 0.45 of the side
     "translate_y": _affine(lambda x, picture: (1, 0, 0, 0, 1, 0.45 * x * picture.height)),
 }
 _OPERATIONS = tuple(OPERATIONS.values())
 
 
-def rand_augment(picture: Image.Image, rng: np.random.Generator, *, magnitude: float, deviation: float) -> Image.Image:
+def rand_augment(
+    picture: Image.Image, rng: np.random.Generator, *, magnitude: float, deviation: float
+) -> Image.Image:
     """Carries out up to two random operations.
 
     Args:
@@ -104,7 +116,11 @@ def rand_augment(picture: Image.Image, rng: np.random.Generator, *, magnitude: f
       An RGB picture of the same size.
     """
     for operation in rng.integers(len(_OPERATIONS), size=_NUM_OPERATIONS):
-        skip, drawn, sign = rng.random() >= _PROBABILITY, rng.normal(magnitude, deviation), rng.integers(2)
+        skip, drawn, sign = (
+            rng.random() >= _PROBABILITY,
+            rng.normal(magnitude, deviation),
+            rng.integers(2),
+        )
         if not skip:
             strength = min(max(drawn, 0.0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE
             picture = _OPERATIONS[operation](picture, strength, 1 if sign else -1)

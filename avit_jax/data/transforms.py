@@ -1,4 +1,6 @@
-"""Host transforms: decoded picture in, uint8 image of one size out; arrays, which have that size already, pass as they are."""
+"""Host transforms: decoded picture in, uint8 image of one size out; arrays, which have that size
+already, pass as they are.
+"""
 
 import dataclasses
 import math
@@ -41,7 +43,9 @@ class Train:
         if rng.random() < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.magnitude > 0:
-            picture = randaugment.rand_augment(picture, rng, magnitude=self.magnitude, deviation=self.deviation)
+            picture = randaugment.rand_augment(
+                picture, rng, magnitude=self.magnitude, deviation=self.deviation
+            )
         return np.asarray(picture)
 
 
@@ -51,7 +55,8 @@ class Evaluate:
 
     Attributes:
       image_size: (height, width) of the result.
-      crop_ratio: share of the resized picture's shorter side that is seen; DeiT: 0.875, 224 of 256 pixels.
+      crop_ratio: share of the resized picture's shorter side that is seen; DeiT: 0.875, 224 of 256
+        pixels.
     """
 
     image_size: tuple[int, int]
@@ -63,26 +68,42 @@ class Evaluate:
             return picture
         picture = _without_ends(picture)
         height, width = self.image_size
-        if width * picture.height > height * picture.width:  # relative to the crop the picture is high: its width decides
-            size = int(width / self.crop_ratio), int(int(width / self.crop_ratio) * picture.height / picture.width)
+        if (
+            width * picture.height > height * picture.width
+        ):  # relative to the crop the picture is high: its width decides
+            size = (
+                int(width / self.crop_ratio),
+                int(int(width / self.crop_ratio) * picture.height / picture.width),
+            )
         else:
-            size = int(int(height / self.crop_ratio) * picture.width / picture.height), int(height / self.crop_ratio)
+            size = (
+                int(int(height / self.crop_ratio) * picture.width / picture.height),
+                int(height / self.crop_ratio),
+            )
         resized = picture.resize(size, Image.Resampling.BICUBIC)
         left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
         return np.asarray(resized.crop((left, top, left + width, top + height)))
 
 
 def _without_ends(picture: Image.Image) -> Image.Image:
-    """Cuts off the ends, which no crop sees, of a strip that would fill the memory when it is enlarged."""
+    """Cuts off the ends, which no crop sees, of a strip that would fill the memory when it is
+    enlarged.
+    """
     width, height = (min(side, _MAX_OBLONG * min(picture.size)) for side in picture.size)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height)) if (width, height) != picture.size else picture
+    return (
+        picture.crop((left, top, left + width, top + height))
+        if (width, height) != picture.size
+        else picture
+    )
 
 
 def _random_box(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Box (left, top, right, bottom) of random area and shape; the largest central one of an allowed shape if none fits."""
+    """Box (left, top, right, bottom) of random area and shape; the largest central one of an
+    allowed shape if none fits.
+    """
     log_ratio = np.log(_CROP_RATIO)
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * rng.uniform(*scale)

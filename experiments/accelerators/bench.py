@@ -1,4 +1,6 @@
-"""What the sections share: sizes, networks, images, compiled programs, and the rows that they write."""
+"""What the sections share: sizes, networks, images, compiled programs, and the rows that they
+write.
+"""
 
 import dataclasses
 import functools
@@ -14,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import avit_jax
-from avit_jax import errors
 from avit_jax.data import augment, sources
+from avit_jax.utils import errors
 from experiments import timing
 
 SHIFTS = pathlib.Path(__file__).parent / "shifts.json"
@@ -33,7 +35,8 @@ class Sizes:
     """How large everything is.
 
     Attributes:
-      static: network and images a call of each configuration of the static section, in the order in which they run.
+      static: network and images a call of each configuration of the static section, in the order in
+        which they run.
       removal: the same of the removal sections.
       equality: the same of the equality section.
       dtype: of networks and images.
@@ -87,10 +90,14 @@ TINY = Sizes(
 
 
 def network(name: str, dtype: str) -> avit_jax.AViT:
-    """A network with a gate whose shift is a parameter: "deit_tiny", "deit_small", or "tiny", for a rehearsal."""
+    """A network with a gate whose shift is a parameter: "deit_tiny", "deit_small", or "tiny", for a
+    rehearsal.
+    """
     halting = avit_jax.HaltingConfig(learnable=True)
     if name == "tiny":
-        return avit_jax.AViT(width=16, num_heads=2, depth=6, halting=halting, dtype=jnp.dtype(dtype))
+        return avit_jax.AViT(
+            width=16, num_heads=2, depth=6, halting=halting, dtype=jnp.dtype(dtype)
+        )
     return getattr(avit_jax, name)(halting=halting, dtype=jnp.dtype(dtype))
 
 
@@ -98,7 +105,9 @@ def network(name: str, dtype: str) -> avit_jax.AViT:
 def parameters(name: str) -> Any:
     """Random parameters, the same each time; float32."""
     model = network(name, "float32")
-    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *model.pixels, model.channels)))["params"]
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *model.pixels, model.channels)))[
+        "params"
+    ]
 
 
 def gated(params: Any, shift: jax.typing.ArrayLike) -> Any:
@@ -110,8 +119,9 @@ def gated(params: Any, shift: jax.typing.ArrayLike) -> Any:
 def images(count: int) -> tuple[np.ndarray, str]:
     """Normalised images `(count, 224, 224, 3)` float32, and where they are from.
 
-    They are the first ones of ImageNet's validation and training split if `AVIT_DATA_DIR` is set, else of the digits, for which
-    no more packages are needed than for the network. If there are fewer, images come again.
+    They are the first ones of ImageNet's validation and training split if `AVIT_DATA_DIR` is set,
+    else of the digits, for which no more packages are needed than for the network. If there are
+    fewer, images come again.
     """
     if os.environ.get("AVIT_DATA_DIR"):
         from experiments import workload
@@ -120,11 +130,15 @@ def images(count: int) -> tuple[np.ndarray, str]:
     records = sources.load("digits", split="train", data_dir="", image_size=(224, 224)).records
     pixels = np.stack([records[i % len(records)]["image"] for i in range(count)])
     pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-    return np.asarray(augment.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))), "digits"
+    return np.asarray(
+        augment.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    ), "digits"
 
 
 def shifts(name: str) -> dict[float, float]:
-    """Gate shift by MACs ratio, as `calibrate` stored them for these images; with 1, at which nothing halts."""
+    """Gate shift by MACs ratio, as `calibrate` stored them for these images; with 1, at which
+    nothing halts.
+    """
     known = json.loads(SHIFTS.read_text())[images(1)[1]][name]
     return {1.0: NOTHING_HALTS} | {float(ratio): shift for ratio, shift in known.items()}
 
@@ -134,17 +148,28 @@ class Program:
 
     Attributes:
       result: of the last call.
-      facts: seconds of compilation, memory in MB by XLA's account, and whether a fused attention kernel is called.
+      facts: seconds of compilation, memory in MB by XLA's account, and whether a fused attention
+        kernel is called.
     """
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self._arguments = jax.device_put(arguments)
         started = time.perf_counter()
         self._run = jax.jit(function).lower(*self._arguments).compile(compiler_options=options)
         self.facts = {"compile_seconds": time.perf_counter() - started}
         memory = self._run.memory_analysis()
-        used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        self.facts |= {"memory_mb": used / 1e6, "fused_attention": "__cudnn$fmha" in self._run.as_text()}
+        used = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        )
+        self.facts |= {
+            "memory_mb": used / 1e6,
+            "fused_attention": "__cudnn$fmha" in self._run.as_text(),
+        }
         self.result: Any = None
 
     def __call__(self) -> None:
@@ -159,7 +184,9 @@ class Program:
 
 
 class Rows:
-    """Rows of one section: printed, and appended as JSON lines to a file, so that no later failure loses them."""
+    """Rows of one section: printed, and appended as JSON lines to a file, so that no later failure
+    loses them.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
@@ -172,8 +199,12 @@ class Rows:
             file.write(line + "\n")
         print(line, flush=True)
 
-    def build(self, makers: Mapping[str, Callable[[], Callable[[], Any]]], **what: Any) -> dict[str, Callable[[], Any]]:
-        """Makes each function and calls it once; one that fails becomes a row that says why, and is left out."""
+    def build(
+        self, makers: Mapping[str, Callable[[], Callable[[], Any]]], **what: Any
+    ) -> dict[str, Callable[[], Any]]:
+        """Makes each function and calls it once; one that fails becomes a row that says why, and is
+        left out.
+        """
         made = {}
         for name, make in makers.items():
             try:

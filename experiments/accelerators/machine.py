@@ -1,4 +1,6 @@
-"""What the machine can do: its versions, how fast it copies, and how fast it multiplies large matrices."""
+"""What the machine can do: its versions, how fast it copies, and how fast it multiplies large
+matrices.
+"""
 
 import importlib.metadata
 import statistics
@@ -22,19 +24,30 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     try:
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,memory.total", "--format=csv,noheader"]
-        found["driver, clock, memory"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.max.sm,memory.total",
+            "--format=csv,noheader",
+        ]
+        found["driver, clock, memory"] = subprocess.run(
+            query, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pass
     return found
 
 
 def run(rows: bench.Rows, sizes: bench.Sizes) -> None:
-    """Writes the rows: bytes are counted as read and as written, operations as two for each multiply-accumulate."""
+    """Writes the rows: bytes are counted as read and as written, operations as two for each
+    multiply-accumulate.
+    """
     rows(name="versions", **versions())
     dtype, repeats = jnp.dtype(sizes.dtype), sizes.repeats
     flat = jnp.ones((sizes.copied,), dtype)
-    matrix = jax.random.normal(jax.random.key(0), (sizes.product, sizes.product), dtype) / sizes.product**0.5
+    matrix = (
+        jax.random.normal(jax.random.key(0), (sizes.product, sizes.product), dtype)
+        / sizes.product**0.5
+    )
 
     def copy(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, repeats, lambda _, x: -x, x)
@@ -42,7 +55,10 @@ def run(rows: bench.Rows, sizes: bench.Sizes) -> None:
     def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, repeats, lambda _, x: x @ y, x)
 
-    makers = {"copy": lambda: bench.Program(copy, flat), "product": lambda: bench.Program(multiply, matrix, matrix)}
+    makers = {
+        "copy": lambda: bench.Program(copy, flat),
+        "product": lambda: bench.Program(multiply, matrix, matrix),
+    }
     made = rows.build(makers)
     for name, seconds in bench.time_all(made, sizes).items():
         each = statistics.median(seconds) / repeats

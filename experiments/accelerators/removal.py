@@ -1,3 +1,4 @@
+# ruff: noqa: B023 - each function is called in the round of the loop that makes it
 """Halted tokens removed, at several MACs ratios, against the static network and against masking."""
 
 import functools
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avit_jax import adaptive, flops
+from avit_jax.inference import adaptive
+from avit_jax.models import flops
 from experiments import timing
 from experiments.accelerators import bench
 
@@ -17,12 +19,15 @@ _MASKED = 0.62  # a masked network takes equally long at all ratios
 
 
 def plan(batch: int) -> adaptive.Plan:
-    """The default plan. A CPU gets the default of a GPU, so that a rehearsal runs the program that is measured later."""
+    """The default plan. A CPU gets the default of a GPU, so that a rehearsal runs the program that
+    is measured later.
+    """
     return adaptive.default_plan(batch, "gpu" if jax.default_backend() == "cpu" else None)
 
 
 def run(rows: bench.Rows, sizes: bench.Sizes, options: Mapping[str, Any] | None = None) -> None:
-    """Writes a row for each program and MACs ratio; speed-ups are over the static network, within a round.
+    """Writes a row for each program and MACs ratio; speed-ups are over the static network, within a
+    round.
 
     Args:
       rows: to write to.
@@ -30,7 +35,11 @@ def run(rows: bench.Rows, sizes: bench.Sizes, options: Mapping[str, Any] | None 
       options: of the compiler; None for its defaults.
     """
     for name, batch in sizes.removal:
-        model, params, shifts = bench.network(name, sizes.dtype), bench.parameters(name), bench.shifts(name)
+        model, params, shifts = (
+            bench.network(name, sizes.dtype),
+            bench.parameters(name),
+            bench.shifts(name),
+        )
         pixels, where = bench.images(batch)
         images = jnp.asarray(pixels, sizes.dtype)
         compiled = functools.partial(bench.Program, options=options)
@@ -39,22 +48,36 @@ def run(rows: bench.Rows, sizes: bench.Sizes, options: Mapping[str, Any] | None 
         what = {"model": name, "batch": batch, "dtype": sizes.dtype, "images": where}
         static = model.clone(halting=None)
         makers = {
-            "static": lambda: compiled(lambda v, x: static.apply(v, x)[0], {"params": params}, images),  # noqa: B023
-            "masked": lambda: compiled(model.apply, bench.gated(params, shifts[_MASKED]), images),  # noqa: B023
-            f"removed {first}": lambda: compiled(remove, bench.gated(params, shifts[first]), images),  # noqa: B023
+            "static": lambda: compiled(
+                lambda v, x: static.apply(v, x)[0], {"params": params}, images
+            ),
+            "masked": lambda: compiled(model.apply, bench.gated(params, shifts[_MASKED]), images),
+            f"removed {first}": lambda: compiled(
+                remove, bench.gated(params, shifts[first]), images
+            ),
         }
         made = rows.build(makers, **what)
         removed = made.pop(f"removed {first}", None)
         if removed is not None:  # one program serves all ratios
-            made |= {f"removed {ratio}": removed.at(bench.gated(params, shift), images) for ratio, shift in shifts.items()}
+            made |= {
+                f"removed {ratio}": removed.at(bench.gated(params, shift), images)
+                for ratio, shift in shifts.items()
+            }
         for label, taken in (seconds := bench.time_all(made, sizes)).items():
             row = {"images_per_second": batch / statistics.median(taken), "rounds": len(taken)}
             if "static" in seconds:
                 row["speed_up"] = timing.median_ratio(seconds["static"], taken)
             if label.startswith("removed"):
-                macs, padded = (float(np.mean(getattr(made[label].result[1], key))) for key in ("macs", "macs_padded"))
+                macs, padded = (
+                    float(np.mean(getattr(made[label].result[1], key)))
+                    for key in ("macs", "macs_padded")
+                )
                 ideal = flops.static_macs(model) / macs
-                row |= {"macs_ratio": 1 / ideal, "ideal_speed_up": ideal, "unpadded_share": macs / padded}
+                row |= {
+                    "macs_ratio": 1 / ideal,
+                    "ideal_speed_up": ideal,
+                    "unpadded_share": macs / padded,
+                }
                 if "speed_up" in row:
                     row["efficiency"] = row["speed_up"] / ideal
             rows(**what, name=label, **row, **made[label].facts)

@@ -20,7 +20,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(
+        "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
+        for line in lines
+    )
 
 
 def report(folder: pathlib.Path) -> str:
@@ -34,7 +37,12 @@ def report(folder: pathlib.Path) -> str:
         rows = [{name: value for name, value in row.items() if name != "section"} for row in rows]
         told = [row for row in rows if "error" not in row and row.get("name") != "versions"]
         parts.append(f"== {section}")
-        parts += [f"{name}: {value}" for row in rows if row.get("name") == "versions" for name, value in row.items()]
+        parts += [
+            f"{name}: {value}"
+            for row in rows
+            if row.get("name") == "versions"
+            for name, value in row.items()
+        ]
         if told:
             parts.append(table(told))
         for row in rows:
@@ -47,7 +55,9 @@ def report(folder: pathlib.Path) -> str:
 def main() -> None:
     """Prints; ends in a sentence if there are no rows."""
     if len(sys.argv) != 2 or not (text := report(pathlib.Path(sys.argv[1]))):
-        sys.exit("error: name a folder that holds rows: python -m experiments.accelerators.report FOLDER")
+        sys.exit(
+            "error: name a folder that holds rows: python -m experiments.accelerators.report FOLDER"
+        )
     print(text)
 
 

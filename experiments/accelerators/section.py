@@ -1,11 +1,14 @@
-"""Runs one section in a process of its own: python -m experiments.accelerators.section --section=static --out=FOLDER."""
+"""Runs one section in a process of its own.
+
+python -m experiments.accelerators.section --section=static --out=FOLDER
+"""
 
 import functools
 import pathlib
 
 from absl import app, flags
 
-from avit_jax import errors
+from avit_jax.utils import errors
 from experiments.accelerators import bench, equality, machine, removal, static, switch
 
 _SECTIONS = {

@@ -1,4 +1,6 @@
-"""The static network: with the flags of docs/speed.md, with the default flags, and beside PyTorch on the same images."""
+"""The static network: with the flags of docs/speed.md, with the default flags, and beside PyTorch
+on the same images.
+"""
 
 import functools
 import importlib.util
@@ -14,7 +16,9 @@ from experiments.accelerators import bench
 
 
 def run(rows: bench.Rows, sizes: bench.Sizes) -> None:
-    """Writes a row for each way to run the static network; images are in the network's dtype and on the device beforehand."""
+    """Writes a row for each way to run the static network; images are in the network's dtype and on
+    the device beforehand.
+    """
     if importlib.util.find_spec("torch") is None:
         rows(name="torch", error="torch is not installed: no comparison with PyTorch")
     for name, batch in sizes.static:
@@ -25,7 +29,9 @@ def run(rows: bench.Rows, sizes: bench.Sizes) -> None:
         def apply(variables: Any, images: Any, model: Any = model) -> Any:
             return model.apply(variables, images)[0]
 
-        compiled = functools.partial(bench.Program, apply, variables, jnp.asarray(pixels, sizes.dtype))
+        compiled = functools.partial(
+            bench.Program, apply, variables, jnp.asarray(pixels, sizes.dtype)
+        )
         makers: dict[str, Callable[[], Any]] = {
             "default flags": compiled,
             "old flags": functools.partial(compiled, options=bench.OLD_FLAGS),
@@ -38,7 +44,9 @@ def run(rows: bench.Rows, sizes: bench.Sizes) -> None:
         for label, taken in seconds.items():
             row = {"images_per_second": batch / statistics.median(taken), "rounds": len(taken)}
             if "torch eager" in seconds:
-                row["speed_up_over_torch_eager"] = timing.median_ratio(seconds["torch eager"], taken)
+                row["speed_up_over_torch_eager"] = timing.median_ratio(
+                    seconds["torch eager"], taken
+                )
             rows(**what, name=label, **row, **getattr(made[label], "facts", {}))
 
 

@@ -13,7 +13,10 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, errors, flops, train_step, vit
+from avit_jax.inference import adaptive
+from avit_jax.models import flops, vit
+from avit_jax.training import build, train_step
+from avit_jax.utils import errors
 from experiments.aot import gpu
 
 
@@ -30,7 +33,8 @@ class Chip:
     peak: float
 
 
-# Source: cloud.google.com/tpu/docs, pages of each version; nvidia.com/h100, and the memory that its driver reports.
+# Source: cloud.google.com/tpu/docs, pages of each version; nvidia.com/h100, and the memory that its
+# driver reports.
 CHIPS = {
     "v4": Chip(32, 275),
     "v5e": Chip(16, 197),
@@ -42,13 +46,17 @@ CHIPS = {
 
 
 def devices(topology: str) -> list[Any]:
-    """Devices of a topology such as `v5e:2x2`, or of `h100`; raises errors.UserError where a compiler does not know it."""
+    """Devices of a topology such as `v5e:2x2`, or of `h100`; raises errors.UserError where a
+    compiler does not know it.
+    """
     if topology == gpu.NAME:
         return gpu.devices()
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:
-        raise errors.UserError(f"there is no topology {topology} ({errors.first_line(error)}): is libtpu installed?") from error
+        raise errors.UserError(
+            f"there is no topology {topology} ({errors.first_line(error)}): is libtpu installed?"
+        ) from error
 
 
 def _model(config: ConfigDict, topology: str) -> vit.AViT:
@@ -57,27 +65,43 @@ def _model(config: ConfigDict, topology: str) -> vit.AViT:
 
 
 def compile_training(config: ConfigDict, topology: str) -> dict[str, Any]:
-    """Compiles the `pmap` training step of a recipe for all devices of a topology; the batch is spread over them."""
+    """Compiles the `pmap` training step of a recipe for all devices of a topology; the batch is
+    spread over them.
+    """
     on = devices(topology)
     model, (tx, _) = _model(config, topology), build.optimizer(config)
-    new_state = functools.partial(build.new_state, model, tx, seed=0, ema=config.optimizer.ema_decay > 0)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(on), *x.shape), x.dtype), jax.eval_shape(new_state))
+    new_state = functools.partial(
+        build.new_state, model, tx, seed=0, ema=config.optimizer.ema_decay > 0
+    )
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((len(on), *x.shape), x.dtype), jax.eval_shape(new_state)
+    )
     shape = (len(on), config.train.batch_size // len(on))
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("label", "index", "skipped")}
     batch["image"] = jax.ShapeDtypeStruct((*shape, *model.pixels, model.channels), np.uint8)
-    step = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, devices=on, donate_argnums=0)
+    step = jax.pmap(
+        train_step.make_train_step(model, tx, config),
+        axis_name=train_step.AXIS,
+        devices=on,
+        donate_argnums=0,
+    )
     # Forward once and backward twice; once more where layers are computed again.
     passes = 4 if config.model.remat else 3
-    return _compile(step, (state, batch), topology, on, passes * flops.static_macs(model) * shape[1], model)
+    return _compile(
+        step, (state, batch), topology, on, passes * flops.static_macs(model) * shape[1], model
+    )
 
 
-def compile_inference(config: ConfigDict, topology: str, program: str = "inference") -> dict[str, Any]:
+def compile_inference(
+    config: ConfigDict, topology: str, program: str = "inference"
+) -> dict[str, Any]:
     """Compiles inference on `config.eval.batch_size` images for one device of a topology.
 
     Args:
       config: the recipe.
       topology: see `devices`.
-      program: "inference" removes halted tokens, "masked" masks them, "static" is the network without halting.
+      program: "inference" removes halted tokens, "masked" masks them, "static" is the network
+        without halting.
     """
     on, batch = devices(topology), config.eval.batch_size
     model = _model(config, topology).clone(removal=None)
@@ -85,15 +109,24 @@ def compile_inference(config: ConfigDict, topology: str, program: str = "inferen
         model = model.clone(halting=None)
     here = jax.sharding.SingleDeviceSharding(on[0])
     images = jax.ShapeDtypeStruct((batch, *model.pixels, model.channels), np.float32, sharding=here)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32))
-    variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32)
+    )
+    variables = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
+    )
     plan = adaptive.default_plan(batch, "gpu") if topology == gpu.NAME else None
-    run = jax.jit(functools.partial(adaptive.apply, model, plan=plan) if program == "inference" else model.apply)
+    run = jax.jit(
+        functools.partial(adaptive.apply, model, plan=plan)
+        if program == "inference"
+        else model.apply
+    )
     return _compile(run, (variables, images), topology, on, flops.static_macs(model) * batch, model)
 
 
 def share_of_chip(on: list[Any]) -> float:
-    """1 where a JAX device is a chip, 1/2 where it is one of the two cores of a chip: of tpu7x, and here of v4.
+    """1 where a JAX device is a chip, 1/2 where it is one of the two cores of a chip: of tpu7x, and
+    here of v4.
 
     JAX on a real v4 joins both cores to one device, which the topology does not tell.
     """
@@ -101,19 +134,37 @@ def share_of_chip(on: list[Any]) -> float:
 
 
 def _compile(
-    function: Any, arguments: tuple[Any, ...], topology: str, on: list[Any], macs: float, model: vit.AViT
+    function: Any,
+    arguments: tuple[Any, ...],
+    topology: str,
+    on: list[Any],
+    macs: float,
+    model: vit.AViT,
 ) -> dict[str, Any]:
     chip, share = CHIPS[topology.split(":")[0]], share_of_chip(on)
     lowered = function.lower(*arguments)
     started = time.perf_counter()
-    row: dict[str, Any] = {"topology": topology, "memory_gib": chip.memory * share, "devices": len(on)}
+    row: dict[str, Any] = {
+        "topology": topology,
+        "memory_gib": chip.memory * share,
+        "devices": len(on),
+    }
     try:
         compiled = lowered.compile(compiler_options=gpu.OPTIONS if topology == gpu.NAME else None)
     except jax.errors.JaxRuntimeError as error:
-        return row | {"fits": False, "error": errors.first_line(error), "compile_seconds": time.perf_counter() - started}
+        return row | {
+            "fits": False,
+            "error": errors.first_line(error),
+            "compile_seconds": time.perf_counter() - started,
+        }
     memory = compiled.memory_analysis()
     counted = gpu.count(compiled, model) if topology == gpu.NAME else {}
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return (
         row
         | counted

@@ -1,6 +1,8 @@
-"""What a program compiled for a GPU does, counted from its text: kernels, bytes they move, casts of parameters, branches.
+"""What a program compiled for a GPU does, counted from its text: kernels, bytes they move, casts of
+parameters, branches.
 
-Nothing runs. Every kernel is counted as if it read and wrote each of its arrays once; what caches save is not known.
+Nothing runs. Every kernel is counted as if it read and wrote each of its arrays once; what caches
+save is not known.
 """
 
 import dataclasses
@@ -8,15 +10,38 @@ import functools
 import math
 import re
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+}
 _BYTES |= {"s64": 8, "u64": 8}
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")  # shapes in a tuple hold no brackets ()
+_INSTRUCTION = re.compile(
+    r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\("
+)  # shapes in a tuple hold no brackets ()
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id")
+_FREE = (
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "constant",
+    "after-all",
+    "partition-id",
+    "replica-id",
+)
 _VIEWS = ("bitcast", "reshape", "copy", "dynamic-slice", "slice", "transpose")
 
 
@@ -35,7 +60,9 @@ class _Instruction:
         arrays = [(kind, dims) for kind, dims in _ARRAY.findall(self.shape) if kind in _BYTES]
         if self.op == "custom-call" and len(arrays) > 1 and arrays[-1][0] in ("s8", "u8"):
             arrays.pop()
-        return sum(_BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays)
+        return sum(
+            _BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays
+        )
 
     def called(self) -> list[str]:
         """Names of the computations that it runs."""
@@ -62,7 +89,12 @@ class Count:
     branches: int = 0
 
     def __add__(self, other: "Count") -> "Count":
-        return Count(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Count(
+            *(
+                a + b
+                for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+            )
+        )
 
     def __mul__(self, times: int) -> "Count":
         return Count(*(a * times for a in dataclasses.astuple(self)))
@@ -87,7 +119,9 @@ class Program:
             elif found:
                 arguments = line[found.end() : _closing(line, found.end())]
                 operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-                current[found[2]] = _Instruction(found[2], found[3], found[4], operands, line, bool(found[1]))
+                current[found[2]] = _Instruction(
+                    found[2], found[3], found[4], operands, line, bool(found[1])
+                )
         entry = self._computations[self._entry].values()
         self._parameters = {tuple(_ARRAY.findall(x.shape)) for x in entry if x.op == "parameter"}
 
@@ -119,7 +153,9 @@ class Program:
             return Count(_own_bytes(x, operands), 1)
         fused = self._computations[x.called()[0]]
         written = sum(_written(root, fused) for root in _roots(fused))
-        read = sum(_read(parameter, fused) for parameter in fused.values() if parameter.op == "parameter")
+        read = sum(
+            _read(parameter, fused) for parameter in fused.values() if parameter.op == "parameter"
+        )
         return Count(written + read, 1, casts=int(self._casts(fused)))
 
     def _casts(self, fused: dict[str, _Instruction]) -> bool:
@@ -128,7 +164,11 @@ class Program:
             source = fused.get(x.operands[0]) if x.op == "convert" else None
             while source is not None and source.op in _VIEWS:
                 source = fused[source.operands[0]]
-            if source is not None and source.op == "parameter" and tuple(_ARRAY.findall(source.shape)) in self._parameters:
+            if (
+                source is not None
+                and source.op == "parameter"
+                and tuple(_ARRAY.findall(source.shape)) in self._parameters
+            ):
                 return len(_ARRAY.findall(source.shape)[0][1].split(",")) > 1
         return False
 
@@ -156,7 +196,9 @@ def _own_bytes(x: _Instruction, operands: list[_Instruction]) -> int:
 
 
 def _read(parameter: _Instruction, fused: dict[str, _Instruction]) -> int:
-    """Bytes that a kernel reads of one argument: slices where it takes nothing else, nothing where it only writes into it."""
+    """Bytes that a kernel reads of one argument: slices where it takes nothing else, nothing where
+    it only writes into it.
+    """
     names, users = {parameter.name}, []
     for x in fused.values():  # in order, so that a view comes after its source
         if x.op == "bitcast" and x.operands[0] in names:
@@ -166,7 +208,9 @@ def _read(parameter: _Instruction, fused: dict[str, _Instruction]) -> int:
     sliced = {"dynamic-slice", "slice", "gather", "dynamic-update-slice"}
     if not users or any(x.op not in sliced or x.operands[0] not in names for x in users):
         return parameter.bytes
-    return min(parameter.bytes, sum(0 if x.op == "dynamic-update-slice" else x.bytes for x in users))
+    return min(
+        parameter.bytes, sum(0 if x.op == "dynamic-update-slice" else x.bytes for x in users)
+    )
 
 
 def _roots(fused: dict[str, _Instruction]) -> list[_Instruction]:

@@ -9,7 +9,15 @@ from experiments.aot import gpu
 _RECIPES = {"deit_tiny": deit_tiny, "deit_small": deit_small, "deit_base": deit_base}
 _INFERENCE_BATCH = {gpu.NAME: 256}  # of others 64
 _FIRST = 64  # images per device of the first compile of a search
-_COLUMNS = ("fits", "compile_seconds", "argument_mib", "temporary_mib", "output_mib", "memory_gib", "roofline_ms")
+_COLUMNS = (
+    "fits",
+    "compile_seconds",
+    "argument_mib",
+    "temporary_mib",
+    "output_mib",
+    "memory_gib",
+    "roofline_ms",
+)
 _COLUMNS += ("layer_mb", "layer_kernels", "layer_casts", "layer_branches", "program_mb")
 
 
@@ -21,7 +29,9 @@ def _recipe(model: str, dtype: str) -> ConfigDict:
 
 
 def compile_one(program: str, model: str, dtype: str, topology: str) -> dict[str, object]:
-    """One row of the table: the recipe's batch per device for training, 64 images (256 on a GPU) for inference."""
+    """One row of the table: the recipe's batch per device for training, 64 images (256 on a GPU)
+    for inference.
+    """
     config = _recipe(model, dtype)
     if program != "training":
         config.eval.batch_size = batch = _INFERENCE_BATCH.get(topology, 64)
@@ -34,8 +44,8 @@ def compile_one(program: str, model: str, dtype: str, topology: str) -> dict[str
 def largest(model: str, topology: str, remat: bool) -> dict[str, object]:
     """The largest batch per device, a power of two, whose training step in bfloat16 fits.
 
-    The first compile, of 64 images, tells what an image takes; from the batch that this predicts on, one after the other is
-    compiled until one fits and its double does not.
+    The first compile, of 64 images, tells what an image takes; from the batch that this predicts
+    on, one after the other is compiled until one fits and its double does not.
     """
 
     def compile_at(per_device: int) -> dict[str, float]:
@@ -64,18 +74,29 @@ def table(rows: dict[str, dict[str, object]]) -> str:
     keys = sorted(key for key, row in rows.items() if "fits" in row)
     lines = [
         "| program, model, dtype, topology | batch per device | "
-        + " | ".join(_COLUMNS).replace("_", " ").replace("mib", "MiB").replace("gib", "GiB").replace("mb", "MB")
+        + " | ".join(_COLUMNS)
+        .replace("_", " ")
+        .replace("mib", "MiB")
+        .replace("gib", "GiB")
+        .replace("mb", "MB")
         + " |"
     ]
     lines.append("|---" * (len(_COLUMNS) + 2) + "|")
     for key in keys:
         values = [rows[key].get(name, "") for name in _COLUMNS]
-        shown = ["yes" if v is True else "no" if v is False else f"{v:.4g}" if v != "" else "" for v in values]
+        shown = [
+            "yes" if v is True else "no" if v is False else f"{v:.4g}" if v != "" else ""
+            for v in values
+        ]
         lines.append(f"| {key} | {rows[key]['batch']} | " + " | ".join(shown) + " |")
     versions = sorted({str(row["jax"]) for row in rows.values() if "jax" in row})
     lines += ["", f"Compiled with JAX {' and '.join(versions)}."] if versions else []
     searched = sorted(key for key, row in rows.items() if "largest_batch" in row)
     if searched:
-        lines += ["", "| largest batch per device (a power of two), training in bfloat16 | |", "|---|---|"]
+        lines += [
+            "",
+            "| largest batch per device (a power of two), training in bfloat16 | |",
+            "|---|---|",
+        ]
         lines += [f"| {key} | {rows[key]['largest_batch']} |" for key in searched]
     return "\n".join(lines) + "\n"

@@ -5,11 +5,13 @@ JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot
 JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot --topologies=h100 --dtypes=bfloat16 \
   --programs=static,masked,inference,training
 
-Writes result.json and table.md; what is in result.json already is not compiled again. `roofline ms` is an estimate and no
-measurement: the static network's MACs (three times, for training; four with rematerialisation) at the published bfloat16 peak.
-For the H100 it also counts what one turn of the loop over layers does (of training forward and backward together): megabytes
-that kernels move, kernels, kernels that cast parameters, conditionals; and the megabytes of the whole program.
-Nothing is run, so nothing is known of the real speed, nor of the numbers that come out.
+Writes result.json and table.md; what is in result.json already is not compiled again. `roofline ms`
+is an estimate and no
+measurement: the static network's MACs (three times, for training; four with rematerialisation) at
+the published bfloat16 peak. For the H100 it also counts what one turn of the loop over layers does
+(of training forward and backward together): megabytes that kernels move, kernels, kernels that cast
+parameters, conditionals; and the megabytes of the whole program. Nothing is run, so nothing is
+known of the real speed, nor of the numbers that come out.
 """
 
 import functools
@@ -20,16 +22,22 @@ import pathlib
 import jax
 from absl import app, flags
 
-from avit_jax import errors
+from avit_jax.utils import errors
 from experiments import results
 from experiments.aot import rows as rows_lib
 
 _OUT = flags.DEFINE_string("out", None, "folder for result.json and table.md", required=True)
-_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x2", "v6e:2x2"], "names that libtpu knows, and h100")
+_TOPOLOGIES = flags.DEFINE_list(
+    "topologies", ["v5e:2x2", "v6e:2x2"], "names that libtpu knows, and h100"
+)
 _MODELS = flags.DEFINE_list("models", ["deit_tiny", "deit_small"], "recipes in configs/")
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of the computation")
-_PROGRAMS = flags.DEFINE_list("programs", ["training", "inference"], "of training, inference, masked, static")
-_LARGEST = flags.DEFINE_bool("largest", False, "searches the largest batch per device of training, with and without remat")
+_PROGRAMS = flags.DEFINE_list(
+    "programs", ["training", "inference"], "of training, inference, masked, static"
+)
+_LARGEST = flags.DEFINE_bool(
+    "largest", False, "searches the largest batch per device of training, with and without remat"
+)
 
 
 def main(_: list[str]) -> None:
@@ -39,13 +47,17 @@ def main(_: list[str]) -> None:
     file = out / "result.json"
     rows = results.load(file)
     jobs = {
-        f"{program}, {model}, {dtype}, {topology}": functools.partial(rows_lib.compile_one, program, model, dtype, topology)
+        f"{program}, {model}, {dtype}, {topology}": functools.partial(
+            rows_lib.compile_one, program, model, dtype, topology
+        )
         for topology, model, program, dtype in itertools.product(
             _TOPOLOGIES.value, _MODELS.value, _PROGRAMS.value, _DTYPES.value
         )
     }
     if _LARGEST.value:
-        for topology, model, remat in itertools.product(_TOPOLOGIES.value, _MODELS.value, (False, True)):
+        for topology, model, remat in itertools.product(
+            _TOPOLOGIES.value, _MODELS.value, (False, True)
+        ):
             name = f"{model}, {topology}, {'with' if remat else 'without'} remat"
             jobs[name] = functools.partial(rows_lib.largest, model, topology, remat)
     for name, job in jobs.items():

@@ -2,7 +2,8 @@
 
 python -m experiments.digits.run --out=experiments/digits
 
-Runs that have a summary already are not run again; delete --runs to start over. train_seconds is of runs side by side.
+Runs that have a summary already are not run again; delete --runs to start over. train_seconds is of
+runs side by side.
 """
 
 import json
@@ -15,7 +16,7 @@ from concurrent import futures
 import numpy as np
 from absl import app, flags
 
-from avit_jax import errors
+from avit_jax.utils import errors
 from experiments import results, timing
 
 _RUNS = flags.DEFINE_string("runs", "runs/digits_study", "folder of the runs")
@@ -29,7 +30,13 @@ def train(name: str, seed: int) -> dict[str, float]:
     """Trains one network unless that is done, and returns its summary."""
     workdir = pathlib.Path(_RUNS.value) / f"{name}_{seed}"
     if not (workdir / "summary.json").exists():
-        command = [sys.executable, "-m", "avit_jax.main", "--config=configs/digits.py", f"--workdir={workdir}"]
+        command = [
+            sys.executable,
+            "-m",
+            "avit_jax.main",
+            "--config=configs/digits.py",
+            f"--workdir={workdir}",
+        ]
         command += [f"--config.seed={seed}", f"--config.halting.enabled={name == 'halting'}"]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)

@@ -1,9 +1,11 @@
 """How far the results of a trained model differ between masking halted tokens and removing them.
 
-python -m experiments.exact_removal.run --config=configs/digits.py --workdir=runs/digits --out=result.json
+python -m experiments.exact_removal.run --config=configs/digits.py --workdir=runs/digits \
+  --out=result.json
 
-Compares, over the evaluation split of the recipe, logits (as a share of their largest), the depth of the class token and of all
-tokens that have to compute, and the same with the images in reverse order.
+Compares, over the evaluation split of the recipe, logits (as a share of their largest), the depth
+of the class token and of all tokens that have to compute, and the same with the images in reverse
+order.
 """
 
 import functools
@@ -14,9 +16,12 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from avit_jax import adaptive, build, errors, evaluate, flops, restore
 from avit_jax import config as config_lib
 from avit_jax.data import augment, loader
+from avit_jax.inference import adaptive
+from avit_jax.models import flops
+from avit_jax.training import build, evaluate, restore
+from avit_jax.utils import errors
 from experiments import results
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
@@ -35,11 +40,19 @@ def main(_: list[str]) -> None:
     difference = scale = 0.0
     unequal = images = 0
     macs = []
-    for batch in loader.eval_batches(reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads):
-        pixels = np.concatenate(augment.normalize(batch["image"], config.data.mean, config.data.std))
+    for batch in loader.eval_batches(
+        reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads
+    ):
+        pixels = np.concatenate(
+            augment.normalize(batch["image"], config.data.mean, config.data.std)
+        )
         real = np.asarray(batch["weight"]).reshape(-1) > 0
         (logits, aux), (ours, our_aux), (flipped, flipped_aux) = jax.device_get(
-            (masked(variables, pixels), removed(variables, pixels), removed(variables, pixels[::-1]))
+            (
+                masked(variables, pixels),
+                removed(variables, pixels),
+                removed(variables, pixels[::-1]),
+            )
         )
         computes = np.asarray(flops.computing(aux.active, model.num_readout))
         for other, active in ((ours, our_aux.active), (flipped[::-1], flipped_aux.active[:, ::-1])):

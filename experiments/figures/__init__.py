@@ -1,1 +1,1 @@
-"""Where a trained network spends its thought on a data set: pictures, and a page that shows them."""
+"""Shows where a trained network spends its computation on a data set: pictures and a page."""

@@ -34,10 +34,20 @@ def maps(images: list[np.ndarray], depth: np.ndarray, titles: list[str], num_lay
         left.imshow(image, cmap="gray", vmin=0, vmax=255)
         left.set_title(title, fontsize=9, parse_math=False)
         height, width = image.shape[:2]
-        drawn = right.imshow(depths, cmap=_COLORS, vmin=1, vmax=num_layers, extent=(0, width, height, 0))
+        drawn = right.imshow(
+            depths, cmap=_COLORS, vmin=1, vmax=num_layers, extent=(0, width, height, 0)
+        )
         right.set_title(f"depth {depths.mean():.1f}", fontsize=9)
     ticks = np.arange(1, num_layers + 1)
-    figure.colorbar(drawn, ax=axes, label="layers used", ticks=ticks, orientation="horizontal", shrink=0.7, aspect=40)
+    figure.colorbar(
+        drawn,
+        ax=axes,
+        label="layers used",
+        ticks=ticks,
+        orientation="horizontal",
+        shrink=0.7,
+        aspect=40,
+    )
     return figure
 
 
@@ -61,8 +71,12 @@ def layers(images: Images) -> Figure:
     above.set_ylabel("share of tokens\nthat halt here")
     reached = ~np.isnan(images.score).all(axis=0)
     mean, spread = (np.full(num_layers, np.nan) for _ in range(2))
-    mean[reached], spread[reached] = (f(images.score[:, reached], axis=0) for f in (np.nanmean, np.nanstd))
-    below.fill_between(ticks, mean - spread, mean + spread, color="tab:orange", alpha=0.3, linewidth=0)
+    mean[reached], spread[reached] = (
+        f(images.score[:, reached], axis=0) for f in (np.nanmean, np.nanstd)
+    )
+    below.fill_between(
+        ticks, mean - spread, mean + spread, color="tab:orange", alpha=0.3, linewidth=0
+    )
     below.plot(ticks, mean, marker="o", color="tab:orange")
     below.set(xlabel="layer", ylabel="mean halting score", xticks=ticks)
     below.set_ylim(bottom=0.0)
@@ -70,7 +84,9 @@ def layers(images: Images) -> Figure:
 
 
 def classes(images: Images, names: list[str], most: int = 16) -> Figure:
-    """Share of the MACs by class, with its spread over images; of many classes the cheapest and the dearest."""
+    """Share of the MACs by class, with its spread over images; of many classes the cheapest and the
+    dearest.
+    """
     found = [k for k in range(len(names)) if (images.label == k).any()]
     mean = {k: images.macs_ratio[images.label == k].mean() for k in found}
     order = sorted(found, key=mean.__getitem__)
@@ -79,24 +95,48 @@ def classes(images: Images, names: list[str], most: int = 16) -> Figure:
     axis = figure.subplots()
     for place, k in enumerate(shown):
         values = images.macs_ratio[images.label == k]
-        axis.errorbar(values.mean(), place, xerr=values.std(), fmt="o", color="tab:green", capsize=3)
+        axis.errorbar(
+            values.mean(), place, xerr=values.std(), fmt="o", color="tab:green", capsize=3
+        )
     axis.set_yticks(range(len(shown)), [names[k][:24] for k in shown], parse_math=False)
     axis.set_xlabel("share of the static network's MACs")
     return figure
 
 
 def tradeoff(rows: list[dict[str, float]], parent_top1: float | None) -> Figure:
-    """Top-1 against MACs of one network whose gate is shifted; `parent_top1` of its static parent, where it is known."""
+    """Top-1 against MACs of one network whose gate is shifted; `parent_top1` of its static parent,
+    where it is known.
+    """
     figure = _figure(3.8)
     axis = figure.subplots()
     rows = sorted(rows, key=lambda row: row["macs_ratio"])
-    axis.plot([row["macs_ratio"] for row in rows], [100 * row["top1"] for row in rows], marker="o", color="tab:blue")
+    axis.plot(
+        [row["macs_ratio"] for row in rows],
+        [100 * row["top1"] for row in rows],
+        marker="o",
+        color="tab:blue",
+    )
     for row in rows:
         if row["shift"] == 0:
             label = {"label": "as trained", "color": "tab:red"}
-            axis.plot(row["macs_ratio"], 100 * row["top1"], marker="o", markersize=10, linestyle="", **label)
+            axis.plot(
+                row["macs_ratio"],
+                100 * row["top1"],
+                marker="o",
+                markersize=10,
+                linestyle="",
+                **label,
+            )
     if parent_top1 is not None:
-        axis.plot(1.0, 100 * parent_top1, marker="*", markersize=14, linestyle="", color="black", label="static parent")
+        axis.plot(
+            1.0,
+            100 * parent_top1,
+            marker="*",
+            markersize=14,
+            linestyle="",
+            color="black",
+            label="static parent",
+        )
     axis.set(xlabel="share of the static network's MACs", ylabel="top-1, %")
     axis.legend(frameon=False)
     return figure

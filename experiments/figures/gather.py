@@ -9,8 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from avit_jax import adaptive, build, calibrate, evaluate, flops, halting, vit
+from avit_jax.core import halting
 from avit_jax.data import augment, loader
+from avit_jax.inference import adaptive
+from avit_jax.models import flops, vit
+from avit_jax.tools import calibrate
+from avit_jax.training import build, evaluate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,8 @@ class Images:
       guess: `(n,)` int, the likeliest class.
       macs_ratio: `(n,)` share of the static network's MACs.
       depth: `(n, rows, columns)` layers that each patch token has used.
-      score: `(n, L)` mean halting score of each layer, over the tokens that compute there; nan where none does.
+      score: `(n, L)` mean halting score of each layer, over the tokens that compute there; nan
+        where none does.
       halting: `(n, L)` share of the patch tokens that halt at each layer.
     """
 
@@ -48,7 +53,11 @@ def gather(config: ConfigDict, model: vit.AViT, params: Any, reader: loader.Read
             "guess": logits.argmax(-1),
             "macs_ratio": flops.image_macs(model, aux.active) / flops.static_macs(model),
             "depth": depth,
-            "score": jnp.where(ran.any(axis=2).T, jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran), jnp.nan),
+            "score": jnp.where(
+                ran.any(axis=2).T,
+                jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
+                jnp.nan,
+            ),
             "halting": jax.nn.one_hot(depth.reshape(len(images), -1) - 1, model.depth).mean(axis=1),
         }
 
@@ -57,7 +66,9 @@ def gather(config: ConfigDict, model: vit.AViT, params: Any, reader: loader.Read
     batches = loader.eval_batches(reader, batch_size=size, num_threads=config.data.num_threads)
     for batch in tqdm(batches, desc="images", total=-(-total // size), unit="batch"):
         one = {name: np.concatenate(x) for name, x in jax.device_get(batch).items()}
-        values = jax.device_get(run(params, augment.normalize(one["image"], config.data.mean, config.data.std)))
+        values = jax.device_get(
+            run(params, augment.normalize(one["image"], config.data.mean, config.data.std))
+        )
         for name, value in (values | {"label": one["label"]}).items():
             rows.setdefault(name, []).append(value)
         real.append(one["weight"] > 0)
@@ -77,7 +88,9 @@ def sweep(config: ConfigDict, params: Any, shifts: list[float]) -> list[dict[str
     model = build.model(config).clone(removal=None)
     gate = params.get("gate", {"gamma": model.halting.gamma, "beta": model.halting.beta})
     gamma, beta = float(gate["gamma"]), float(gate["beta"])
-    evaluator = evaluate.Evaluator(config, calibrate.with_gate(model, params, beta)[0])  # compiles once for all shifts
+    evaluator = evaluate.Evaluator(
+        config, calibrate.with_gate(model, params, beta)[0]
+    )  # compiles once for all shifts
     rows = []
     for shift in tqdm(shifts, desc="gate shifts"):
         _, shifted = calibrate.with_gate(model, params, beta + shift * gamma)

@@ -8,14 +8,17 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 1.05rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.4rem; }
-table { border-collapse: collapse; } th { text-align: left; font-weight: normal; padding: 0.15rem 1.2rem 0.15rem 0; }
+table { border-collapse: collapse; }
+th { text-align: left; font-weight: normal; padding: 0.15rem 1.2rem 0.15rem 0; }
 td { text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; }
 img { width: 100%; height: auto; background: white; border-radius: 0.4rem; }
 p { margin: 0.4rem 0; } code { overflow-wrap: anywhere; }
 """
 
 
-def page(title: str, facts: dict[str, str], figures: list[tuple[str, str, pathlib.Path]], command: str) -> str:
+def page(
+    title: str, facts: dict[str, str], figures: list[tuple[str, str, pathlib.Path]], command: str
+) -> str:
     """The page.
 
     Args:
@@ -25,12 +28,17 @@ def page(title: str, facts: dict[str, str], figures: list[tuple[str, str, pathli
       command: that made the page.
     """
     escape = html.escape
-    rows = "\n".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
+    rows = "\n".join(
+        f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>"
+        for name, value in facts.items()
+    )
     parts = []
     for heading, text, file in figures:
         data = base64.b64encode(file.read_bytes()).decode()
         parts.append(f"<h2>{escape(heading)}</h2>\n<p>{escape(text)}</p>")
-        parts.append(f'<img alt="{escape(heading)}: {escape(text)}" src="data:image/png;base64,{data}">')
+        parts.append(
+            f'<img alt="{escape(heading)}: {escape(text)}" src="data:image/png;base64,{data}">'
+        )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

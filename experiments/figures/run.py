@@ -1,8 +1,10 @@
-"""The paper's figures, of any trained network and data set: PNG files, and a page that holds them all.
+"""The paper's figures, of any trained network and data set: PNG files, and a page that holds them
+all.
 
 python -m experiments.figures.run --config=configs/digits.py --checkpoint=runs/digits --out=figures
 
-Looks at the whole evaluation split; writes index.html, which needs no network, the figures and result.json into --out.
+Looks at the whole evaluation split; writes index.html, which needs no network, the figures and
+result.json into --out.
 """
 
 import pathlib
@@ -15,21 +17,30 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
-from avit_jax import build, errors, evaluate, restore, vit, weight_files
 from avit_jax import config as config_lib
 from avit_jax.data import loader
+from avit_jax.models import vit
+from avit_jax.training import build, evaluate, restore
+from avit_jax.utils import errors
+from avit_jax.weights import weight_files
 from experiments import results
 from experiments.figures import draw, gather
 from experiments.figures import page as page_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, or a weight file", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "workdir of a run, or a weight file", required=True
+)
 _OUT = flags.DEFINE_string("out", None, "folder for the page and the figures", required=True)
-_SHIFTS = flags.DEFINE_list("shifts", ["-1", "-0.5", "-0.25", "0", "0.25", "0.5", "1"], "of beta, in units of gamma")
+_SHIFTS = flags.DEFINE_list(
+    "shifts", ["-1", "-0.5", "-0.25", "0", "0.25", "0.5", "1"], "of beta, in units of gamma"
+)
 _SHOWN = flags.DEFINE_integer("shown", 8, "images in each figure that shows images", lower_bound=1)
 
 
-def show(images: gather.Images, chosen: np.ndarray, reader: loader.Reader, model: vit.AViT) -> Figure:
+def show(
+    images: gather.Images, chosen: np.ndarray, reader: loader.Reader, model: vit.AViT
+) -> Figure:
     """The chosen images, by their places in `images`, beside the depth of their tokens."""
     names = reader.source.label_names
     titles = [
@@ -41,22 +52,42 @@ def show(images: gather.Images, chosen: np.ndarray, reader: loader.Reader, model
 
 
 def figures(
-    images: gather.Images, rows: list[dict[str, float]], reader: loader.Reader, model: vit.AViT, parent: float | None
+    images: gather.Images,
+    rows: list[dict[str, float]],
+    reader: loader.Reader,
+    model: vit.AViT,
+    parent: float | None,
 ) -> Iterator[tuple[str, str, str, Figure]]:
     """Name, heading, explanation and figure, one after the other."""
     by_cost = np.argsort(images.macs_ratio, kind="stable")
     spread = np.linspace(0, len(images.index) - 1, min(_SHOWN.value, len(images.index))).astype(int)
     title = "a class with a question mark was taken for the one behind it"
-    yield "maps", "Depth of the tokens", f"Images from all over the data set; {title}.", show(images, spread, reader, model)
+    yield (
+        "maps",
+        "Depth of the tokens",
+        f"Images from all over the data set; {title}.",
+        show(images, spread, reader, model),
+    )
     few = "Those that cost the fewest MACs."
     yield "easiest", "The easiest images", few, show(images, by_cost[: _SHOWN.value], reader, model)
     many = "Those that cost the most."
-    yield "hardest", "The hardest images", many, show(images, by_cost[::-1][: _SHOWN.value], reader, model)
+    yield (
+        "hardest",
+        "The hardest images",
+        many,
+        show(images, by_cost[::-1][: _SHOWN.value], reader, model),
+    )
     where = "Mean over all images."
     yield "position", "Depth by position", where, draw.position(images.depth, model.depth)
-    band = "Above, where patch tokens halt; below, the mean score of the tokens that compute, the band one standard deviation."
+    band = (
+        "Above, where patch tokens halt; below, the mean score of the tokens that compute, the "
+        "band one standard deviation."
+    )
     yield "layers", "Halting by layer", band, draw.layers(images)
-    bars = "Mean cost of a class's images, and their standard deviation; of many classes the cheapest and the dearest."
+    bars = (
+        "Mean cost of a class's images, and their standard deviation; of many classes the "
+        "cheapest and the dearest."
+    )
     yield "classes", "Cost by class", bars, draw.classes(images, reader.source.label_names)
     line = "One network whose gate is shifted, without training it anew."
     yield "tradeoff", "Accuracy against work", line, draw.tradeoff(rows, parent)
@@ -72,7 +103,9 @@ def main(_: list[str]) -> None:
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     if model.halting is None:
-        raise errors.UserError("figures are of a network that halts: --config.halting.enabled=True.")
+        raise errors.UserError(
+            "figures are of a network that halts: --config.halting.enabled=True."
+        )
     if epath.Path(_CHECKPOINT.value).is_dir():
         params, past = restore.params(config, model, _CHECKPOINT.value)
     else:
@@ -87,15 +120,26 @@ def main(_: list[str]) -> None:
         figure.savefig(out / f"{name}.png", dpi=150)
         drawn.append((heading, text, out / f"{name}.png"))
     top1, macs_ratio = float((images.guess == images.label).mean()), float(images.macs_ratio.mean())
-    command = f"python -m experiments.figures.run --config={flags.FLAGS['config'].config_filename} --checkpoint=... --out=..."
+    command = (
+        "python -m experiments.figures.run "
+        f"--config={flags.FLAGS['config'].config_filename} --checkpoint=... --out=..."
+    )
     facts = {
         "images": f"{len(images.index):,}",
         "top-1": f"{top1:.2%}",
         "share of the static network's MACs": f"{macs_ratio:.3f}",
         "mean depth of patch tokens": f"{images.depth.mean():.2f} of {model.depth}",
     } | ({} if parent is None else {"top-1 of the static parent": f"{parent:.2%}"})
-    (out / "index.html").write_text(page_lib.page(f"Where the network thinks: {config.data.name}", facts, drawn, command))
-    result = {"images": len(images.index), "top1": top1, "macs_ratio": macs_ratio, "parent_top1": parent, "tradeoff": rows}
+    (out / "index.html").write_text(
+        page_lib.page(f"Where the network thinks: {config.data.name}", facts, drawn, command)
+    )
+    result = {
+        "images": len(images.index),
+        "top1": top1,
+        "macs_ratio": macs_ratio,
+        "parent_top1": parent,
+        "tradeoff": rows,
+    }
     results.save(out / "result.json", result)
     print(f"wrote {out / 'index.html'}")
 

@@ -1,13 +1,16 @@
 """Images/s of the input pipeline alone, of the training step alone, and of both together.
 
-python -m experiments.input_pipeline.run --config=configs/deit_tiny.py --config.data.dir=... --config.train.batch_size=32
+python -m experiments.input_pipeline.run --config=configs/deit_tiny.py --config.data.dir=... \
+  --config.train.batch_size=32
 
-Protocol. Rows are measured in turn, once a round, and ratios are taken within a round. The pipeline is the recipe's: records
-of the data set, host transforms, batches on the devices, with the configuration's threads and workers; a row first takes a few
-batches, so that it starts with empty buffers, and stops its threads or workers before the next row starts. It stands beside the
-same Pillow transforms, plainly written, in as many bare threads on encoded pictures in memory, and, where torch and timm are
-installed, beside timm's transforms in a PyTorch DataLoader with two workers. "step alone" trains on one batch that lies on the
-devices already, "step and pipeline" on those of the pipeline; `--nostep` leaves both out.
+Protocol. Rows are measured in turn, once a round, and ratios are taken within a round. The pipeline
+is the recipe's: records of the data set, host transforms, batches on the devices, with the
+configuration's threads and workers; a row first takes a few batches, so that it starts with empty
+buffers, and stops its threads or workers before the next row starts. It stands beside the same
+Pillow transforms, plainly written, in as many bare threads on encoded pictures in memory, and,
+where torch and timm are installed, beside timm's transforms in a PyTorch DataLoader with two
+workers. "step alone" trains on one batch that lies on the devices already, "step and pipeline" on
+those of the pipeline; `--nostep` leaves both out.
 """
 
 import concurrent.futures
@@ -24,8 +27,9 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from avit_jax import build, errors, evaluate, train, train_step
 from avit_jax.data import randaugment, sources
+from avit_jax.training import build, evaluate, loop, train_step
+from avit_jax.utils import errors
 from experiments import results, timing
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "recipe", lock_config=True)
@@ -53,14 +57,21 @@ def plain(encoded: bytes, rng: np.random.Generator, config: ConfigDict) -> np.nd
     picture = Image.open(io.BytesIO(encoded)).convert("RGB")
     area = picture.width * picture.height * rng.uniform(*config.augment.crop_scale)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    width, height = min(round((area * ratio) ** 0.5), picture.width), min(round((area / ratio) ** 0.5), picture.height)
+    width, height = (
+        min(round((area * ratio) ** 0.5), picture.width),
+        min(round((area / ratio) ** 0.5), picture.height),
+    )
     left, top = rng.integers(picture.width - width + 1), rng.integers(picture.height - height + 1)
     size = config.model.image_size[::-1]
-    picture = picture.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+    picture = picture.crop((left, top, left + width, top + height)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     if rng.random() < config.augment.flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.augment.magnitude:
-        picture = randaugment.rand_augment(picture, rng, magnitude=config.augment.magnitude, deviation=config.augment.deviation)
+        picture = randaugment.rand_augment(
+            picture, rng, magnitude=config.augment.magnitude, deviation=config.augment.deviation
+        )
     return np.asarray(picture)
 
 
@@ -80,8 +91,12 @@ def bare_threads(encoded: list[bytes], config: ConfigDict) -> float:
     return time.perf_counter() - started
 
 
-def torch_rows(records: list[sources.Record], config: ConfigDict, count: int) -> dict[str, Callable[[], float]]:
-    """timm's transforms in a PyTorch DataLoader with two worker processes; none where they are not installed."""
+def torch_rows(
+    records: list[sources.Record], config: ConfigDict, count: int
+) -> dict[str, Callable[[], float]]:
+    """timm's transforms in a PyTorch DataLoader with two worker processes; none where they are not
+    installed.
+    """
     try:
         import timm.data
         import torch.utils.data
@@ -93,7 +108,9 @@ def torch_rows(records: list[sources.Record], config: ConfigDict, count: int) ->
         config.model.image_size[0],
         is_training=True,
         # At most 9: at 10 timm's posterize asks Pillow 13 for what it refuses.
-        auto_augment=f"rand-m{magnitude:g}-mmax9-mstd{config.augment.deviation}-inc1" if magnitude else None,
+        auto_augment=f"rand-m{magnitude:g}-mmax9-mstd{config.augment.deviation}-inc1"
+        if magnitude
+        else None,
         interpolation="bicubic",
         color_jitter=None,
         use_prefetcher=True,  # uint8 arrays, as ours
@@ -105,20 +122,29 @@ def torch_rows(records: list[sources.Record], config: ConfigDict, count: int) ->
 
         def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
             record = records[i % len(records)]
-            return transform(Image.open(io.BytesIO(record["image"])).convert("RGB")), int(record["label"])
+            return transform(Image.open(io.BytesIO(record["image"])).convert("RGB")), int(
+                record["label"]
+            )
 
     return {
         "timm, two workers": lambda: take(
-            iter(torch.utils.data.DataLoader(Pictures(), config.train.batch_size, num_workers=2)), count
+            iter(torch.utils.data.DataLoader(Pictures(), config.train.batch_size, num_workers=2)),
+            count,
         )
     }
 
 
-def step_rows(config: ConfigDict, batches: Callable[[], Iterator[Any]]) -> dict[str, Callable[[], float]]:
+def step_rows(
+    config: ConfigDict, batches: Callable[[], Iterator[Any]]
+) -> dict[str, Callable[[], float]]:
     """The training step alone, and fed by the pipeline; compiled beforehand."""
     model, (tx, _) = build.model(config), build.optimizer(config)
-    step_fn = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0)
-    state = evaluate.replicate(jax.jit(lambda: build.new_state(model, tx, seed=0, ema=config.optimizer.ema_decay > 0))())
+    step_fn = jax.pmap(
+        train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0
+    )
+    state = evaluate.replicate(
+        jax.jit(lambda: build.new_state(model, tx, seed=0, ema=config.optimizer.ema_decay > 0))()
+    )
     first = next(batches())
 
     def run(fed: Iterator[Any]) -> float:
@@ -131,21 +157,27 @@ def step_rows(config: ConfigDict, batches: Callable[[], Iterator[Any]]) -> dict[
         jax.block_until_ready(values)
         return time.perf_counter() - started
 
-    return {"step alone": lambda: run(itertools.repeat(first)), "step and pipeline": lambda: run(batches())}
+    return {
+        "step alone": lambda: run(itertools.repeat(first)),
+        "step and pipeline": lambda: run(batches()),
+    }
 
 
 def main(_: list[str]) -> None:
     """Measures all rows, prints and writes."""
     config = _CONFIG.value
     model = build.model(config)
-    source = train.load_source(config, model)
-    batches = lambda: train.input_batches(config, model, source)  # noqa: E731
+    source = loop.load_source(config, model)
+    batches = lambda: loop.input_batches(config, model, source)  # noqa: E731
     count = max(1, _IMAGES.value // config.train.batch_size)
     images = count * config.train.batch_size
     records = [source.records[i % len(source.records)] for i in range(images)]
     rows = {
         "pipeline": (lambda: take(batches(), count), images),
-        "bare threads": (lambda: bare_threads([record["image"] for record in records], config), images),
+        "bare threads": (
+            lambda: bare_threads([record["image"] for record in records], config),
+            images,
+        ),
     }
     rows |= {name: (row, images) for name, row in torch_rows(records, config, count).items()}
     if _STEP.value:
@@ -165,7 +197,9 @@ def main(_: list[str]) -> None:
         "batch": config.train.batch_size,
         "threads": config.data.num_threads,
         "workers": config.data.num_workers,
-        "images_per_second": {name: count / float(np.median(taken[name])) for name, (_, count) in rows.items()},
+        "images_per_second": {
+            name: count / float(np.median(taken[name])) for name, (_, count) in rows.items()
+        },
         "pipeline_over": {
             name: timing.median_ratio(seconds, taken["pipeline"])
             for name, seconds in taken.items()
@@ -173,7 +207,9 @@ def main(_: list[str]) -> None:
         },
     }
     if _STEP.value:
-        result["fed_step_over_step_alone"] = timing.median_ratio(taken["step alone"], taken["step and pipeline"])
+        result["fed_step_over_step_alone"] = timing.median_ratio(
+            taken["step alone"], taken["step and pipeline"]
+        )
     print(json.dumps(result, indent=2))
     if _OUT.value:
         results.save(_OUT.value, result)

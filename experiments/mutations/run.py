@@ -2,9 +2,10 @@
 
 python -m experiments.mutations.run --count=60 --seed=0 --out=experiments/mutations/result.json
 
-Modules take turns; a line of each is drawn, and a break of it. Run it in a clone: files are changed, and changed back. Only the
-tests that run the line are run, as a coverage database with contexts tells (`pip install pytest-cov`, then `python -m pytest
---cov=avit_jax --cov-context=test`). What is there in the result file already is not tried again.
+Modules take turns; a line of each is drawn, and a break of it. Run it in a clone: files are
+changed, and changed back. Only the tests that run the line are run, as a coverage database with
+contexts tells (`pip install pytest-cov`, then `python -m pytest --cov=avit_jax
+--cov-context=test`). What is there in the result file already is not tried again.
 """
 
 import argparse
@@ -18,8 +19,10 @@ import sys
 import time
 
 _SWAPPED = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Add: ast.Sub, ast.Sub: ast.Add,
     ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
 
@@ -32,7 +35,11 @@ def breaks(tree: ast.Module) -> list[tuple[ast.AST, ast.AST]]:
             if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPPED:
                 ops = [_SWAPPED[type(node.ops[0])](), *node.ops[1:]]
                 found.append((node, ast.Compare(node.left, ops, node.comparators)))
-            elif isinstance(node, ast.BinOp) and type(node.op) in _SWAPPED and not isinstance(node.left, ast.Constant):
+            elif (
+                isinstance(node, ast.BinOp)
+                and type(node.op) in _SWAPPED
+                and not isinstance(node.left, ast.Constant)
+            ):
                 found.append((node, ast.BinOp(node.left, _SWAPPED[type(node.op)](), node.right)))
             elif isinstance(node, ast.BoolOp):
                 found.append((node, ast.BoolOp(_SWAPPED[type(node.op)](), node.values)))
@@ -42,7 +49,11 @@ def breaks(tree: ast.Module) -> list[tuple[ast.AST, ast.AST]]:
                 found.append((node, ast.Constant(not node.value)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
                 found.append((node, ast.Constant(node.value + 1)))
-            elif isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
+            elif (
+                isinstance(node, ast.Return)
+                and node.value is not None
+                and not isinstance(node.value, ast.Constant)
+            ):
                 found.append((node, ast.Return(ast.Constant(None))))
     return [(old, new) for old, new in found if old.lineno == old.end_lineno]
 
@@ -54,7 +65,9 @@ def changed(source: str, old: ast.AST, new: ast.AST) -> str:
     text = ast.unparse(ast.fix_missing_locations(new))
     if not isinstance(new, ast.Return):
         text = f"({text})"
-    lines[old.lineno - 1] = (line[: old.col_offset] + text.encode() + line[old.end_col_offset :]).decode()
+    lines[old.lineno - 1] = (
+        line[: old.col_offset] + text.encode() + line[old.end_col_offset :]
+    ).decode()
     return "".join(lines)
 
 
@@ -69,17 +82,29 @@ def draw(count: int, seed: int) -> list[tuple[pathlib.Path, int, str, str]]:
             if len(drawn) < count and choices[file]:
                 source = file.read_text()
                 old, new = choices[file].pop(rng.randrange(len(choices[file])))
-                drawn.append((file, old.lineno, source.splitlines()[old.lineno - 1].strip(), changed(source, old, new)))
+                drawn.append(
+                    (
+                        file,
+                        old.lineno,
+                        source.splitlines()[old.lineno - 1].strip(),
+                        changed(source, old, new),
+                    )
+                )
     return drawn
 
 
 def covering(database: pathlib.Path, file: pathlib.Path, line: int) -> list[str]:
     """The tests that run a line."""
-    query = """select context.context, line_bits.numbits from line_bits join context on context.id = line_bits.context_id
+    query = """select context.context, line_bits.numbits from line_bits
+      join context on context.id = line_bits.context_id
       join file on file.id = line_bits.file_id where file.path like ?"""
     with sqlite3.connect(database) as connection:
         rows = connection.execute(query, (f"%/{file}",)).fetchall()
-    hit = [context for context, bits in rows if len(bits) > line // 8 and bits[line // 8] >> line % 8 & 1]
+    hit = [
+        context
+        for context, bits in rows
+        if len(bits) > line // 8 and bits[line // 8] >> line % 8 & 1
+    ]
     return sorted({context.split("|")[0] for context in hit if context})
 
 
@@ -103,7 +128,13 @@ def main() -> None:
         started = time.monotonic()
         try:
             file.write_text(source)
-            status = subprocess.run(command + tests, capture_output=True, timeout=900, check=False).returncode if tests else 0
+            status = (
+                subprocess.run(
+                    command + tests, capture_output=True, timeout=900, check=False
+                ).returncode
+                if tests
+                else 0
+            )
         except subprocess.TimeoutExpired:
             status = -1
         finally:

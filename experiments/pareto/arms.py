@@ -1,4 +1,6 @@
-"""What the study trains: the parent, and each row of its table as what differs from the shared recipe."""
+"""What the study trains: the parent, and each row of its table as what differs from the shared
+recipe.
+"""
 
 import dataclasses
 import functools
@@ -7,15 +9,26 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax import build, vit
 from avit_jax import config as config_lib
+from avit_jax.models import vit
+from avit_jax.training import build
 from configs import cifar10
 from experiments.rivals import dropping, dynamic_vit, early_exit, evit, layer_act, tome, unrolled
 
 _WITH_PARENT = ("init", "distill.teacher")
 HELD_OUT = "train[48000:]"  # neither trained on nor reported: what gates are calibrated on
-_SHARED = {"data.train_split": "train[:48000]", "augment.magnitude": 0.0, "train.eval_every": 0, "train.save_every": 100}
-_PARENT = {"halting.enabled": False, "optimizer.learning_rate": 2e-3, "train.steps": 5000, "train.save_every": 200}
+_SHARED = {
+    "data.train_split": "train[:48000]",
+    "augment.magnitude": 0.0,
+    "train.eval_every": 0,
+    "train.save_every": 100,
+}
+_PARENT = {
+    "halting.enabled": False,
+    "optimizer.learning_rate": 2e-3,
+    "train.steps": 5000,
+    "train.save_every": 200,
+}
 _CHILD = {
     "optimizer.learning_rate": 5e-4,
     "optimizer.ema_decay": 0.99,
@@ -29,7 +42,8 @@ RECIPES = {
     "hybrid": {"loss.prior_mode": "paper", "loss.prior_weight": 1e-3},
     "released": {"loss.prior_mode": "official", "loss.prior_weight": 1e-3},
 }
-# Four times as wide: its layers have 14 times the work beside the same fixed costs. It learns at half the rates.
+# Four times as wide: its layers have 14 times the work beside the same fixed costs. It learns at
+# half the rates.
 _WIDE = {"model.width": 384, "model.num_heads": 12}
 
 
@@ -53,7 +67,8 @@ class Arm:
 
 
 _BUDGET_ALONE = {"loss.ponder_weight": 0.0, "loss.prior_weight": 0.0}
-# What we add to the paper's recipe: redundant tokens halt first and are merged, and the budget alone says how many.
+# What we add to the paper's recipe: redundant tokens halt first and are merged, and the budget
+# alone says how many.
 _MERGING = {
     "halting.merge": True,
     "halting.redundancy": 50.0,
@@ -68,16 +83,23 @@ def _static(**options: Any) -> Arm:
 
 
 def _halting(budget: float, **overrides: Any) -> dict[str, Any]:
-    return {"budget": budget, "train.adaptive": True} | {name.replace("__", "."): value for name, value in overrides.items()}
+    return {"budget": budget, "train.adaptive": True} | {
+        name.replace("__", "."): value for name, value in overrides.items()
+    }
 
 
 def _arms() -> dict[str, Arm]:
     of = functools.partial
     arms = {"static": _static()}
     arms |= {f"avit_{budget}": Arm(_halting(budget)) for budget in (0.4, 0.5, 0.6, 0.8)}
-    arms |= {f"avit_merging_{budget}": Arm(_halting(budget) | _MERGING) for budget in (0.4, 0.5, 0.6, 0.8)}
     arms |= {
-        f"layer_act_{budget}": Arm(_halting(budget, eval__adaptive=False, train__adaptive=False), of(layer_act.LayerACT))
+        f"avit_merging_{budget}": Arm(_halting(budget) | _MERGING)
+        for budget in (0.4, 0.5, 0.6, 0.8)
+    }
+    arms |= {
+        f"layer_act_{budget}": Arm(
+            _halting(budget, eval__adaptive=False, train__adaptive=False), of(layer_act.LayerACT)
+        )
         for budget in (0.4, 0.6, 0.8)
     }
     # Shares that bring the network to about 0.4, 0.6 and 0.8 of the static MACs.
@@ -92,21 +114,28 @@ def _arms() -> dict[str, Arm]:
             for budget, rate in zip((0.4, 0.6, 0.8), rates, strict=True)
         }
     arms |= {
-        f"tome_{budget}": _static(rival=of(tome.ToMe, merges=merges)) for budget, merges in ((0.4, 15), (0.6, 8), (0.8, 4))
+        f"tome_{budget}": _static(rival=of(tome.ToMe, merges=merges))
+        for budget, merges in ((0.4, 15), (0.6, 8), (0.8, 4))
     }
-    arms["tome_after_mlp"] = _static(rival=of(tome.ToMe, merges=19, after_mlp=True))  # 0.41, as avit_merging_0.4
+    arms["tome_after_mlp"] = _static(
+        rival=of(tome.ToMe, merges=19, after_mlp=True)
+    )  # 0.41, as avit_merging_0.4
     arms["early_exit"] = _static(rival=of(early_exit.EarlyExit))
     return arms | _ablations()
 
 
 def _ablations() -> dict[str, Arm]:
-    """Each with one seed, beside avit_0.6, but two without a teacher; those without a budget cost what they cost."""
+    """Each with one seed, beside avit_0.6, but two without a teacher; those without a budget cost
+    what they cost.
+    """
     one = {"seeds": 1}
     free = {"budget": 0.0}
     arms = {
         "static_not_distilled": _static(taught=False),
         "paper_recipe": Arm(free, taught=False, **one),
-        "official_prior": Arm(free | {"loss.prior_mode": "official", "loss.prior_weight": 1e-3}, **one),
+        "official_prior": Arm(
+            free | {"loss.prior_mode": "official", "loss.prior_weight": 1e-3}, **one
+        ),
         "no_budget": Arm(free, **one),
         "target_depth_2.5": Arm(free | {"loss.target_depth": 2.5}, **one),
         "target_depth_5": Arm(free | {"loss.target_depth": 5.0}, **one),
@@ -124,10 +153,18 @@ def _ablations() -> dict[str, Arm]:
         "merging_not_distilled": Arm(_halting(0.6) | _MERGING, taught=False),
         "merging_with_prior_and_ponder": Arm(_halting(0.6) | _MERGING | _PRIOR_AND_PONDER, **one),
         "merging_by_the_papers_gate": Arm(_halting(0.6, halting__merge=True), **one),
-        "merging_by_the_papers_gate_alone": Arm(_halting(0.6, halting__merge=True) | _BUDGET_ALONE, **one),
-        "merging_redundancy_20": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 20.0, "halting.beta": -17.0}, **one),
-        "merging_redundancy_100": Arm(_halting(0.6) | _MERGING | {"halting.redundancy": 100.0, "halting.beta": -84.0}, **one),
-        "merging_gamma_0": Arm(_halting(0.6) | _MERGING | {"halting.gamma": 0.0}, **one),  # by redundancy alone
+        "merging_by_the_papers_gate_alone": Arm(
+            _halting(0.6, halting__merge=True) | _BUDGET_ALONE, **one
+        ),
+        "merging_redundancy_20": Arm(
+            _halting(0.6) | _MERGING | {"halting.redundancy": 20.0, "halting.beta": -17.0}, **one
+        ),
+        "merging_redundancy_100": Arm(
+            _halting(0.6) | _MERGING | {"halting.redundancy": 100.0, "halting.beta": -84.0}, **one
+        ),
+        "merging_gamma_0": Arm(
+            _halting(0.6) | _MERGING | {"halting.gamma": 0.0}, **one
+        ),  # by redundancy alone
         "merging_gamma_5": Arm(_halting(0.6) | _MERGING | {"halting.gamma": 5.0}, **one),
         "mixup": Arm(_halting(0.6, augment__mixup=0.8, augment__cutmix=1.0), **one),
     }
@@ -167,8 +204,14 @@ def changes(name: str) -> tuple[str, str]:
     arm = ARMS[name]
     twin = "avit_0.6" if arm.overrides.get("halting.enabled", True) else "static"
     twin = "avit_merging_0.6" if "halting.redundancy" in arm.overrides else twin
-    here, there = (config_lib.flat(config(row, 0, data_dir="", parent="parent")) for row in (name, twin))
-    options = [f"{key}={value}" for key, value in here.items() if value != there[key] and key not in _WITH_PARENT]
+    here, there = (
+        config_lib.flat(config(row, 0, data_dir="", parent="parent")) for row in (name, twin)
+    )
+    options = [
+        f"{key}={value}"
+        for key, value in here.items()
+        if value != there[key] and key not in _WITH_PARENT
+    ]
     options += ["random weights"] * (arm.starts != "parent") + ["no teacher"] * (not arm.taught)
     if arm.rival is not None:
         made = functools.partial(arm.rival)

@@ -1,4 +1,6 @@
-"""What is measured of a trained row beside its accuracy: real speed, and what it does at other budgets without training."""
+"""What is measured of a trained row beside its accuracy: real speed, and what it does at other
+budgets without training.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,15 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, build, calibrate, evaluate, flops, train_step, vit
 from avit_jax.data import augment
+from avit_jax.inference import adaptive
+from avit_jax.models import flops, vit
+from avit_jax.tools import calibrate
+from avit_jax.training import build, evaluate, train_step
 from experiments import timing, workload
 from experiments.pareto import arms
 from experiments.rivals import tome, unrolled
 
 _BATCH = 256
 _CHUNKS = (8, 16, 32, 64, 128)
-_GROUPS = (2, 4, 8, 16, 32)  # images have 65 tokens: larger ones than the default, which is for DeiT-T
+_GROUPS = (
+    2,
+    4,
+    8,
+    16,
+    32,
+)  # images have 65 tokens: larger ones than the default, which is for DeiT-T
 _BATCHES = 4  # of real images, timed together
 _ROUNDS = 7
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -30,7 +41,9 @@ def pixels(config: ConfigDict) -> np.ndarray:
     c = config.data
     size = tuple(config.model.image_size)
     count = _BATCH * _BATCHES
-    return workload.pixels(c.name, c.eval_split, c.dir, size=size, crop_ratio=c.crop_ratio, count=count)
+    return workload.pixels(
+        c.name, c.eval_split, c.dir, size=size, crop_ratio=c.crop_ratio, count=count
+    )
 
 
 def images(config: ConfigDict) -> np.ndarray:
@@ -38,8 +51,11 @@ def images(config: ConfigDict) -> np.ndarray:
     return np.asarray(augment.normalize(pixels(config), config.data.mean, config.data.std))
 
 
-def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, images: np.ndarray) -> dict[str, Any]:
-    """Speed of a network over its static parent's, both as fast as their chunks or groups of the batch allow; interleaved.
+def speed(
+    model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, images: np.ndarray
+) -> dict[str, Any]:
+    """Speed of a network over its static parent's, both as fast as their chunks or groups of the
+    batch allow; interleaved.
 
     On as many devices as there are: a batch is shared out over them.
 
@@ -51,7 +67,8 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
       images: `(_BATCH * _BATCHES, H, W, C)` float32, normalised.
 
     Returns:
-      `speed_up`, median over rounds; `ideal`, by the MACs of these images; `efficiency`, their ratio; `images_per_second`.
+      `speed_up`, median over rounds; `ideal`, by the MACs of these images; `efficiency`, their
+      ratio; `images_per_second`.
     """
     removes = model.halting is not None and type(model) is vit.AViT
     devices = workload.Devices(_BATCH)
@@ -65,23 +82,38 @@ def speed(model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any, im
 
     def chunked(network: vit.AViT, params: Any, name: str) -> dict[str, Callable[[], Any]]:
         sizes = {min(chunk, _BATCH // len(devices)) for chunk in _CHUNKS}
-        return {f"{name} {chunk}": timed(workload.chunked(network.apply, chunk), params) for chunk in sizes}
+        return {
+            f"{name} {chunk}": timed(workload.chunked(network.apply, chunk), params)
+            for chunk in sizes
+        }
 
     functions = chunked(parent, parent_params, "parent")
     if removes:
-        plans = {f"own {group}": adaptive.Plan(group=group, step=4, wave=_BATCH) for group in _GROUPS}
-        ours = {name: timed(functools.partial(_removed, model, plan), params) for name, plan in plans.items()}
+        plans = {
+            f"own {group}": adaptive.Plan(group=group, step=4, wave=_BATCH) for group in _GROUPS
+        }
+        ours = {
+            name: timed(functools.partial(_removed, model, plan), params)
+            for name, plan in plans.items()
+        }
     else:
         ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
     best, own = (timing.fastest(seconds, names) for names in (functions, ours))
     counted = jax.jit(adaptive.removes(model) if removes else model.apply)
     aux = [counted({"params": params}, batch)[1] for batch in whole]
-    macs = np.mean([flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux])
+    macs = np.mean(
+        [flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux]
+    )
     ideal = flops.static_macs(parent) / float(macs)
     speed_up = timing.median_ratio(seconds[best], seconds[own])
     rate = len(images) / float(np.median(seconds[own]))
-    speeds = {"speed_up": speed_up, "ideal": ideal, "efficiency": speed_up / ideal, "images_per_second": rate}
+    speeds = {
+        "speed_up": speed_up,
+        "ideal": ideal,
+        "efficiency": speed_up / ideal,
+        "images_per_second": rate,
+    }
     return timing.environment() | {"batch": _BATCH} | speeds
 
 
@@ -89,17 +121,30 @@ def _removed(model: vit.AViT, plan: adaptive.Plan, variables: Any, images: jax.A
     return adaptive.apply(model, variables, images, plan=plan)[0]
 
 
-def training_step(config: ConfigDict, model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any) -> float:
-    """Time of a training step of the network over that of its static parent, each with the teacher's part; interleaved."""
+def training_step(
+    config: ConfigDict, model: vit.AViT, params: Any, parent: vit.AViT, parent_params: Any
+) -> float:
+    """Time of a training step of the network over that of its static parent, each with the
+    teacher's part; interleaved.
+    """
     size, device = config.train.batch_size, jax.local_devices()[:1]
     index = np.arange(size, dtype=np.int32)
-    batch = {"image": pixels(config)[:size], "label": index % config.model.num_classes, "index": index}
+    batch = {
+        "image": pixels(config)[:size],
+        "label": index % config.model.num_classes,
+        "index": index,
+    }
     batch = jax.tree.map(lambda x: x[None], batch | {"skipped": np.zeros(size, np.int32)})
     taught = evaluate.replicate(parent_params, device)
 
     def steps(model: vit.AViT, params: Any) -> Callable[[], Any]:
         tx, _ = build.optimizer(config)
-        state = build.TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params=params, opt_state=tx.init(params))
+        state = build.TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params=params,
+            opt_state=tx.init(params),
+        )
         state = evaluate.replicate(state, device)
         step = train_step.make_train_step(model, tx, config, parent)
         step = jax.pmap(step, axis_name=train_step.AXIS, donate_argnums=0, devices=device)
@@ -111,30 +156,48 @@ def training_step(config: ConfigDict, model: vit.AViT, params: Any, parent: vit.
 
         return run
 
-    seconds = timing.interleave({"own": steps(model, params), "parent": steps(parent, parent_params)}, _ROUNDS)
+    seconds = timing.interleave(
+        {"own": steps(model, params), "parent": steps(parent, parent_params)}, _ROUNDS
+    )
     return timing.median_ratio(seconds["own"], seconds["parent"])
 
 
 def early_end(model: vit.AViT, params: Any, images: np.ndarray) -> float:
-    """Share of the static MACs saved as an image's other tokens stop once its class token has halted; on these images."""
-    active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(params, images)
+    """Share of the static MACs saved as an image's other tokens stop once its class token has
+    halted; on these images.
+    """
+    active = jax.jit(lambda params, images: model.apply({"params": params}, images)[1].active)(
+        params, images
+    )
     is_last = (np.arange(model.depth) == model.depth - 1)[:, None]
-    going_on = flops.layer_macs(active.sum(axis=-1).astype(np.float32), model, is_last).sum(axis=0).mean()
+    going_on = (
+        flops.layer_macs(active.sum(axis=-1).astype(np.float32), model, is_last).sum(axis=0).mean()
+    )
     saved = flops.fixed_macs(model) + going_on - flops.image_macs(model, active).mean()
     return float(saved) / flops.static_macs(model)
 
 
-def curves(name: str, config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, list[dict[str, float]]]:
-    """Accuracy and MACs at other budgets, of the very same weights; {} for a row that has no such knob."""
+def curves(
+    name: str, config: ConfigDict, model: vit.AViT, params: Any
+) -> dict[str, list[dict[str, float]]]:
+    """Accuracy and MACs at other budgets, of the very same weights; {} for a row that has no such
+    knob.
+    """
     if name in ("avit_0.6", "avit_merging_0.6", "layer_act_0.6"):
         return {"curve": _calibrated(config, model, params)}
     if name == "early_exit":
         each = {confidence: model.clone(confidence=confidence) for confidence in _CONFIDENCES}
     elif name == "static":
-        each = {merges: tome.ToMe(**unrolled.attributes(model), merges=merges) for merges in _MERGES}
+        each = {
+            merges: tome.ToMe(**unrolled.attributes(model), merges=merges) for merges in _MERGES
+        }
     else:
         return {}
-    return {"curve": [{"knob": knob} | _evaluate(config, network, params) for knob, network in each.items()]}
+    return {
+        "curve": [
+            {"knob": knob} | _evaluate(config, network, params) for knob, network in each.items()
+        ]
+    }
 
 
 def _evaluate(config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, float]:
@@ -144,7 +207,9 @@ def _evaluate(config: ConfigDict, model: vit.AViT, params: Any) -> dict[str, flo
 
 
 def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[str, float]]:
-    """The gate is shifted to each budget, where it can be, on the held-out slice, and judged on the evaluation split."""
+    """The gate is shifted to each budget, where it can be, on the held-out slice, and judged on the
+    evaluation split.
+    """
     held_out = config.copy_and_resolve_references()
     held_out.data.eval_split = arms.HELD_OUT
     start = float(params["gate"]["beta"])
@@ -157,9 +222,13 @@ def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[s
     rows = []
     for budget in BUDGETS:
         try:
-            beta = calibrate.find_shift(lambda beta: at(search, beta)["macs_ratio"], budget, start=start)
+            beta = calibrate.find_shift(
+                lambda beta: at(search, beta)["macs_ratio"], budget, start=start
+            )
         except calibrate.OutOfReach:
             continue
         values = at(test, beta)
-        rows.append({"knob": beta, "budget": budget} | {key: values[key] for key in ("top1", "macs_ratio")})
+        rows.append(
+            {"knob": beta, "budget": budget} | {key: values[key] for key in ("top1", "macs_ratio")}
+        )
     return rows

@@ -1,4 +1,6 @@
-"""Two networks on the same images: how far their accuracies differ, with its errors, and by the cost of an image."""
+"""Two networks on the same images: how far their accuracies differ, with its errors, and by the
+cost of an image.
+"""
 
 from typing import Any
 
@@ -6,27 +8,37 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from avit_jax import adaptive, evaluate, flops, vit
 from avit_jax.data import augment, loader
+from avit_jax.inference import adaptive
+from avit_jax.models import flops, vit
+from avit_jax.training import evaluate
 
 _RESAMPLES = 10_000
 _PARTS = 5
 
 
 def outcomes(config: ConfigDict, model: vit.AViT, params: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the network is right `(n,)` float, and its MACs ratio `(n,)`, for each image of the evaluation split."""
+    """Whether the network is right `(n,)` float, and its MACs ratio `(n,)`, for each image of the
+    evaluation split.
+    """
     reader = evaluate.Evaluator(config, model).reader
     apply = adaptive.removes(model) if model.halting else model.apply
 
     @jax.jit
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, aux = apply({"params": params}, augment.normalize(images, config.data.mean, config.data.std))
+        logits, aux = apply(
+            {"params": params}, augment.normalize(images, config.data.mean, config.data.std)
+        )
         macs = flops.image_macs(model, aux.active) if aux.macs is None else aux.macs
         return logits.argmax(-1), macs / flops.static_macs(model)
 
     right, ratio = [], []
-    for batch in loader.eval_batches(reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads):
-        one = {name: np.concatenate(x) for name, x in jax.device_get(batch).items()}  # of all devices
+    for batch in loader.eval_batches(
+        reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads
+    ):
+        one = {
+            name: np.concatenate(x) for name, x in jax.device_get(batch).items()
+        }  # of all devices
         guess, cost = jax.device_get(run(params, one["image"]))
         right.append((guess == one["label"])[one["weight"] > 0])
         ratio.append(cost[one["weight"] > 0])
@@ -34,18 +46,21 @@ def outcomes(config: ConfigDict, model: vit.AViT, params: Any) -> tuple[np.ndarr
 
 
 def paired(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """Difference of top-1 in points between two networks on the same images, with its errors over images.
+    """Difference of top-1 in points between two networks on the same images, with its errors over
+    images.
 
     Args:
       right: `(n,)` 1 where the first network is right, else 0.
       other: `(n,)` the same of the second.
 
     Returns:
-      `mean`; `error`, its standard error; `bootstrap`, the limits of 95% of resampled means; `changed`, the share of images
-      on which exactly one of the two is right.
+      `mean`; `error`, its standard error; `bootstrap`, the limits of 95% of resampled means;
+      `changed`, the share of images on which exactly one of the two is right.
     """
     difference = 100 * (right - other)
-    counts = np.array([(difference == value).sum() for value in (-100, 0, 100)])  # an image's difference has three values
+    counts = np.array(
+        [(difference == value).sum() for value in (-100, 0, 100)]
+    )  # an image's difference has three values
     drawn = np.random.default_rng(0).multinomial(len(right), counts / len(right), size=_RESAMPLES)
     means = 100 * (drawn[:, 2] - drawn[:, 0]) / len(right)
     return {
@@ -57,9 +72,12 @@ def paired(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 
 def by_cost(cost: np.ndarray, **right: np.ndarray) -> list[dict[str, float]]:
-    """Means over the images of equal parts, the cheapest first: `macs_ratio`, and top-1 in per cent of each network."""
+    """Means over the images of equal parts, the cheapest first: `macs_ratio`, and top-1 in per cent
+    of each network.
+    """
     parts = np.array_split(np.argsort(cost, kind="stable"), _PARTS)
     return [
-        {"macs_ratio": float(cost[part].mean())} | {name: float(100 * each[part].mean()) for name, each in right.items()}
+        {"macs_ratio": float(cost[part].mean())}
+        | {name: float(100 * each[part].mean()) for name, each in right.items()}
         for part in parts
     ]

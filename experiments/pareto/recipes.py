@@ -1,9 +1,10 @@
-"""Which prior and weight the ImageNet recipes should have: the paper's, the released code's, or the paper's prior, weakly.
+"""Which prior and weight the ImageNet recipes should have: the paper's, the released code's, or the
+paper's prior, weakly.
 
 python -m experiments.pareto.recipes --data_dir=...
 
-A short fine-tuning of the study's parent without budget and teacher, for each candidate in --runs; a run that was stopped goes
-on. Images that are held back from training choose. Writes recipes.json.
+A short fine-tuning of the study's parent without budget and teacher, for each candidate in --runs;
+a run that was stopped goes on. Images that are held back from training choose. Writes recipes.json.
 """
 
 import json
@@ -12,7 +13,8 @@ import logging
 from absl import app, flags
 from absl import logging as absl_logging
 
-from avit_jax import errors, progress, train
+from avit_jax.training import loop, progress
+from avit_jax.utils import errors
 from experiments import results, timing
 from experiments.pareto import arms
 
@@ -37,7 +39,7 @@ def main(_: list[str]) -> None:
         config = arms.config("paper_recipe", 0, data_dir=_DATA_DIR.value, parent=_PARENT)
         config.update_from_flattened_dict(_SHARED | loss)
         workdir = f"{_RUNS.value}/{name}"
-        train.train(config, workdir)
+        loop.train(config, workdir)
         row = results.load(f"{workdir}/summary.json")
         if not row:  # a signal has stopped it
             return

@@ -10,19 +10,25 @@ import numpy as np
 from absl import app
 from matplotlib.figure import Figure
 
-from avit_jax import errors
+from avit_jax.utils import errors
 from experiments import results as results_lib
 from experiments.pareto import arms
 
 _BUDGETS = ("_0.4", "_0.5", "_0.6", "_0.8")
 _LEGEND = (
-    "Speed-up: images/s over those of the static network; of the ideal: that times the MACs ratio; training step: its time",
-    "over the static one's. ±: standard deviation over seeds; for differences the standard error over seeds, each of runs with",
-    "the same seed. The choice of test images adds an error of at least 0.20 points to a difference near 0.6 and 0.8 of the",
-    "MACs, and 0.33 near 0.4 and 0.5 (untrained.json, docs/study.md#errors). `avit` has the paper's gate and losses with a",
-    "budget, a teacher and removal in training. `avit_merging` and `merging` are threshold merging: one cosine threshold,",
+    "Speed-up: images/s over those of the static network; of the ideal: that times the MACs "
+    "ratio; training step: its time",
+    "over the static one's. ±: standard deviation over seeds; for differences the standard error "
+    "over seeds, each of runs with",
+    "the same seed. The choice of test images adds an error of at least 0.20 points to a "
+    "difference near 0.6 and 0.8 of the",
+    "MACs, and 0.33 near 0.4 and 0.5 (untrained.json, docs/study.md#errors). `avit` has the "
+    "paper's gate and losses with a",
+    "budget, a teacher and removal in training. `avit_merging` and `merging` are threshold "
+    "merging: one cosine threshold,",
     "ToMe's merge and the budget; no halting is learned.",
-    "`layer_act` is naive ACT, which ran away and misses its budgets: a failure, no rival. A knob is beta of the gate, the",
+    "`layer_act` is naive ACT, which ran away and misses its budgets: a failure, no rival. A knob "
+    "is beta of the gate, the",
     "merges of a layer, or the confidence to stop at.",
     "",
 )
@@ -78,7 +84,10 @@ def _accuracy(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> list[st
 def _speed(runs: list[dict[str, Any]]) -> list[str]:
     """Cells of the first table: speed-up, its share of the ideal, time of a training step."""
     speeds = [run["speed"] for run in runs if "speed" in run]
-    values = [[speed[key] for speed in speeds if key in speed] for key in ("speed_up", "efficiency", "training_step")]
+    values = [
+        [speed[key] for speed in speeds if key in speed]
+        for key in ("speed_up", "efficiency", "training_step")
+    ]
     return [f"{np.mean(each):.2f}" if each else "" for each in values]
 
 
@@ -87,13 +96,15 @@ def _is_ablation(name: str) -> bool:
 
 
 def table(rows: Rows) -> str:
-    """Markdown; spreads are standard deviations over the seeds, that of a difference its standard error.
+    """Markdown; spreads are standard deviations over the seeds, that of a difference its standard
+    error.
 
     Costs are shares of the static network's: MACs, and time of a training step.
     """
     lines = [
         *_LEGEND,
-        "| row | seeds | top-1 % | minus static | MACs of static | speed-up | of the ideal | training step |",
+        "| row | seeds | top-1 % | minus static | MACs of static | speed-up | of the ideal | "
+        "training step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(filter(lambda name: not _is_ablation(name), rows)):
@@ -102,15 +113,29 @@ def table(rows: Rows) -> str:
         lines.append(f"| {' | '.join([name, *_accuracy(runs, base), *_speed(runs)])} |")
     saved = [run["early_end"] for runs in rows.values() for run in runs if "early_end" in run]
     if saved:
-        lines += ["", f"Ending an image once its class token has halted saves at most {max(saved):.4f} of the static MACs."]
+        lines += [
+            "",
+            f"Ending an image once its class token has halted saves at most {max(saved):.4f} of "
+            "the static MACs.",
+        ]
     unknown = ("static", "")  # a row that the study has no longer
-    changes = {name: arms.changes(name) if name in arms.ARMS else unknown for name in rows if _is_ablation(name)}
+    changes = {
+        name: arms.changes(name) if name in arms.ARMS else unknown
+        for name in rows
+        if _is_ablation(name)
+    }
     ablations = sorted((*changes[name], name) for name in changes)
     if ablations:
-        lines += ["", "| ablation | of the row | changes | seeds | top-1 % | minus that row | MACs of static |"]
+        lines += [
+            "",
+            "| ablation | of the row | changes | seeds | top-1 % | minus that row | MACs of "
+            "static |",
+        ]
         lines += ["|---|---|---|---|---|---|---|"]
     for twin, options, name in ablations:
-        lines.append(f"| {' | '.join([name, twin, options, *_accuracy(rows[name], rows.get(twin, []))])} |")
+        lines.append(
+            f"| {' | '.join([name, twin, options, *_accuracy(rows[name], rows.get(twin, []))])} |"
+        )
     return "\n".join(lines + _curves(rows)) + "\n"
 
 
@@ -119,8 +144,13 @@ def _curves(rows: Rows) -> list[str]:
     curves = [(name, run) for name, runs in rows.items() for run in runs if "curve" in run]
     if not curves:
         return []
-    return ["", "| one checkpoint | seed | knob | MACs of static | top-1 % |", "|---|---|---|---|---|"] + [
-        f"| {name} | {run['seed']} | {point['knob']:.4g} | {point['macs_ratio']:.3f} | {100 * point['top1']:.2f} |"
+    return [
+        "",
+        "| one checkpoint | seed | knob | MACs of static | top-1 % |",
+        "|---|---|---|---|---|",
+    ] + [
+        f"| {name} | {run['seed']} | {point['knob']:.4g} | {point['macs_ratio']:.3f} | "
+        f"{100 * point['top1']:.2f} |"
         for name, run in curves
         for point in run["curve"]
     ]
@@ -131,7 +161,9 @@ def _label(method: str) -> str:
 
 
 def draw(rows: Rows, path: pathlib.Path) -> None:
-    """Top-1 over MACs: a line for each method trained at several budgets, dots for its seeds, dashes for one checkpoint."""
+    """Top-1 over MACs: a line for each method trained at several budgets, dots for its seeds,
+    dashes for one checkpoint.
+    """
     figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     axis = figure.subplots()
     methods: dict[str, list[str]] = {}
@@ -140,12 +172,29 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
             methods.setdefault(name.rpartition("_")[0], []).append(name)
     colors = {method: f"C{i}" for i, method in enumerate(sorted(methods))}
     for method, names in sorted(methods.items()):
-        means = sorted(tuple(np.mean([[run["macs_ratio"], run["top1"]] for run in rows[name]], axis=0)) for name in names)
+        means = sorted(
+            tuple(np.mean([[run["macs_ratio"], run["top1"]] for run in rows[name]], axis=0))
+            for name in names
+        )
         style = {"linewidth": 2.5, "zorder": 3} if method.startswith("avit") else {"linewidth": 1.2}
-        axis.plot(*np.array(means).T, marker="o", color=colors[method], label=_label(method), markersize=4, **style)
+        axis.plot(
+            *np.array(means).T,
+            marker="o",
+            color=colors[method],
+            label=_label(method),
+            markersize=4,
+            **style,
+        )
         for name in names:
             for run in rows[name]:
-                axis.plot(run["macs_ratio"], run["top1"], ".", color=colors[method], alpha=0.4, markersize=5)
+                axis.plot(
+                    run["macs_ratio"],
+                    run["top1"],
+                    ".",
+                    color=colors[method],
+                    alpha=0.4,
+                    markersize=5,
+                )
     for name, method, label in (
         ("avit_0.6", "avit", "A-ViT, one checkpoint"),
         ("avit_merging_0.6", "avit_merging", "threshold merging, one checkpoint"),
@@ -153,15 +202,26 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
         ("early_exit", None, "early exit, one checkpoint"),
         ("static", "tome", "ToMe, static weights"),
     ):
-        points = [[point["macs_ratio"], point["top1"]] for point in rows.get(name, [{}])[0].get("curve", [])]
+        points = [
+            [point["macs_ratio"], point["top1"]]
+            for point in rows.get(name, [{}])[0].get("curve", [])
+        ]
         if points:
-            axis.plot(*np.array(sorted(points)).T, linestyle="--", color=colors.get(method, "black"), linewidth=1, label=label)
+            axis.plot(
+                *np.array(sorted(points)).T,
+                linestyle="--",
+                color=colors.get(method, "black"),
+                linewidth=1,
+                label=label,
+            )
     if "static" in rows:
         static = np.mean([run["top1"] for run in rows["static"]])
         axis.axhline(static, color="grey", linewidth=0.8, label="static, trained as long")
         axis.set_ylim(static - 0.08, static + 0.01)  # what is farther below is in the table
     axis.set(
-        xlabel="MACs, share of the static network's", ylabel="top-1 on the 10,000 test images", title="CIFAR-10; dots are seeds"
+        xlabel="MACs, share of the static network's",
+        ylabel="top-1 on the 10,000 test images",
+        title="CIFAR-10; dots are seeds",
     )
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
@@ -172,7 +232,10 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(*(argv[1:] or ["experiments/pareto"]))
     rows = gather(results_lib.load(out / "result.json"))
     if not rows:
-        raise errors.UserError(f"there is no {out / 'result.json'}, or nothing in it: run experiments.pareto.run first.")
+        raise errors.UserError(
+            f"there is no {out / 'result.json'}, or nothing in it: run experiments.pareto.run "
+            "first."
+        )
     (out / "table.md").write_text(table(rows))
     draw(rows, out / "pareto.png")
 

@@ -1,12 +1,14 @@
-"""Accuracy against compute on CIFAR-10: A-ViT, its rivals and its ablations, from one parent and in equally many steps.
+"""Accuracy against compute on CIFAR-10: A-ViT, its rivals and its ablations, from one parent and in
+equally many steps.
 
 python -m experiments.pareto.run --data_dir=...
 
-Runs what is not in result.json yet, one run after the other, and writes after each; a run that was stopped goes on where it
-was. The parent comes first, and its weights stay as parent.safetensors. `--arm=evit_0.6 --seed=0` runs one row alone, and
-`--out=...` writes somewhere else, to compare. `--wide` does the same to a network four times as wide, with results of its own.
-`--speed` trains nothing, and measures how fast the rows are whose runs are there: for a moment when the machine does nothing
-else.
+Runs what is not in result.json yet, one run after the other, and writes after each; a run that was
+stopped goes on where it was. The parent comes first, and its weights stay as parent.safetensors.
+`--arm=evit_0.6 --seed=0` runs one row alone, and `--out=...` writes somewhere else, to compare.
+`--wide` does the same to a network four times as wide, with results of its own. `--speed` trains
+nothing, and measures how fast the rows are whose runs are there: for a moment when the machine does
+nothing else.
 """
 
 import json
@@ -19,23 +21,35 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from avit_jax import build, errors, progress, restore, train, weight_files
+from avit_jax.training import build, loop, progress, restore
+from avit_jax.utils import errors
+from avit_jax.weights import weight_files
 from experiments import results, timing
 from experiments.pareto import arms, measure
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the prepared data set", required=True)
-_RUNS = flags.DEFINE_string("runs", None, "folder of the runs; default: runs/pareto, with --wide runs/pareto_wide")
-_OUT = flags.DEFINE_string("out", None, "folder of result.json; default: experiments/pareto, with --wide its folder wide")
+_RUNS = flags.DEFINE_string(
+    "runs", None, "folder of the runs; default: runs/pareto, with --wide runs/pareto_wide"
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "folder of result.json; default: experiments/pareto, with --wide its folder wide"
+)
 _ARM = flags.DEFINE_multi_string("arm", [], "rows to run; default: all")
 _SEED = flags.DEFINE_multi_integer("seed", [], "seeds to run; default: those of the row")
-_SPEED = flags.DEFINE_boolean("speed", False, "measure the speed of what is trained, and train nothing")
+_SPEED = flags.DEFINE_boolean(
+    "speed", False, "measure the speed of what is trained, and train nothing"
+)
 _WIDE = flags.DEFINE_boolean("wide", False, "the network of 384 channels, in place of 96")
-_PARENT = flags.DEFINE_string("parent", None, "weights of the parent; default: the study's, with --wide those in --runs")
+_PARENT = flags.DEFINE_string(
+    "parent", None, "weights of the parent; default: the study's, with --wide those in --runs"
+)
 _DRAWN = ("avit_0.6/0", "avit_merging_0.6/0")  # whose depth maps stay beside the results
 
 
 def _out() -> pathlib.Path:
-    return pathlib.Path(_OUT.value or ("experiments/pareto/wide" if _WIDE.value else "experiments/pareto"))
+    return pathlib.Path(
+        _OUT.value or ("experiments/pareto/wide" if _WIDE.value else "experiments/pareto")
+    )
 
 
 def _runs() -> pathlib.Path:
@@ -49,7 +63,9 @@ def _parent() -> pathlib.Path:
 
 
 def _config(name: str, seed: int) -> ConfigDict:
-    return arms.config(name, seed, data_dir=_DATA_DIR.value, parent=str(_parent()), wide=_WIDE.value)
+    return arms.config(
+        name, seed, data_dir=_DATA_DIR.value, parent=str(_parent()), wide=_WIDE.value
+    )
 
 
 def run(name: str, seed: int) -> dict[str, Any] | None:
@@ -57,7 +73,7 @@ def run(name: str, seed: int) -> dict[str, Any] | None:
     config = _config(name, seed)
     model = arms.network(name, config)
     workdir = _runs() / f"{name}_{seed}"
-    train.train(config, workdir, model=model)  # of a run that is complete it writes the summary
+    loop.train(config, workdir, model=model)  # of a run that is complete it writes the summary
     if not (workdir / "summary.json").exists():
         return None
     row = json.loads((workdir / "summary.json").read_text())
@@ -80,11 +96,15 @@ def speed(name: str, seed: int) -> dict[str, Any]:
     params, _ = restore.params(config, model, _runs() / f"{name}_{seed}")
     parent_params = weight_files.load(str(_parent()), parent)
     step = measure.training_step(config, model, params, parent, parent_params)
-    return measure.speed(model, params, parent, parent_params, measure.images(config)) | {"training_step": step}
+    return measure.speed(model, params, parent, parent_params, measure.images(config)) | {
+        "training_step": step
+    }
 
 
 def wanted() -> list[tuple[str, int]]:
-    """Rows and seeds that are asked for; the first seed of every row comes before the second of any."""
+    """Rows and seeds that are asked for; the first seed of every row comes before the second of
+    any.
+    """
     names = _ARM.value or list(arms.ARMS)
     return [
         (name, seed)
@@ -102,10 +122,16 @@ def main(_: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unknown = sorted(set(_ARM.value) - set(arms.ARMS))
     if unknown:
-        raise errors.UserError(f"there is no row {', '.join(unknown)}; there are {', '.join(arms.ARMS)}.")
+        raise errors.UserError(
+            f"there is no row {', '.join(unknown)}; there are {', '.join(arms.ARMS)}."
+        )
     rows, runs = set(results.load(file)), _runs()
     if _SPEED.value:
-        jobs = [(name, seed) for name, seed in wanted() if f"{name}/{seed}" in rows and (runs / f"{name}_{seed}").exists()]
+        jobs = [
+            (name, seed)
+            for name, seed in wanted()
+            if f"{name}/{seed}" in rows and (runs / f"{name}_{seed}").exists()
+        ]
     else:
         jobs = [("parent", 0)] if not _parent().exists() else []
         jobs += [(name, seed) for name, seed in wanted() if f"{name}/{seed}" not in rows]
@@ -115,7 +141,10 @@ def main(_: list[str]) -> None:
         if row is None:
             return
         results.add(file, f"{name}/{seed}", row)
-        print(json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}), flush=True)
+        print(
+            json.dumps({key: value for key, value in row.items() if not isinstance(value, list)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""What adapting to the image is worth, without any training: one similarity threshold for all images against ToMe's fixed rate.
+"""What adapting to the image is worth, without any training: one similarity threshold for all
+images against ToMe's fixed rate.
 
 python -m experiments.pareto.untrained --data_dir=...
 
-Both run on the parent's weights, with equal mean MACs. The threshold is found on the images that are held back from
-training. Both are then evaluated on the same test images, and errors are of the paired differences. It also measures how
-much the task tells the gate: the gradient of its loss, and the class token's score. Writes untrained.json.
+Both run on the parent's weights, with equal mean MACs. The threshold is found on the images that
+are held back from training. Both are then evaluated on the same test images, and errors are of the
+paired differences. It also measures how
+much the task tells the gate: the gradient of its loss, and the class token's score. Writes
+  untrained.json.
 """
 
 import functools
@@ -17,8 +20,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from avit_jax import build, calibrate, errors, evaluate, losses, weight_files
 from avit_jax.data import augment
+from avit_jax.tools import calibrate
+from avit_jax.training import build, evaluate, losses
+from avit_jax.utils import errors
+from avit_jax.weights import weight_files
 from experiments import results, timing
 from experiments.pareto import arms, paired
 from experiments.rivals import tome, unrolled
@@ -52,7 +58,10 @@ def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) ->
     search = evaluate.Evaluator(held_out, gated(start)[0])
     budget = float(fixed_cost.mean())
     beta = calibrate.find_shift(
-        lambda beta: search.measure(gated(beta)[1])["macs_ratio"], budget, start=start, tolerance=_TOLERANCE
+        lambda beta: search.measure(gated(beta)[1])["macs_ratio"],
+        budget,
+        start=start,
+        tolerance=_TOLERANCE,
     )
     right, cost = paired.outcomes(config, *gated(beta))
     return {
@@ -60,7 +69,11 @@ def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) ->
         "beta": beta,
         "cosine": -beta / model.halting.redundancy,
         "tome": {"top1": float(fixed_right.mean()), "macs_ratio": budget},
-        "threshold": {"top1": float(right.mean()), "macs_ratio": float(cost.mean()), "macs_ratio_std": float(cost.std())},
+        "threshold": {
+            "top1": float(right.mean()),
+            "macs_ratio": float(cost.mean()),
+            "macs_ratio_std": float(cost.std()),
+        },
         "threshold_minus_tome": paired.paired(right, fixed_right),
         "threshold_minus_static": paired.paired(right, static),
         "tome_minus_static": paired.paired(fixed_right, static),
@@ -78,13 +91,16 @@ def gate(config: ConfigDict, params: Any) -> dict[str, float]:
       params: of the static network.
 
     Returns:
-      `gamma` and `beta`, the size of their gradients; `class_score`, the class token's largest score before the last layer.
+      `gamma` and `beta`, the size of their gradients; `class_score`, the class token's largest
+      score before the last layer.
     """
     model = build.model(config).clone(removal=None)
     model, gated = calibrate.with_gate(model, params, model.halting.beta)
     reader = evaluate.Evaluator(config, model).reader
     records = [reader(i) for i in range(_IMAGES)]
-    images = augment.normalize(np.stack([record["image"] for record in records]), config.data.mean, config.data.std)
+    images = augment.normalize(
+        np.stack([record["image"] for record in records]), config.data.mean, config.data.std
+    )
     labels = np.array([record["label"] for record in records])
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -92,7 +108,9 @@ def gate(config: ConfigDict, params: Any) -> dict[str, float]:
         return losses.cross_entropy(logits, labels), aux.score[:-1, :, 0].max()
 
     gradient, score = jax.jit(jax.grad(loss, has_aux=True))(gated)
-    return {name: float(abs(value)) for name, value in gradient["gate"].items()} | {"class_score": float(score)}
+    return {name: float(abs(value)) for name, value in gradient["gate"].items()} | {
+        "class_score": float(score)
+    }
 
 
 def main(_: list[str]) -> None:
@@ -102,8 +120,15 @@ def main(_: list[str]) -> None:
     params = weight_files.load(_PARENT, network)
     static, _ = paired.outcomes(config, network, params)
     rows = [compare(config, params, merges, static) for merges in _MERGES]
-    result = timing.environment() | {"images": len(static), "static_top1": float(static.mean()), "rows": rows}
-    result["gates"] = {row: gate(arms.config(row, 0, data_dir=_DATA_DIR.value, parent=_PARENT), params) for row in _GATES}
+    result = timing.environment() | {
+        "images": len(static),
+        "static_top1": float(static.mean()),
+        "rows": rows,
+    }
+    result["gates"] = {
+        row: gate(arms.config(row, 0, data_dir=_DATA_DIR.value, parent=_PARENT), params)
+        for row in _GATES
+    }
     results.save(pathlib.Path(_OUT.value), result)
     print(json.dumps(result, indent=2))
 

@@ -1,9 +1,11 @@
-"""Patch tokens that leave without a look at them: at random, or evenly spread. What any choice has to beat."""
+"""Patch tokens that leave without a look at them: at random, or evenly spread. What any choice has
+to beat.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from avit_jax import vit
+from avit_jax.models import vit
 from experiments.rivals import unrolled
 
 
@@ -12,8 +14,8 @@ class Dropping(unrolled.Unrolled):
 
     Attributes:
       keep_rate: the share.
-      choice: "random", drawn anew for each image and step; in evaluation by the image's place in its batch. "uniform": every
-        so-many-eth token of those that are left.
+      choice: "random", drawn anew for each image and step; in evaluation by the image's place in
+        its batch. "uniform": every so-many-eth token of those that are left.
     """
 
     keep_rate: float = 0.7
@@ -29,10 +31,16 @@ class Dropping(unrolled.Unrolled):
                 patches = x.shape[1] - 1
                 stays = self.kept(patches, self.keep_rate)
                 if self.choice == "random":
-                    rank = jax.vmap(lambda key, i=i, n=patches: jax.random.uniform(jax.random.fold_in(key, i), (n,)))(keys)
+                    rank = jax.vmap(
+                        lambda key, i=i, n=patches: jax.random.uniform(
+                            jax.random.fold_in(key, i), (n,)
+                        )
+                    )(keys)
                 else:
                     places = jnp.linspace(0, patches - 1, stays).round().astype(jnp.int32)
-                    rank = jnp.broadcast_to(jnp.zeros(patches).at[places].set(1.0), (len(x), patches))
+                    rank = jnp.broadcast_to(
+                        jnp.zeros(patches).at[places].set(1.0), (len(x), patches)
+                    )
                 x, _ = unrolled.class_and_best(x, rank, stays)
             counts.append(x.shape[1])
             macs += self.attention_macs(x.shape[1]) + self.mlp_macs(x.shape[1])

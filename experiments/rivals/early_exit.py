@@ -1,7 +1,7 @@
 """Confidence early exit: an image is done at the first layer whose class token is sure enough.
 
-After Teerapittayanon et al., "BranchyNet", arXiv 1709.01686, with the network's own norm and head at every layer, and the
-likeliest class's probability as the confidence.
+After Teerapittayanon et al., "BranchyNet", arXiv 1709.01686, with the network's own norm and head
+at every layer, and the likeliest class's probability as the confidence.
 """
 
 import functools
@@ -9,7 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from avit_jax import block, flops, removal, vit
+from avit_jax.core import removal
+from avit_jax.models import block, flops, vit
 from experiments.rivals import unrolled
 
 
@@ -17,13 +18,18 @@ class EarlyExit(unrolled.Unrolled):
     """Early exit of whole images; in training the loss is the mean over all exits.
 
     Attributes:
-      confidence: probability of the likeliest class at which an image is done; another one needs no training.
+      confidence: probability of the likeliest class at which an image is done; another one needs no
+        training.
     """
 
     confidence: float = 0.9
 
-    def run_layers(self, x: jax.Array, layers: unrolled.Layers) -> tuple[jax.Array | tuple[jax.Array, ...], vit.Aux]:
-        """In training logits of all exits, the last first; else those of the exit taken: images that are done cost nothing."""
+    def run_layers(
+        self, x: jax.Array, layers: unrolled.Layers
+    ) -> tuple[jax.Array | tuple[jax.Array, ...], vit.Aux]:
+        """In training logits of all exits, the last first; else those of the exit taken: images
+        that are done cost nothing.
+        """
         batch, num_tokens = x.shape[:2]
         aux = self.aux([num_tokens] * self.depth, batch, None)
         if layers.train:
@@ -42,6 +48,8 @@ class EarlyExit(unrolled.Unrolled):
             taken = jnp.where(going[:, None], logits, taken)
             going &= jax.nn.softmax(logits).max(axis=-1) < self.confidence
         active = jnp.stack(active)
-        heads = (active[:, :, 0].sum(axis=0) - 1) * self.width * self.num_classes  # the last one is in fixed_macs
+        heads = (
+            (active[:, :, 0].sum(axis=0) - 1) * self.width * self.num_classes
+        )  # the last one is in fixed_macs
         macs = flops.image_macs(self, active) + heads.astype(jnp.float32)
         return taken, aux.replace(macs=macs, active=active, depth=active.sum(axis=0))

@@ -1,7 +1,8 @@
 """Naive ACT: all tokens of an image halt together, as one; the straw man of the A-ViT paper.
 
-Graves, "Adaptive Computation Time for Recurrent Neural Networks", arXiv 1603.08983, over the layers of a transformer. Gate,
-losses and budget are those of A-ViT; but for which token halts when, it is the same.
+Graves, "Adaptive Computation Time for Recurrent Neural Networks", arXiv 1603.08983, over the layers
+of a transformer. Gate, losses and budget are those of A-ViT; but for which token halts when, it is
+the same.
 """
 
 import functools
@@ -9,12 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from avit_jax import block, halting, removal, vit
+from avit_jax.core import halting, removal
+from avit_jax.models import block, vit
 from experiments.rivals import unrolled
 
 
 class LayerACT(vit.AViT):
-    """The gate reads the mean of all tokens, and there is one halting score for an image in a layer."""
+    """The gate reads the mean of all tokens, and there is one halting score for an image in a
+    layer.
+    """
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
@@ -37,11 +41,19 @@ class LayerACT(vit.AViT):
         for i in range(self.depth):
             params = jax.tree.map(lambda stacked, i=i: stacked[i], self.layers.variables["params"])
             going = jnp.broadcast_to(state.active, (batch, num_tokens))
-            x = run(params, x, going, None) if train else removal.transform(run, unrolled.PLAN, params, x, going, None)
-            score = halting.score(x.mean(axis=1, keepdims=True), gamma=gamma, beta=beta, channel=self.halting.channel)
+            x = (
+                run(params, x, going, None)
+                if train
+                else removal.transform(run, unrolled.PLAN, params, x, going, None)
+            )
+            score = halting.score(
+                x.mean(axis=1, keepdims=True), gamma=gamma, beta=beta, channel=self.halting.channel
+            )
             scores.append(jnp.broadcast_to(score, going.shape))
             active.append(going)
-            state, weight = halting.accumulate(state, score, epsilon=self.halting.epsilon, is_last=i == self.depth - 1)
+            state, weight = halting.accumulate(
+                state, score, epsilon=self.halting.epsilon, is_last=i == self.depth - 1
+            )
             readout = readout + weight[..., None] * x[:, :1]
         aux = vit.Aux(
             score=jnp.stack(scores),

@@ -1,12 +1,13 @@
 """ToMe: in every layer the most similar pairs of tokens become one.
 
-Reference: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, sections 3.1 to 3.3.
+Reference: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461, sections 3.1 to
+  3.3.
 """
 
 import jax
 import jax.numpy as jnp
 
-from avit_jax import vit
+from avit_jax.models import vit
 from experiments.rivals import unrolled
 
 
@@ -14,12 +15,14 @@ def match(metric: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Arra
     """Bipartite soft matching.
 
     Args:
-      metric: `(B, n, K)` whose cosine tells how similar tokens are; the class token is the first, and stays.
+      metric: `(B, n, K)` whose cosine tells how similar tokens are; the class token is the first,
+        and stays.
       count: pairs to merge, at most half of the tokens, without the class token.
 
     Returns:
-      Among the tokens with even places: those that are merged `(B, count)` and those that are not, in their order; and
-      `(B, count)` the place among the odd ones of the token that each of the merged goes into.
+      Among the tokens with even places: those that are merged `(B, count)` and those that are not,
+      in their order; and `(B, count)` the place among the odd ones of the token that each of the
+      merged goes into.
     """
     metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
     scores = metric[:, ::2] @ metric[:, 1::2].swapaxes(1, 2)
@@ -30,8 +33,11 @@ def match(metric: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Arra
     return merged, stays, jnp.take_along_axis(partner, merged, axis=1)
 
 
-def merge(x: jax.Array, size: jax.Array, pairs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Means of merged tokens `(B, n - count, D)`, weighted by how many patches each stands for, and these numbers.
+def merge(
+    x: jax.Array, size: jax.Array, pairs: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Means of merged tokens `(B, n - count, D)`, weighted by how many patches each stands for, and
+    these numbers.
 
     Args:
       x: `(B, n, D)`.
@@ -52,7 +58,8 @@ class ToMe(unrolled.Unrolled):
 
     Attributes:
       merges: pairs of tokens that every layer merges; fewer where fewer are left.
-      after_mlp: whether they merge at the end of a layer, where A-ViT's tokens halt, in place of between attention and MLP.
+      after_mlp: whether they merge at the end of a layer, where A-ViT's tokens halt, in place of
+        between attention and MLP.
     """
 
     merges: int = 4
@@ -67,7 +74,10 @@ class ToMe(unrolled.Unrolled):
             macs += self.attention_macs(x.shape[1])
             pairs_compared = (x.shape[1] // 2) * ((x.shape[1] + 1) // 2)
             macs += pairs_compared * self.width // self.num_heads
-            pairs = match(layers.queries_and_keys(i, x)[1].mean(axis=1), min(self.merges, (x.shape[1] - 1) // 2))
+            pairs = match(
+                layers.queries_and_keys(i, x)[1].mean(axis=1),
+                min(self.merges, (x.shape[1] - 1) // 2),
+            )
             x = layers(i, x, "attention", size=size)
             if not self.after_mlp:
                 x, size = merge(x, size, pairs)

@@ -1,7 +1,8 @@
-"""A vision transformer whose layers run one after the other in Python, so that tokens may leave in between.
+"""A vision transformer whose layers run one after the other in Python, so that tokens may leave in
+between.
 
-Its parameters are those of `avit_jax.AViT` without halting. The number of tokens of each layer is known when it compiles, so
-what a rival leaves out is really not computed.
+Its parameters are those of `avit_jax.AViT` without halting. The number of tokens of each layer is
+known when it compiles, so what a rival leaves out is really not computed.
 """
 
 import dataclasses
@@ -11,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from avit_jax import block, flops, removal, vit
-from avit_jax import halting as halting_lib
+from avit_jax.core import halting as halting_lib
+from avit_jax.core import removal
+from avit_jax.models import block, flops, vit
 
 PLAN = removal.Plan(group=8, step=32)  # of rivals whose images end early, with all their tokens
 _FLAX = ("parent", "name")  # attributes of every module
@@ -21,21 +23,26 @@ _FLAX = ("parent", "name")  # attributes of every module
 class Unrolled(vit.AViT):
     """What the rivals share; one of them says in `run_layers` what happens to the tokens.
 
-    `__call__` takes and gives what `AViT.__call__` does. `Aux.active` holds how many tokens enter each layer, not which.
+    `__call__` takes and gives what `AViT.__call__` does. `Aux.active` holds how many tokens enter
+    each layer, not which.
     """
 
     halting: halting_lib.HaltingConfig | None = None
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The layers, counted from 0, in which tokens leave: a quarter, half and three quarters of the way, rounded down."""
+        """The layers, counted from 0, in which tokens leave: a quarter, half and three quarters of
+        the way, rounded down.
+        """
         return tuple(self.depth * quarter // 4 for quarter in (1, 2, 3))
 
     def run_layers(self, x: jax.Array, layers: "Layers") -> tuple[Any, vit.Aux]:
         """Embedded tokens `(B, N, D)` to logits and Aux."""
         raise NotImplementedError
 
-    def __call__(self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None) -> tuple[Any, vit.Aux]:
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
+    ) -> tuple[Any, vit.Aux]:
         """See `AViT.__call__`; but it has no dropout.
 
         Raises:
@@ -57,9 +64,13 @@ class Unrolled(vit.AViT):
         return self.run_layers(self.embed(images, noisy), layers)
 
     def aux(self, counts: list[int], batch: int, macs: float | None) -> vit.Aux:
-        """Aux of a network in which every image has `counts[l]` tokens at the input of layer l; MACs are of all layers."""
+        """Aux of a network in which every image has `counts[l]` tokens at the input of layer l;
+        MACs are of all layers.
+        """
         count = jnp.array(counts)[:, None, None]
-        active = jnp.broadcast_to(jnp.arange(self.num_tokens)[None, None] < count, (self.depth, batch, self.num_tokens))
+        active = jnp.broadcast_to(
+            jnp.arange(self.num_tokens)[None, None] < count, (self.depth, batch, self.num_tokens)
+        )
         depth = active.sum(axis=0)
         return vit.Aux(
             score=jnp.zeros(active.shape),
@@ -85,7 +96,11 @@ class Unrolled(vit.AViT):
 
 def attributes(model: vit.AViT) -> dict[str, Any]:
     """What a rival of the same sizes is made from."""
-    return {field.name: getattr(model, field.name) for field in dataclasses.fields(vit.AViT) if field.name not in _FLAX}
+    return {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(vit.AViT)
+        if field.name not in _FLAX
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +121,23 @@ class Layers:
     image_index: jax.Array
     train: bool
 
-    def __call__(self, i: int, x: jax.Array, method: str = "transform", **arguments: Any) -> jax.Array:
+    def __call__(
+        self, i: int, x: jax.Array, method: str = "transform", **arguments: Any
+    ) -> jax.Array:
         """Layer i, or one of the two branches of it, on tokens `(B, n, D)`."""
         keep = None if self.keep is None else self.keep[i]
-        return self.block.apply({"params": self.params_of(i)}, x, method=method, keep=keep, **arguments)
+        return self.block.apply(
+            {"params": self.params_of(i)}, x, method=method, keep=keep, **arguments
+        )
 
     def params_of(self, i: int) -> Any:
         """Parameters of layer i."""
         return jax.tree.map(lambda stacked: stacked[i], self.params)
 
     def queries_and_keys(self, i: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys `(B, H, n, K)` of layer i; XLA computes them once, though the layer does so too."""
+        """Queries and keys `(B, H, n, K)` of layer i; XLA computes them once, though the layer does
+        so too.
+        """
         params = self.params_of(i)
         normed = self.block.apply({"params": params}, x, method=lambda layer, x: layer.norm1(x))
         query, key, _ = self.block.apply({"params": params}, normed, method="queries_keys_values")
@@ -135,4 +156,6 @@ def class_and_best(x: jax.Array, rank: jax.Array, count: int) -> tuple[jax.Array
       Tokens `(B, 1 + count, D)`, and `(B, count)` which of the patch tokens they are.
     """
     kept = jnp.sort(jax.lax.top_k(rank, count)[1], axis=1)
-    return jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], kept[..., None], axis=1)], axis=1), kept
+    return jnp.concatenate(
+        [x[:, :1], jnp.take_along_axis(x[:, 1:], kept[..., None], axis=1)], axis=1
+    ), kept

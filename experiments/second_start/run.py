@@ -2,8 +2,8 @@
 
 python -m experiments.second_start.run --out=experiments/second_start/result.json
 
-Starts configs/digits.py for a few steps in a fresh process, empties its folder but for the compiled programs, and starts it
-again; adds up what JAX reports of each compilation.
+Starts configs/digits.py for a few steps in a fresh process, empties its folder but for the compiled
+programs, and starts it again; adds up what JAX reports of each compilation.
 """
 
 import json
@@ -15,7 +15,7 @@ import tempfile
 
 from absl import app, flags
 
-from avit_jax import errors
+from avit_jax.utils import errors
 from experiments import results, timing
 
 _OUT = flags.DEFINE_string("out", None, "result.json", required=True)
@@ -27,7 +27,9 @@ def spent(name, duration, **_):
   if name.endswith("backend_compile_duration"):
     seconds.append(duration)
 jax.monitoring.register_event_duration_secs_listener(spent)
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+jax.monitoring.register_event_listener(
+    lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None
+)
 sys.argv[1:] = ["--config=configs/digits.py", f"--workdir={sys.argv[1]}", "--config.train.steps=20"]
 try:
   runpy.run_module("avit_jax.main", run_name="__main__")
@@ -38,7 +40,9 @@ finally:
 
 def start(workdir: pathlib.Path) -> dict[str, float]:
     """What one start in a process of its own has compiled."""
-    done = subprocess.run([sys.executable, "-c", _START, str(workdir)], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _START, str(workdir)], check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -52,7 +56,11 @@ def main(_: list[str]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         second = start(workdir)
         same = (workdir / "metrics.jsonl").read_bytes() == metrics
-    result = timing.environment() | {"first": first, "second": second, "share": second["seconds"] / first["seconds"]}
+    result = timing.environment() | {
+        "first": first,
+        "second": second,
+        "share": second["seconds"] / first["seconds"],
+    }
     result["equal_metrics"] = same
     results.save(_OUT.value, result)
     print(json.dumps(result, indent=2))

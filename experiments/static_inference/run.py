@@ -1,8 +1,10 @@
-"""Images per second of static DeiT-T inference, whole batch and in chunks, and of plain PyTorch where torch is installed.
+"""Images per second of static DeiT-T inference, whole batch and in chunks, and of plain PyTorch
+where torch is installed.
 
 python -m experiments.static_inference.run --out=experiments/static_inference/result.json
 
-float32, compiled and warmed up beforehand, each call waited for, calls interleaved. Random pixels will do: nothing halts.
+float32, compiled and warmed up beforehand, each call waited for, calls interleaved. Random pixels
+will do: nothing halts.
 """
 
 import json
@@ -13,21 +15,29 @@ import numpy as np
 from absl import app, flags
 
 import avit_jax
-from avit_jax import errors
+from avit_jax.utils import errors
 from experiments import results, timing
 
 _BATCH = flags.DEFINE_integer("batch", 16, "images a call")
-_CHUNKS = flags.DEFINE_multi_integer("chunk", [16, 8, 4], "images that run through all layers at a time; divide the batch")
+_CHUNKS = flags.DEFINE_multi_integer(
+    "chunk", [16, 8, 4], "images that run through all layers at a time; divide the batch"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "interleaved repeats")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write")
 
 
-def jax_functions(model: avit_jax.AViT, params: dict, images: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+def jax_functions(
+    model: avit_jax.AViT, params: dict, images: np.ndarray
+) -> dict[str, Callable[[], np.ndarray]]:
     """One function a chunk size; each returns logits."""
 
     def build(chunk: int) -> Callable[[], np.ndarray]:
         chunks = jax.device_put(images.reshape(-1, chunk, *images.shape[1:]))
-        run = jax.jit(lambda params, chunks: jax.lax.map(lambda x: model.apply({"params": params}, x)[0], chunks))
+        run = jax.jit(
+            lambda params, chunks: jax.lax.map(
+                lambda x: model.apply({"params": params}, x)[0], chunks
+            )
+        )
         return lambda: np.asarray(run(params, chunks)).reshape(len(images), -1)
 
     return {f"jax, chunks of {chunk}": build(chunk) for chunk in _CHUNKS.value}
@@ -45,7 +55,9 @@ def torch_functions(params: dict, images: np.ndarray) -> dict[str, Callable[[], 
 
 def main(_: list[str]) -> None:
     """Checks that all compute the same, measures, prints and writes."""
-    images = np.random.default_rng(0).standard_normal((_BATCH.value, 224, 224, 3)).astype(np.float32)
+    images = (
+        np.random.default_rng(0).standard_normal((_BATCH.value, 224, 224, 3)).astype(np.float32)
+    )
     model = avit_jax.deit_tiny(halting=None)
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
     functions = jax_functions(model, params, images) | torch_functions(params, images)

@@ -1,4 +1,4 @@
-"""A plain PyTorch DeiT with timm's parameter names, as the yardstick; written for this comparison."""
+"""A plain PyTorch DeiT with timm's parameter names, written for this comparison."""
 
 from collections.abc import Callable
 from typing import Any
@@ -84,21 +84,40 @@ class VisionTransformer(nn.Module):
 
 
 def _build(
-    params: Any, images: np.ndarray, *, width: int, num_heads: int, depth: int, dtype: str, device: str
+    params: Any,
+    images: np.ndarray,
+    *,
+    width: int,
+    num_heads: int,
+    depth: int,
+    dtype: str,
+    device: str,
 ) -> tuple[nn.Module, torch.Tensor]:
     """The network and the images, both in `dtype` and on the device."""
     network = VisionTransformer(width, num_heads, depth).eval()
     state_dict = weights.to_torch(params, patch_shape=(16, 16, 3))
     network.load_state_dict({name: torch.tensor(array) for name, array in state_dict.items()})
     network.to(device, getattr(torch, dtype))
-    return network, torch.tensor(images.transpose(0, 3, 1, 2).copy(), dtype=getattr(torch, dtype), device=device)
+    return network, torch.tensor(
+        images.transpose(0, 3, 1, 2).copy(), dtype=getattr(torch, dtype), device=device
+    )
 
 
 def function(
-    params: Any, images: np.ndarray, *, width: int, num_heads: int, dtype: str = "float32", device: str = "cpu"
+    params: Any,
+    images: np.ndarray,
+    *,
+    width: int,
+    num_heads: int,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> Callable[[], np.ndarray]:
-    """Logits of the images `(B, 224, 224, 3)`, by a DeiT with the given parameters of ours, all in `dtype`."""
-    network, pixels = _build(params, images, width=width, num_heads=num_heads, depth=12, dtype=dtype, device=device)
+    """Logits of the images `(B, 224, 224, 3)`, by a DeiT with the given parameters of ours, all in
+    `dtype`.
+    """
+    network, pixels = _build(
+        params, images, width=width, num_heads=num_heads, depth=12, dtype=dtype, device=device
+    )
 
     def run() -> np.ndarray:
         with torch.inference_mode():
@@ -108,9 +127,17 @@ def function(
 
 
 def on_device(
-    params: Any, images: np.ndarray, *, width: int, num_heads: int, depth: int, dtype: str, compiled: bool = False
+    params: Any,
+    images: np.ndarray,
+    *,
+    width: int,
+    num_heads: int,
+    depth: int,
+    dtype: str,
+    compiled: bool = False,
 ) -> Callable[[], torch.Tensor]:
-    """As `function`, on the GPU if there is one; logits stay there, and a call ends when they are computed.
+    """As `function`, on the GPU if there is one; logits stay there, and a call ends when they are
+    computed.
 
     Args:
       params: of ours.
@@ -123,7 +150,9 @@ def on_device(
     """
     on_gpu = torch.cuda.is_available()
     sizes = {"width": width, "num_heads": num_heads, "depth": depth}
-    network, pixels = _build(params, images, **sizes, dtype=dtype, device="cuda" if on_gpu else "cpu")
+    network, pixels = _build(
+        params, images, **sizes, dtype=dtype, device="cuda" if on_gpu else "cpu"
+    )
     forward = torch.compile(network, dynamic=False) if compiled else network
 
     def run() -> torch.Tensor:

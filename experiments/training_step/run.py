@@ -1,4 +1,5 @@
-"""Time of the pmap training step with halting against the same step without it: DeiT-T shapes, batch 16.
+"""Time of the pmap training step with halting against the same step without it: DeiT-T shapes,
+batch 16.
 
 python -m experiments.training_step.run --out=experiments/training_step/result.json
 """
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from avit_jax import build, errors, evaluate, train_step
 from avit_jax import config as config_lib
+from avit_jax.training import build, evaluate, train_step
+from avit_jax.utils import errors
 from experiments import results, timing
 
 _BATCH = flags.DEFINE_integer("batch", 16, "images a step")
@@ -27,7 +29,12 @@ def build_step(*, halting: bool, batch_size: int) -> Callable[[], None]:
     tx, _ = build.optimizer(config)
     devices = jax.local_devices()[:1]
     state = evaluate.replicate(build.new_state(model, tx, seed=0, ema=True), devices)
-    step = jax.pmap(train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0, devices=devices)
+    step = jax.pmap(
+        train_step.make_train_step(model, tx, config),
+        axis_name=train_step.AXIS,
+        donate_argnums=0,
+        devices=devices,
+    )
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (1, batch_size, *model.pixels, model.channels), np.uint8),
@@ -46,7 +53,10 @@ def build_step(*, halting: bool, batch_size: int) -> Callable[[], None]:
 
 def main(_: list[str]) -> None:
     """Measures, prints and writes."""
-    functions = {name: build_step(halting=name == "halting", batch_size=_BATCH.value) for name in ("static", "halting")}
+    functions = {
+        name: build_step(halting=name == "halting", batch_size=_BATCH.value)
+        for name in ("static", "halting")
+    }
     seconds = timing.interleave(functions, _ROUNDS.value)
     result = {
         **timing.environment(),

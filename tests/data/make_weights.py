@@ -1,4 +1,5 @@
-"""How the files in weights/ were made: random models of timm and transformers, and their own logits on random images.
+"""How the files in weights/ were made: random models of timm and transformers, and their own logits
+on random images.
 
 python tests/data/make_weights.py, with torch, timm, transformers and safetensors installed.
 """
@@ -13,7 +14,14 @@ import torch
 import transformers
 
 FOLDER = pathlib.Path(__file__).parent / "weights"
-SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
+SIZES = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 12,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 5,
+}
 
 
 def _randomised(model: torch.nn.Module) -> torch.nn.Module:
@@ -34,7 +42,12 @@ def main() -> None:
     logits["timm"] = plain(images)
     state = plain.state_dict()
     torch.save(
-        {"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}}},
+        {
+            "model": state,
+            "args": argparse.Namespace(lr=1.0),
+            "epoch": 3,
+            "optimizer": {"state": {0: {"m": torch.ones(2)}}},
+        },
         FOLDER / "tiny-10-30.pth",
     )
     torch.save({"model": state}, FOLDER / "legacy.pth", _use_new_zipfile_serialization=False)
@@ -45,19 +58,31 @@ def main() -> None:
     logits["distilled"] = distilled(images)  # the mean of the two heads
     torch.save(distilled.state_dict(), FOLDER / "distilled.pth")
 
-    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes = {
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+    }
     sizes |= {"intermediate_size": 48, "num_labels": 5}
     vit = _randomised(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)))
     logits["vit"] = vit(images).logits
     vit.save_pretrained(FOLDER / "vit")
-    deit = _randomised(transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**sizes)))
+    deit = _randomised(
+        transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**sizes))
+    )
     logits["deit"] = deit(images).logits
     deit.save_pretrained(FOLDER / "deit")
 
     larger = timm.models.VisionTransformer(**SIZES | {"img_size": (24, 40)}).eval()
     patches = state["pos_embed"][:, 1:].reshape(1, 2, 2, 12).permute(0, 3, 1, 2)
-    patches = torch.nn.functional.interpolate(patches, size=(3, 5), mode="bicubic", align_corners=False)
-    positions = torch.cat([state["pos_embed"][:, :1], patches.permute(0, 2, 3, 1).reshape(1, 15, 12)], dim=1)
+    patches = torch.nn.functional.interpolate(
+        patches, size=(3, 5), mode="bicubic", align_corners=False
+    )
+    positions = torch.cat(
+        [state["pos_embed"][:, :1], patches.permute(0, 2, 3, 1).reshape(1, 15, 12)], dim=1
+    )
     larger.load_state_dict(state | {"pos_embed": positions})
     large_images = torch.randn(2, 3, 24, 40)
     logits["larger"] = larger(large_images)

@@ -1,0 +1,3 @@
+"""The halting rule, merging and token removal: pure JAX, without Flax and without the
+configuration.
+"""

@@ -1,0 +1,1 @@
+"""Inference with halted tokens removed; networks exported as one file."""

@@ -1,0 +1,166 @@
+"""Attention of one layer: the exact computation, and cuDNN's kernel on NVIDIA GPUs in half
+precision.
+
+Axes as in `vit`. What queries may look at is one bias for each key, `(B, N)`, added to the logits
+of all queries and heads.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from avit_jax.core import halting
+
+# Added to the attention logits of halted keys: large enough that their weight underflows to exactly
+# 0, and finite, so that an image all of whose tokens have halted gives no NaN.
+_HALTED_KEY_BIAS = -1e9
+_WIDEST_HEAD = 128  # of cuDNN on GPUs before Hopper
+
+
+def key_bias(active: jax.Array | None, size: jax.Array | None) -> jax.Array | None:
+    """What is added to the logits of each key.
+
+    Args:
+      active: `(B, N)` bool, keys that count; None if all do.
+      size: `(B, N)` float, how many keys each counts as; None for 1.
+
+    Returns:
+      `(B, N)`, at least float32; None for 0.
+    """
+    bias = (
+        None if size is None else jnp.log(size)
+    )  # in the exponent: one pass less over all pairs than a factor
+    return (
+        bias
+        if active is None
+        else jnp.where(active, 0.0 if bias is None else bias, _HALTED_KEY_BIAS)
+    )
+
+
+def exact(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    key_weight: jax.Array | None = None,
+) -> jax.Array:
+    """Attention in plain JAX, on every backend, in every dtype.
+
+    Args:
+      query: `(B, H, N, K)`.
+      key: as `query`.
+      value: as `query`.
+      bias: see `key_bias`.
+      key_weight: `(B, N, N)` what queries give to keys is multiplied by it; may be 0. None for 1.
+
+    Returns:
+      `(B, H, N, K)`.
+    """
+    # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
+    logits = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-2, -1))
+    logits = logits.astype(halting.at_least_float32(logits.dtype))
+    if bias is not None:
+        logits = logits + bias[:, None, None, :]
+    # Softmax, but divided by its sum after the product with the values: one pass less over all
+    # pairs of tokens.
+    weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    if key_weight is not None:
+        weight = weight * key_weight[:, None]
+    return jnp.matmul(weight.astype(value.dtype), value) / weight.sum(
+        axis=-1, keepdims=True
+    ).astype(value.dtype)
+
+
+def can_fuse(dtype: jax.typing.DTypeLike, head_width: int) -> bool:
+    """Whether cuDNN has a kernel for heads of this dtype and width K."""
+    return (
+        dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= _WIDEST_HEAD
+    )
+
+
+@functools.cache
+def has_cudnn() -> bool:
+    """Whether JAX runs on an NVIDIA GPU of compute capability 8.0 or more, which cuDNN's kernel
+    needs; starts the backend.
+    """
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "").split(".")
+    return capability[0].isdecimal() and int(capability[0]) >= 8  # of AMD: gfx90a
+
+
+def fused(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`exact` to the rounding of its dtype, by cuDNN if the program is compiled for an NVIDIA GPU.
+
+    Tracing it needs cuDNN on this machine. No gradient reaches the bias.
+
+    Args:
+      query: `(B, N, H, K)`, of a dtype and width that `can_fuse`.
+      key: as `query`.
+      value: as `query`.
+      bias: see `key_bias`.
+
+    Returns:
+      `(B, N, H, K)`.
+    """
+    return jax.lax.platform_dependent(query, key, value, bias, cuda=_cudnn, default=_elsewhere)
+
+
+def _elsewhere(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
+    return exact(*heads_first, bias).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return _call_cudnn(query, key, value, bias)
+
+
+def _call_cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    num_keys: int | None = None,
+) -> jax.Array:
+    batch, num = query.shape[:2]
+    if bias is not None:
+        lowest = float(
+            jnp.finfo(query.dtype).min / 2
+        )  # float16 ends before the bias of halted keys
+        bias = jnp.maximum(bias, lowest).astype(query.dtype)
+        bias = jnp.broadcast_to(bias[:, None, None, :], (batch, 1, num, num))
+    lengths = None if num_keys is None else jnp.full(batch, num_keys, jnp.int32)
+    return jax.nn.dot_product_attention(
+        query, key, value, bias, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    """JAX knows the gradient of the kernel for an even number of tokens alone: where it is odd, one
+    that is no key is added.
+    """
+    num = query.shape[1]
+    if num % 2 and bias is not None:
+        bias = jnp.pad(bias, ((0, 0), (0, 1)), constant_values=_HALTED_KEY_BIAS)
+
+    def even(*tokens: jax.Array) -> jax.Array:
+        padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in tokens)
+        return _call_cudnn(*padded, bias, num if bias is None else None)[:, :num]
+
+    return jax.vjp(
+        even if num % 2 else lambda *tokens: _call_cudnn(*tokens, bias), query, key, value
+    )
+
+
+def _backward(vjp: Any, grad: jax.Array) -> tuple:
+    return (*vjp(grad), None)
+
+
+_cudnn.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""The vision transformer, its layer, and the halting layer for other models."""

@@ -1,0 +1,56 @@
+"""Halting as a Flax Linen module; `halting_nnx.Halting` is the same for Flax NNX."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avit_jax.core import halting
+
+
+class Halting(nn.Module):
+    """One halting step after a layer; call the same instance after every layer.
+
+    Attributes:
+      config: the gate. With `learnable=True` the module has two scalar float32 parameters, `gamma`
+        and `beta`.
+    """
+
+    config: halting.HaltingConfig = halting.HaltingConfig()
+
+    def setup(self) -> None:
+        if self.config.learnable:
+            self.gamma = self.param("gamma", nn.initializers.constant(self.config.gamma), ())
+            self.beta = self.param("beta", nn.initializers.constant(self.config.beta), ())
+        else:
+            self.gamma, self.beta = self.config.gamma, self.config.beta
+
+    def gate(self) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
+        """Returns gamma and beta, for code that calls the pure functions itself."""
+        return self.gamma, self.beta
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        state: halting.HaltingState | None = None,
+        is_last: jax.typing.ArrayLike = False,
+    ) -> tuple[halting.HaltingState, jax.Array, jax.Array]:
+        """Scores a layer's output `(..., N, D)`; `state` is None at the first layer.
+
+        Returns:
+          The new state, the weight `(..., N)` of this output and the raw score `(..., N)`.
+
+        Raises:
+          ValueError: halted tokens are to merge, which this layer does not do.
+        """
+        if self.config.merge:
+            raise ValueError(
+                "this layer does not merge tokens, as AViT does: in your own model call "
+                "avit_jax.merging."
+            )
+        if state is None:
+            state = halting.init(tokens.shape[:-1], jnp.result_type(tokens))
+        score = halting.score(tokens, gamma=self.gamma, beta=self.beta, channel=self.config.channel)
+        state, weight = halting.accumulate(
+            state, score, epsilon=self.config.epsilon, is_last=is_last
+        )
+        return state, weight, score

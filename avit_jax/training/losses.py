@@ -1,0 +1,153 @@
+"""Losses: the task's, the ponder loss and the prior over depth."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from avit_jax.core import halting
+from avit_jax.models import vit
+
+
+def cross_entropy(
+    logits: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Mean softmax cross entropy.
+
+    Args:
+      logits: `(B, C)`, any float dtype; the loss is at least float32.
+      targets: `(B, C)` probabilities, or `(B,)` int labels.
+      label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+
+    Returns:
+      Scalar, in nats.
+    """
+    logits = logits.astype(halting.at_least_float32(logits.dtype))
+    if targets.ndim == 1:
+        targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing)).mean()
+
+
+def distillation_loss(
+    logits: jax.Array, teacher: jax.Array, *, targets: str = "hard", temperature: float = 1.0
+) -> jax.Array:
+    """Mean loss of a student against a teacher; no gradient goes to the teacher.
+
+    Args:
+      logits: `(B, C)` of the student, any float dtype; the loss is at least float32.
+      teacher: `(B, C)` logits.
+      targets: "hard": cross entropy with the teacher's likeliest class. "soft": Kullback-Leibler
+        divergence from the teacher's probabilities, both at the temperature, times its square,
+        which keeps the size of the gradient.
+      temperature: of soft targets.
+
+    Returns:
+      Scalar, in nats.
+
+    Raises:
+      ValueError: unknown targets.
+
+    Reference: Touvron et al., arXiv 2012.12877, section 4 (hard); Hinton et al., arXiv 1503.02531
+      (soft).
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+    if targets == "hard":
+        return cross_entropy(logits, teacher.argmax(-1))
+    if targets != "soft":
+        raise ValueError(f'targets of distillation must be "hard" or "soft"; got "{targets}".')
+    dtype = halting.at_least_float32(logits.dtype)
+    log_p, log_q = (jax.nn.log_softmax(x.astype(dtype) / temperature) for x in (teacher, logits))
+    return optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean() * temperature**2
+
+
+def ponder_loss(aux: vit.Aux) -> jax.Array:
+    """Mean ponder cost N + r over all tokens and images; a scalar, in layers.
+
+    Its gradient raises the scores before the halting layer: halting itself is a step, the remainder
+    is not.
+
+    Example:
+      loss = cross_entropy(logits, labels) + ponder_weight * ponder_loss(aux)
+
+    Reference: [A-ViT] section 3, L_ponder.
+    """
+    return aux.ponder_cost.mean()
+
+
+def prior_loss(
+    aux: vit.Aux,
+    *,
+    target_depth: float,
+    width: float = 1.0,
+    mode: str = "paper",
+    reverse: bool = False,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Kullback-Leibler divergence between the mean halting scores over depth, H, and a Gaussian
+    over layers.
+
+    Args:
+      aux: of the forward pass.
+      target_depth: layer at which the Gaussian peaks, counted from 1; from 1 to L.
+      width: its standard deviation, in layers.
+      mode: "paper" takes H over active tokens of all images, the last layer counting as 1, and KL(H
+        || Gaussian). "official" repeats the released code: H over all rows, halted ones included,
+        of all images but the first; clipped to [0.01, 0.99]; a target that peaks one layer later,
+        sums to more than 1 and has width 1; KL(target || H) / L. Use it to
+        compare with released numbers only: it has no value (0) at batch 1.
+      reverse: KL(Gaussian || H) instead, in paper mode.
+      axis_name: mapped axis over which the batch is spread: H is then that of the global batch.
+
+    Returns:
+      Scalar, in nats.
+
+    Raises:
+      ValueError: unknown mode.
+
+    Example:
+      loss = cross_entropy(logits, labels) + prior_weight * prior_loss(aux, target_depth=8)
+
+    Reference: [A-ViT] section 3, L_distr.
+    """
+    if mode == "official":
+        return _official_prior_loss(aux.score, target_depth, axis_name)
+    if mode != "paper":
+        raise ValueError(f'mode of the prior loss must be "paper" or "official"; got "{mode}".')
+    score = jnp.asarray(aux.score).at[-1].set(1.0)
+    h = _mean_over(halting.score_by_layer(score, aux.active), axis_name)
+    log_h = _log_normalised(h)
+    log_prior = halting.depth_prior(len(h), center=target_depth, width=width).astype(h.dtype)
+    if reverse:
+        log_h, log_prior = log_prior, log_h
+    return jnp.sum(jnp.exp(log_h) * (log_h - log_prior))
+
+
+def _mean_over(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def _log_normalised(h: jax.Array) -> jax.Array:
+    """Logarithm of `h / h.sum()`, whose gradient stays finite where scores underflow."""
+    h = jnp.maximum(h, jnp.finfo(h.dtype).tiny)
+    return jnp.log(h) - jnp.log(h.sum())
+
+
+def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str | None) -> jax.Array:
+    """The released code's prior: `score` (L, B, N) over all rows of images 1 to B - 1, see
+    `prior_loss`.
+    """
+    num_layers, num_images, _ = score.shape
+    is_first = jnp.arange(num_images) == 0
+    count = num_images
+    if axis_name is not None:
+        is_first &= jax.lax.axis_index(axis_name) == 0
+        count *= jax.lax.axis_size(axis_name)
+    if count == 1:
+        return jnp.zeros((), score.dtype)
+    h = _mean_over(jnp.where(is_first[:, None], 0.0, score).mean((1, 2)), axis_name)
+    log_q = jnp.clip(_log_normalised(h), jnp.log(0.01), jnp.log(0.99))
+    layer = jnp.arange(num_layers, dtype=score.dtype)
+    log_pdf = -0.5 * (layer - target_depth) ** 2
+    first = jnp.where(layer < target_depth, log_pdf, -jnp.inf)
+    log_target = log_pdf - jax.nn.logsumexp(first) + jnp.log(0.98)
+    loss = jnp.sum(jnp.exp(log_target) * (log_target - log_q)) / num_layers
+    return jnp.maximum(loss, 0.0)

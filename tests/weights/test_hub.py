@@ -1,0 +1,87 @@
+"""Weights by their names on the Hugging Face hub: the real library against a hub of our own."""
+
+import http.server
+import logging
+import pathlib
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from avit_jax.utils import errors
+from avit_jax.weights import weight_files
+
+_FILES = {"/some/model/resolve/main/": pathlib.Path(__file__).parents[1] / "data/weights/vit"}
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for."""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self.wfile.write(self._answer())
+
+    def _answer(self) -> bytes:
+        folder, _, name = self.path.rpartition("/")
+        file = _FILES.get(folder + "/", pathlib.Path("/nowhere")) / name
+        data = file.read_bytes() if file.exists() else b""
+        self.send_response(200 if data else 404)
+        if not data:
+            self.send_header(
+                "X-Error-Code", "EntryNotFound" if folder + "/" in _FILES else "RepoNotFound"
+            )
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        return data
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import huggingface_hub.constants
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield
+        server.shutdown()
+
+
+def test_a_name_is_as_good_as_a_file(hub: None) -> None:
+    file = weight_files.read("hf-hub:some/model")
+    expected = weight_files.read(_FILES["/some/model/resolve/main/"] / "model.safetensors")
+    assert file.norm_eps == expected.norm_eps == 1e-12 and file.num_heads == 3
+    for name, array in expected.tensors.items():
+        np.testing.assert_array_equal(file.tensors[name], array)
+
+
+@pytest.mark.parametrize("name", ["some/other", "nonsense name", "../../etc"])
+def test_a_name_that_is_not_there(hub: None, name: str) -> None:
+    with pytest.raises(errors.UserError, match=f"hf-hub:{name} cannot be fetched") as told:
+        weight_files.read(f"hf-hub:{name}")
+    assert "\n" not in str(told.value)
+
+
+def test_the_library_s_own_warnings_stay_away(hub: None, caplog: pytest.LogCaptureFixture) -> None:
+    weight_files.read("hf-hub:some/model")
+    logging.getLogger("huggingface_hub.utils").warning("retrying")
+    assert "retrying" not in caplog.text
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(errors.UserError, match="pip install huggingface_hub"):
+        weight_files.read("hf-hub:some/model")

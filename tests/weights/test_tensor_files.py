@@ -1,0 +1,284 @@
+"""Files of others: layouts that load with the same logits, folders, parts and prefixes, and what is
+refused in one sentence.
+"""
+
+import json
+import pathlib
+import shutil
+import struct
+import time
+import zipfile
+from collections.abc import Callable
+
+import fixtures
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from avit_jax.models import vit
+from avit_jax.utils import errors
+from avit_jax.weights import tensor_files, weight_files
+
+_DATA = pathlib.Path(__file__).parents[1] / "data/weights"
+_EXPECTED = np.load(_DATA / "expected.npz")
+_SIZES = {
+    "image_size": 16,
+    "patch_size": 8,
+    "width": 12,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 5,
+    "halting": None,
+}
+
+
+def _tensors(name: str = "timm.safetensors") -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(_DATA / name)
+
+
+def _check_logits(path: pathlib.Path | str, expected: str, **changes: object) -> None:
+    model = vit.AViT(**_SIZES | changes)
+    logits = model.apply({"params": weight_files.load(path, model)}, _EXPECTED["images"])[0]
+    np.testing.assert_allclose(logits, _EXPECTED[expected], atol=1e-5)
+
+
+_IN_MEMORY = {
+    "encoder.layer.": "layers.",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}  # Hugging Face's names in files -> in memory since transformers 5
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module."])
+@pytest.mark.parametrize("kind", ["vit", "deit"])
+def test_names_of_hugging_face_in_memory(tmp_path: pathlib.Path, kind: str, prefix: str) -> None:
+    tensors = {}
+    for name, array in _tensors(f"{kind}/model.safetensors").items():
+        for old, new in _IN_MEMORY.items():
+            name = name.replace(old, new)
+        tensors[prefix + name] = array
+    assert (
+        f"{prefix}{kind}.layers.1.attention.o_proj.bias" in tensors
+        and f"{prefix}{kind}.layers.1.mlp.fc2.bias" in tensors
+    )
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+    shutil.copy(_DATA / kind / "config.json", tmp_path)
+    _check_logits(tmp_path / "x.safetensors", kind, norm_eps=1e-12, distilled=kind == "deit")
+
+
+def _big_vision(heads: tuple[int, int] = (3, 3)) -> dict[str, np.ndarray]:
+    """The names and layouts of big_vision's models/vit.py; its class token has no position, which
+    here is part of the token.
+    """
+    tensors = _tensors()
+    there = {
+        "cls": tensors["cls_token"] + tensors["pos_embed"][:, :1],
+        "pos_embedding": tensors["pos_embed"][:, 1:],
+        **fixtures.big_vision_outside_layers(tensors),
+    }
+    for i in range(2):
+        block, shape = f"Transformer/encoderblock_{i}/", (heads[i], 12 // heads[i])
+        for number in (0, 1):
+            there[f"{block}LayerNorm_{number}/scale"] = tensors[
+                f"blocks.{i}.norm{number + 1}.weight"
+            ]
+            there[f"{block}LayerNorm_{number}/bias"] = tensors[f"blocks.{i}.norm{number + 1}.bias"]
+            there[f"{block}MlpBlock_0/Dense_{number}/kernel"] = tensors[
+                f"blocks.{i}.mlp.fc{number + 1}.weight"
+            ].T
+            there[f"{block}MlpBlock_0/Dense_{number}/bias"] = tensors[
+                f"blocks.{i}.mlp.fc{number + 1}.bias"
+            ]
+        attention = f"{block}MultiHeadDotProductAttention_0/"
+        for part, key in enumerate(("query", "key", "value")):
+            rows = slice(12 * part, 12 * part + 12)
+            there[f"{attention}{key}/kernel"] = tensors[f"blocks.{i}.attn.qkv.weight"][
+                rows
+            ].T.reshape(12, *shape)
+            there[f"{attention}{key}/bias"] = tensors[f"blocks.{i}.attn.qkv.bias"][rows].reshape(
+                shape
+            )
+        there[f"{attention}out/kernel"] = tensors[f"blocks.{i}.attn.proj.weight"].T.reshape(
+            *shape, 12
+        )
+        there[f"{attention}out/bias"] = tensors[f"blocks.{i}.attn.proj.bias"]
+    return there
+
+
+def test_names_of_big_vision_today(tmp_path: pathlib.Path) -> None:
+    path, tensors = tmp_path / "x.npz", _big_vision()
+    np.savez(
+        path,
+        **{f"params/{name}": array for name, array in tensors.items()},
+        **{"opt/count": np.int32(3)},
+    )
+    _check_logits(path, "timm")
+    stacked = {name: array for name, array in tensors.items() if "encoderblock" not in name}
+    for name in [name for name in tensors if "encoderblock_0" in name]:
+        both = np.stack([tensors[name], tensors[name.replace("block_0", "block_1")]])
+        stacked[name.replace("encoderblock_0", "encoderblock")] = both
+    np.savez(path, **stacked)  # by its option scan
+    _check_logits(path, "timm")
+
+
+def test_heads_that_differ_from_layer_to_layer(tmp_path: pathlib.Path) -> None:
+    np.savez(tmp_path / "x.npz", **_big_vision(heads=(3, 2)))
+    with pytest.raises(errors.UserError, match="2 and 3 heads, and every layer must have the same"):
+        weight_files.read(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("vit.layernorm.weight", "deit.layernorm.weight"), ("classifier.bias", "cls_classifier.bias")]
+    + [("vit.encoder.layer.0.attention.attention.key.bias", "vit.layers.0.attention.k_proj.bias")],
+)
+def test_two_names_of_one_tensor(tmp_path: pathlib.Path, name: str, other: str) -> None:
+    tensors = _tensors("vit/model.safetensors")
+    shutil.copy(_DATA / "vit/config.json", tmp_path)
+    safetensors.numpy.save_file(tensors | {other: tensors[name]}, tmp_path / "x.safetensors")
+    _check_logits(tmp_path / "x.safetensors", "vit", norm_eps=1e-12)
+    safetensors.numpy.save_file(tensors | {other: tensors[name] + 1}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        errors.UserError, match="two of its tensors, with different values, are both"
+    ):
+        weight_files.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "backbone.", "_orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("head", [True, False])
+def test_the_prefix_of_a_wrapper_is_left_out(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, prefix: str, head: bool
+) -> None:
+    tensors = {
+        ("" if name.startswith("head") and not head else prefix) + name: array
+        for name, array in _tensors().items()
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+    _check_logits(tmp_path / "x.safetensors", "timm")
+    assert f"the prefix {prefix} of its tensors' names is left out" in caplog.text
+
+
+def test_several_networks_in_one_file(tmp_path: pathlib.Path) -> None:
+    both = {
+        f"{prefix}{name}": array
+        for name, array in _tensors().items()
+        for prefix in ("student.", "teacher.")
+    }
+    safetensors.numpy.save_file(both, tmp_path / "x.safetensors")
+    with pytest.raises(
+        errors.UserError, match=r"several networks, whose names begin with student\. and teacher\."
+    ):
+        weight_files.read(tmp_path / "x.safetensors")
+
+
+def test_a_folder_of_hugging_face(tmp_path: pathlib.Path) -> None:
+    assert tensor_files.is_weights(_DATA / "vit") and not tensor_files.is_weights(tmp_path)
+    _check_logits(_DATA / "vit", "vit", norm_eps=1e-12)
+    shutil.copy(_DATA / "vit/model.safetensors", tmp_path)
+    (tmp_path / "checkpoints").mkdir()  # a workdir
+    assert not tensor_files.is_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", ""]
+)
+def test_a_model_in_several_files(tmp_path: pathlib.Path, name: str) -> None:
+    shutil.copy(_DATA / "vit/model.safetensors", tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").touch()
+    assert tensor_files.is_weights(tmp_path / name)
+    with pytest.raises(
+        errors.UserError, match=r"in several files, which are not read: save it as one file"
+    ):
+        weight_files.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["http://x/y.pth", "nonsense://x"])
+def test_a_storage_that_cannot_be_reached(path: str) -> None:
+    with pytest.raises(
+        errors.UserError, match=rf"{path} cannot be reached \(no such storage is known\)"
+    ):
+        tensor_files.is_weights(path)
+
+
+def test_a_suffix_in_capitals(tmp_path: pathlib.Path) -> None:
+    shutil.copy(_DATA / "timm.safetensors", tmp_path / "X.SAFETENSORS")
+    _check_logits(tmp_path / "X.SAFETENSORS", "timm")
+
+
+def _header(path: pathlib.Path, header: object, size: int) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+
+
+def _many(path: pathlib.Path, count: int) -> None:
+    entries = {
+        f"a{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]}
+        for i in range(count)
+    }
+    _header(path, entries, 4 * count)
+
+
+def _float8(path: pathlib.Path, dtype: str) -> None:
+    _header(path, {"norm.bias": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}, 4)
+
+
+def _npz(path: pathlib.Path, member: str, content: bytes) -> None:
+    np.savez(path, cls=np.zeros((1, 1, 12), np.float32))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(member, content)
+
+
+_ARRAY = b"\x93NUMPY\x01\x00"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "told"),
+    [
+        ("x.npz", lambda path: _npz(path, "readme.txt", b"hello"), "readme.txt in it is no array"),
+        ("x.npz", lambda path: _npz(path, "cls", b"hello"), "two of its arrays have one name"),
+        (
+            "x.npz",
+            lambda path: _npz(path, "x.npy", _ARRAY + b"\xff\x7f" + b"(" * 0x7FFF),
+            "cannot be read",
+        ),
+        ("x.npz", lambda path: np.savez(path, x=np.zeros(1, "f4,f4")), "x is of dtype"),
+        ("x.npz", lambda path: np.savez(path, x=np.zeros(1, "U3")), "x is of dtype <U3"),
+        ("x.npz", lambda path: np.savez(path, x=np.full(1, 1e300)), "x holds nan or infinity"),
+        (
+            "x.npz",
+            lambda path: np.savez(path, **{"a\x1b[2J": np.zeros(1)}),
+            r"a\\x1b\[2J, is no plain text",
+        ),
+        (
+            "x.safetensors",
+            lambda path: _float8(path, "F8_E4M3"),
+            "norm.bias is of dtype F8_E4M3, and not one of float16",
+        ),
+        ("x.safetensors", lambda path: _float8(path, "F8_E5M2"), "norm.bias is of dtype F8_E5M2"),
+        (
+            "x.safetensors",
+            lambda path: _many(path, 300_000),
+            "its header of .* bytes is larger than",
+        ),
+        ("x.safetensors", lambda path: _many(path, 20_000), "it holds 20000 tensors"),
+        (
+            "x.safetensors",
+            lambda path: safetensors.numpy.save_file({"a\n": np.zeros(1)}, path),
+            r"a\\n, is no plain text",
+        ),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: pathlib.Path, name: str, make: Callable[[pathlib.Path], None], told: str
+) -> None:
+    make(tmp_path / name)
+    start = time.monotonic()
+    with pytest.raises(errors.UserError, match=told) as refused:
+        weight_files.read(tmp_path / name)
+    assert str(refused.value).isprintable() and time.monotonic() - start < 10

@@ -1,0 +1,219 @@
+"""The `config.json` beside a weight file: what it adds is used, and what contradicts the tensors is
+refused or reported.
+"""
+
+import json
+import pathlib
+import re
+import shutil
+
+import pytest
+import safetensors.numpy
+
+from avit_jax.utils import errors
+from avit_jax.weights import weight_files
+
+_DATA = pathlib.Path(__file__).parents[1] / "data/weights"
+_HUGGING_FACE = json.loads((_DATA / "vit/config.json").read_text())
+_TIMM = {
+    "architecture": "vit_tiny_patch16_224",
+    "num_classes": 5,
+    "num_features": 12,
+    "global_pool": "token",
+    "model_args": {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 12,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 5,
+    },
+    "pretrained_cfg": {
+        "input_size": [3, 16, 16],
+        "num_classes": 5,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    },
+}
+
+
+def _read(folder: pathlib.Path, name: str, config: object) -> weight_files.WeightFile:
+    shutil.copy(_DATA / name, folder)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return weight_files.read(folder / pathlib.Path(name).name)
+
+
+def _timm(section: str = "", **changes: object) -> dict[str, object]:
+    return _TIMM | {section: _TIMM[section] | changes} if section else _TIMM | changes
+
+
+@pytest.mark.parametrize("name", ["timm.safetensors", "legacy.pth"])
+def test_what_timm_tells_is_used(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    file = _read(tmp_path, name, _TIMM)
+    assert (file.num_heads, file.grid, file.norm_eps) == (3, (2, 2), None)
+    file = _read(
+        tmp_path,
+        name,
+        _timm("model_args", img_size=[8, 32], norm_eps=1e-5, act_layer=None, qkv_bias=True),
+    )
+    assert (file.num_heads, file.grid, file.norm_eps) == (3, (1, 4), 1e-5)
+    assert not caplog.records
+
+
+def test_what_hugging_face_tells_is_used(tmp_path: pathlib.Path) -> None:
+    for image_size in ([8, 32], {"height": 8, "width": 32}):
+        file = _read(tmp_path, "vit/model.safetensors", _HUGGING_FACE | {"image_size": image_size})
+        assert (file.num_heads, file.grid, file.norm_eps) == (3, (1, 4), 1e-12)
+    assert _read(
+        tmp_path, "deit/model.safetensors", json.loads((_DATA / "deit/config.json").read_text())
+    ).grid == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_size": 999}, "a width of 999, and the tensors have 12"),
+        ({"num_hidden_layers": 99}, "a depth of 99, and the tensors have 2"),
+        ({"intermediate_size": 47}, "a mlp_width of 47, and the tensors have 48"),
+        ({"num_channels": 1}, "a channels of 1, and the tensors have 3"),
+        ({"patch_size": 16}, "a patch_size of 16, and the tensors have 8"),
+        ({"patch_size": [8, 16]}, r"patch_size is \[8, 16\], and must be a whole number"),
+        ({"image_size": 32}, r"a grid of \(4, 4\), and the tensors have 5 position embeddings"),
+        ({"image_size": [16, 16, 16]}, "an image size of"),
+        ({"id2label": {"0": "a"}}, "a num_classes of 1, and the tensors have 5"),
+        ({"num_attention_heads": 3.5}, "num_attention_heads is 3.5, and must be a whole number"),
+        ({"num_attention_heads": "3"}, "must be a whole number"),
+        ({"num_attention_heads": True}, "must be a whole number"),
+        ({"num_attention_heads": None}, "does not tell layer_norm_eps"),
+        ({"model_type": "bert"}, "its model_type is bert"),
+        ({"model_type": "deit"}, "a distilled of True, and the tensors have False"),
+        ({"qkv_bias": False}, "its qkv_bias is False"),
+        ({"hidden_act": ["gelu"]}, "its hidden_act is"),
+        ({"hidden_act": "gelu_new"}, "its hidden_act is gelu_new"),
+        ({"layer_norm_eps": 2.0}, "makes no sense"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"norm_eps": 1e-3}, "contradicts itself: a norm_eps of 1e-12 and of 0.001"),
+        ({"mlp_ratio": 2.0}, "contradicts itself: a mlp_width of 48 and of 24"),
+        (
+            {"num_labels": 5, "id2label": {"0": "a"}},
+            "contradicts itself: a num_classes of 5 and of 1",
+        ),
+        ({"embed_dim": 13}, "contradicts itself: a width of 12 and of 13"),
+        ({"img_size": 32}, "contradicts itself: images of 16 and of 32 pixels"),
+    ],
+)
+def test_a_config_of_hugging_face_that_contradicts_the_tensors(
+    tmp_path: pathlib.Path, changes: dict[str, object], told: str
+) -> None:
+    with pytest.raises(errors.UserError, match=told):
+        _read(tmp_path, "vit/model.safetensors", _HUGGING_FACE | changes)
+
+
+@pytest.mark.parametrize("section", ["", "model_args"])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"global_pool": "avg"}, "its global_pool is avg"),
+        ({"global_pool": "\x1b[2J\ud800"}, r"its global_pool is \\x1b\[2J\\ud800"),
+        ({"img_size": ["\x1b[2J", 8]}, r"image_size is \\x1b\[2J"),
+        ({"act_layer": "quick_gelu"}, "its act_layer is quick_gelu"),
+        ({"norm_layer": "rmsnorm"}, "its norm_layer is rmsnorm"),
+        ({"class_token": False}, "its class_token is False"),
+        ({"pre_norm": True}, "its pre_norm is True"),
+        ({"init_values": 1e-5}, "its init_values is 1e-05"),
+        ({"qkv_bias": False}, "its qkv_bias is False"),
+        ({"qk_norm": True}, "its qk_norm is True"),
+        ({"reg_tokens": 4}, "its reg_tokens is 4"),
+        ({"pos_embed": "none"}, "its pos_embed is none"),
+        ({"embed_dim": 192}, "contradict.* a width of .*12"),
+        ({"depth": 12}, "contradict.* a depth of"),
+        ({"mlp_ratio": 3}, "contradict.* a mlp_width of 36"),
+        ({"in_chans": 1}, "contradict.* a channels of"),
+        ({"num_classes": 6}, "contradict.* a num_classes of"),
+        ({"patch_size": 16}, "contradict.* a patch_size of"),
+        ({"img_size": 32}, "contradict.* a grid of"),
+        (
+            {"no_embed_class": True},
+            r"contradict.* a grid of \(2, 2\), and the tensors have 5 position embeddings",
+        ),
+        ({"num_heads": 3.5}, "must be a whole number"),
+    ],
+)
+def test_a_config_of_timm_that_contradicts_the_tensors(
+    tmp_path: pathlib.Path, section: str, changes: dict[str, object], told: str
+) -> None:
+    with pytest.raises(errors.UserError, match=told):
+        _read(tmp_path, "timm.safetensors", _timm(section, **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            _timm("pretrained_cfg", input_size=[3, 224, 224], num_classes=1000),
+            "",
+        ),  # model_args and top level count
+        (
+            {"pretrained_cfg": {"input_size": [3, 224, 224]}},
+            r"a grid of \(28, 28\) by its pretrained_cfg",
+        ),
+        ({"pretrained_cfg": {"input_size": [1, 16, 16]}}, "a channels of 1"),
+        ({"pretrained_cfg": {"num_classes": 1000}}, "a num_classes of 1000"),
+        ({"architecture": "vit_base_patch16_224"}, "a width of 768"),
+        ({"architecture": "deit_tiny_distilled_patch16_224.fb_in1k"}, "a distilled of True"),
+        ({"architecture": "resnet50\x1b[2J"}, r"the architecture resnet50\\x1b\[2J"),
+    ],
+)
+def test_where_a_network_comes_from_is_only_reported(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, config: dict[str, object], told: str
+) -> None:
+    file = _read(tmp_path, "timm.safetensors", config)
+    assert bool(caplog.records) == bool(told)
+    assert re.search(told, caplog.text)
+    assert file.num_heads in (None, 3)
+
+
+def test_heads_that_the_architecture_tells(tmp_path: pathlib.Path) -> None:
+    config = {
+        "architecture": "vit_huge_patch14_224",
+        "model_args": {"embed_dim": 12, "depth": 2, "patch_size": 8, "img_size": 16},
+    }
+    assert _read(tmp_path, "timm.safetensors", config).num_heads == 16
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[1]",
+        "{",
+        '"x"',
+        '{"model_args": [1]}',
+        '{"model_args": {"depth": 1e999}}',
+        "\udcff",
+    ],
+)
+@pytest.mark.parametrize("name", ["timm.safetensors", "vit/model.safetensors"])
+def test_a_config_that_makes_no_sense(tmp_path: pathlib.Path, name: str, text: str) -> None:
+    shutil.copy(_DATA / name, tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(
+        errors.UserError, match=r"config\.json (beside .* makes no sense|does not tell)"
+    ) as refused:
+        weight_files.read(tmp_path / pathlib.Path(name).name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_of_something_else_says_nothing(tmp_path: pathlib.Path) -> None:
+    file = _read(tmp_path, "timm.safetensors", {"name": "x", "model": {"width": 3}})
+    assert (file.num_heads, file.grid, file.norm_eps) == (None, None, None)
+
+
+def test_metadata_and_config_that_contradict_each_other(tmp_path: pathlib.Path) -> None:
+    tensors = safetensors.numpy.load_file(_DATA / "timm.safetensors")
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", {"num_heads": "2"})
+    (tmp_path / "config.json").write_text(json.dumps(_TIMM))
+    with pytest.raises(errors.UserError, match="a num_heads of 2, and of 3"):
+        weight_files.read(tmp_path / "x.safetensors")
