@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from avit_jax import halting, halting_linen, halting_nnx, serving, weights
     from avit_jax.core.halting import HaltingConfig
-    from avit_jax.inference import adaptive
+    from avit_jax.inference import adaptive, autotune
     from avit_jax.models import vit
     from avit_jax.models.vit import AViT, deit_base, deit_small, deit_tiny
     from avit_jax.training import losses
@@ -18,6 +18,7 @@ __all__ = [
     "AViT",
     "HaltingConfig",
     "adaptive",
+    "autotune",
     "deit_base",
     "deit_small",
     "deit_tiny",
@@ -34,6 +35,7 @@ _PATHS = {
     "AViT": "models.vit",
     "HaltingConfig": "core.halting",
     "adaptive": "inference.adaptive",
+    "autotune": "inference.autotune",
     "deit_base": "models.vit",
     "deit_small": "models.vit",
     "deit_tiny": "models.vit",

@@ -219,7 +219,7 @@ def _training() -> dict[str, dict[str, Any]]:
             "steps": 1000,
             # Removes halted tokens in training too: less work, same gradients to rounding; not
             # "official". On a GPU it masks them, with remat, unless removal was measured to be
-            # faster: `removal.pays`.
+            # faster: `plan.removal_pays`.
             "adaptive": False,
             "log_every": 50,  # steps
             "eval_every": 0,  # steps; evaluates and saves; 0: only at the end
@@ -230,8 +230,8 @@ def _training() -> dict[str, dict[str, Any]]:
         },
         "eval": {
             "batch_size": 512,
-            # Halted tokens are removed, on a GPU if that was measured to be faster: `removal.pays`;
-            # False: masked.
+            # Removes halted tokens, on a GPU if that was measured to be faster; see
+            # `plan.removal_pays`. False: masks them.
             "adaptive": True,
             # --mode=eval: "last", "best", or "init", the weight file without any training
             "checkpoint": "last",
@@ -405,7 +405,7 @@ def _check_halting(config: ConfigDict) -> None:
     if not (0 < 1 - numbers["epsilon"] < 1 and all(map(math.isfinite, numbers.values()))):
         return  # the gate's own check tells what is wrong
     # With a budget each step moves beta by the share of the MACs that is off, by less than 1.
-    fault = halting.fault(
+    fault = halting.find_fault(
         **numbers, num_layers=depth, slack=config.train.steps if config.budget else 0.0
     )
     if fault:

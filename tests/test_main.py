@@ -243,7 +243,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.halting.redundancy=-1"], "redundancy must be at least 0"),
         (
             [_DIGITS, "--config.halting.redundancy=1"],
-            "config.halting: redundancy is for tokens that merge: set merge=True",
+            "config.halting: redundancy has an effect only with merging: set merge=True",
         ),
         (
             [_DIGITS, "--config.halting.merge=True", "--config.loss.prior_mode=official"],

@@ -1,11 +1,13 @@
 """The halting rule of A-ViT: pure functions over one pytree state.
 
-Every token carries a running sum of its halting scores. While the sum stays below `1 - epsilon` the
-token computes; at the layer where it gets there (or at the last layer) the token halts, and the
-share of the output that is still missing, the remainder, goes to that layer. The functions hold no
-parameters and know no module library: use them under `jit`, `vmap`, `grad`, `scan` or `pmap`, with
-any leading batch shape `...`. Sums are float32 (float64 for float64 tokens), whatever the dtype of
-the tokens.
+Each token sums its halting scores over the layers. It is active while the sum is below
+`1 - epsilon`. In the layer where the sum reaches that, or in the last layer, the token halts. The
+output of a token is the average of its outputs over layers. A layer's weight is its score; the
+halting layer gets the remainder, so that the weights sum to 1.
+
+The functions have no parameters and work with any module library, under `jit`, `vmap`, `grad`,
+`scan` and `pmap`, and with any leading batch shape `...`. Sums are at least float32, whatever the
+dtype of the tokens.
 
 Reference: Yin et al., "A-ViT: Adaptive Tokens for Efficient Vision Transformer", CVPR 2022 (arXiv
 2112.07658), called [A-ViT] below; the remainder is that of Graves, "Adaptive Computation Time"
@@ -30,8 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_FARTHEST = 50.0  # value of a token's gate channel that no network reaches
-_MANY_LAYERS = 1000  # more than any network has
+_LARGEST_CHANNEL = 50.0  # no network reaches this value in a token's gate channel
+_MANY_LAYERS = 1000  # no network has more
 _logger = logging.getLogger(__name__)
 
 
@@ -41,22 +43,22 @@ class HaltingConfig:
 
     Attributes:
       gamma: gate scale, multiplies the gate channel.
-      beta: gate shift, added after the scale; negative, so that tokens start by computing.
-      epsilon: threshold slack in (0, 1): a token halts once its scores sum to `1 - epsilon`.
-      channel: index of the token channel that is the gate; negative counts from the end.
-      learnable: whether the Flax modules hold gamma and beta as two scalar parameters that start at
-        the values above.
-      merge: whether a patch token that halts becomes part of the most similar one that goes on, in
-        place of being gone; of `AViT`, see `merging`.
-      redundancy: what the gate of a patch token gains for each unit of its cosine with the most
-        similar one before it, by the first K channels, where tokens merge. A token then halts about
-        where the cosine passes -beta / redundancy; the class token, to which nothing is added,
-        hardly ever does before the last layer.
+      beta: gate bias, added after scaling; negative, so that tokens are active at first.
+      epsilon: a token halts once its scores sum to `1 - epsilon`; in (0, 1).
+      channel: index of the token channel that the gate reads; negative counts from the end.
+      learnable: whether the Flax modules hold gamma and beta as two scalar parameters, which start
+        at the values above.
+      merge: whether `AViT` merges a patch token that halts into the most similar one that keeps
+        running, instead of dropping it; see `merging`.
+      redundancy: weight of redundancy in the halting logit of patch tokens, with merging. The
+        redundancy of a token is its cosine similarity to the most similar earlier patch token, in
+        the first K channels. Redundant tokens halt first, roughly once the similarity exceeds
+        `-beta / redundancy`. The class token has none, so it rarely halts before the last layer.
 
     Raises:
-      ValueError: epsilon outside (0, 1), gamma or beta not finite, redundancy below 0, or above it
-        without merging; or values that float32 cannot hold. A gate by which nothing or everything
-        halts is legal, and warned about.
+      ValueError: epsilon is outside (0, 1), gamma or beta is not finite, redundancy is negative, or
+        positive without merging, or float32 cannot hold the values. A gate by which nothing or
+        everything halts is only warned about.
     """
 
     gamma: float = 10.0
@@ -79,27 +81,27 @@ class HaltingConfig:
         if not (self.redundancy >= 0.0 and math.isfinite(self.redundancy)):
             raise ValueError(f"redundancy must be at least 0, and finite; got {self.redundancy}.")
         if self.redundancy and not self.merge:
-            raise ValueError("redundancy is for tokens that merge: set merge=True too.")
+            raise ValueError("redundancy has an effect only with merging: set merge=True too.")
         if not (np.float32(1.0 - self.epsilon) < 1.0 and np.float32(self.epsilon) < 1.0):
             raise ValueError(
-                "epsilon must lie between 1e-7 and 1 - 1e-7, else float32 rounds it off; got "
+                "epsilon must lie between 1e-7 and 1 - 1e-7, or float32 rounds it away; got "
                 f"{self.epsilon}."
             )
-        largest = abs(self.gamma) * _FARTHEST + abs(self.beta) + self.redundancy
+        largest = abs(self.gamma) * _LARGEST_CHANNEL + abs(self.beta) + self.redundancy
         if not largest < float(np.finfo(np.float32).max):
             raise ValueError(
                 "gamma * 50 + beta + redundancy must be finite in float32; got "
                 f"gamma={self.gamma}, beta={self.beta}, "
                 f"redundancy={self.redundancy}."
             )
-        useless = fault(
+        useless = find_fault(
             gamma=self.gamma, beta=self.beta, epsilon=self.epsilon, redundancy=self.redundancy
         )
         if useless:
             _logger.warning("%s", useless)
 
 
-def fault(
+def find_fault(
     *,
     gamma: float,
     beta: float,
@@ -108,33 +110,33 @@ def fault(
     num_layers: int = _MANY_LAYERS,
     slack: float = 0.0,
 ) -> str:
-    """What makes a gate useless, whatever the weights of the network; empty if nothing.
+    """Returns why a gate is useless for all weights of the network, or "" if it is not.
 
     Args:
-      gamma: as in `HaltingConfig`, like the next three, and finite.
-      beta: see there.
-      epsilon: see there.
-      redundancy: see there.
+      gamma: as in `HaltingConfig`, and finite.
+      beta: as in `HaltingConfig`, and finite.
+      epsilon: as in `HaltingConfig`.
+      redundancy: as in `HaltingConfig`.
       num_layers: L; default: more than any network has.
       slack: how far training may still move beta.
     """
-    score = (1.0 - epsilon) / max(num_layers - 1, 1)  # in every layer but the last
+    score = (1.0 - epsilon) / max(num_layers - 1, 1)  # in all layers but the last
     needed = math.log(score / (1.0 - score)) - beta - redundancy
-    gate, farthest = f"gamma={gamma} and beta={beta}", abs(gamma) * _FARTHEST
-    if not needed - slack <= farthest:
+    gate, largest = f"gamma={gamma} and beta={beta}", abs(gamma) * _LARGEST_CHANNEL
+    if not needed - slack <= largest:
         gate += f" and redundancy={redundancy}" * (redundancy > 0)
         return (
             f"no token can ever halt with {gate}: its gate channel would have to reach "
             f"{needed / abs(gamma) if gamma else math.inf:.3g}; make beta less negative or gamma "
             "larger."
         )
-    # The class token has no redundancy, and once it has halted the image is finished.
+    # The class token has no redundancy. Once it halts, the image is finished.
     excess = beta - math.log((1.0 - epsilon) / epsilon)
-    if excess - slack >= farthest:
+    if excess - slack >= largest:
         return (
-            f"every image is finished after the first layer with {gate}: to go on, the gate "
-            "channel of its class token would "
-            f"have to reach {excess / abs(gamma) if gamma else math.inf:.3g}; make beta negative."
+            f"every image is finished after the first layer with {gate}: to continue, the gate "
+            "channel of its class token would have to reach "
+            f"{excess / abs(gamma) if gamma else math.inf:.3g}; make beta negative."
         )
     return ""
 
@@ -142,14 +144,15 @@ def fault(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HaltingState:
-    """What halting remembers of each token between layers; all fields have the shape `(..., N)`.
+    """What halting knows of each token between layers; all fields have the shape `(..., N)`.
 
     Attributes:
-      cumulative: float32, sum of the scores so far, up to and including the halting layer.
-      remainder: float32 in [epsilon, 1], 1 minus the scores before the halting layer; r of [A-ViT]
-        once the token has halted.
-      active: bool, whether the token still computes in the next layer.
-      depth: int32, layers the token has been through; N of [A-ViT] once the token has halted.
+      cumulative: float32, sum of the scores up to and including the halting layer.
+      remainder: float32 in [epsilon, 1], 1 minus the scores before the halting layer. It is r of
+        [A-ViT] once the token has halted.
+      active: bool, whether the token is active in the next layer.
+      depth: int32, number of layers in which the token was active. It is N of [A-ViT] once the
+        token has halted.
     """
 
     cumulative: jax.Array
@@ -159,7 +162,7 @@ class HaltingState:
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> Any:
-    """The dtype of sums over values of a dtype, also if JAX is told to promote no dtypes."""
+    """Returns the dtype for sums of values of a dtype: itself or float32, whichever is wider."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
 
@@ -169,7 +172,7 @@ def init(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> H
 
     Args:
       shape: `(..., N)`, the shape of the tokens without their channels.
-      dtype: dtype of the tokens; sums have it, but at least float32.
+      dtype: of the tokens. Sums have this dtype or float32, whichever is wider.
     """
     dtype = at_least_float32(dtype)
     return HaltingState(
@@ -183,13 +186,13 @@ def init(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> H
 def score(
     tokens: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.ArrayLike, channel: int = 0
 ) -> jax.Array:
-    """Halting score h = sigmoid(gamma * t_e + beta) of each token after a layer.
+    """Computes the halting score h = sigmoid(gamma * t_e + beta) of each token after a layer.
 
     Args:
       tokens: `(..., N, D)` outputs of the layer, any float dtype.
-      gamma: gate scale, a scalar; may be traced, for a gate that learns.
-      beta: gate shift, a scalar, or `(..., N)`; may be traced.
-      channel: e, the one channel that is read.
+      gamma: gate scale, a scalar; may be traced.
+      beta: gate bias, a scalar or `(..., N)`; may be traced.
+      channel: e, the channel that the gate reads.
 
     Returns:
       `(..., N)` scores in (0, 1), at least float32.
@@ -200,57 +203,56 @@ def score(
     Reference: [A-ViT] section 3, the definition of h_k^l.
     """
     width = tokens.shape[-1]
-    if not -width <= channel < width:  # an index beyond would be clamped
+    if not -width <= channel < width:  # JAX would clamp the index
         raise ValueError(f"halting channel {channel} is not among the {width} channels of a token.")
     gate = tokens[..., channel]
     gate = gate.astype(at_least_float32(gate.dtype))
     return jax.nn.sigmoid(gamma * gate + beta)
 
 
-def goes_on(cumulative: jax.Array, epsilon: float) -> jax.Array:
-    """Whether a token whose scores sum to `cumulative` goes on."""
+def keeps_running(cumulative: jax.Array, epsilon: float) -> jax.Array:
+    """Returns whether a token stays active if its scores sum to `cumulative`, any shape."""
     return cumulative < 1.0 - epsilon
 
 
 def accumulate(
     state: HaltingState, score: jax.Array, *, epsilon: float, is_last: jax.typing.ArrayLike = False
 ) -> tuple[HaltingState, jax.Array]:
-    """One layer of halting: adds the scores, halts who is done and weighs the layer's output.
+    """Adds the scores of a layer, decides which tokens halt, and weights the layer's output.
 
-    A sum of exactly `1 - epsilon` halts. Of a token that has halted, neither the state nor the
-    weight (0) depends on `score` any more. The layer at which a token halts has no gradient; the
-    remainder has, through the scores before that layer.
+    A token whose sum is exactly `1 - epsilon` halts. A halted token keeps its state, and its weight
+    is 0, whatever its score. The index of the halting layer has no gradient. The remainder has one,
+    through the scores before that layer.
 
     Args:
-      state: state before the layer, from `init` or the layer before.
+      state: from `init` or the layer before.
       score: `(..., N)` scores of the layer's output, from `score`.
-      epsilon: threshold slack in (0, 1).
-      is_last: whether this is the last layer, where every score counts as 1 and all halt; may be
+      epsilon: a token halts once its scores sum to `1 - epsilon`.
+      is_last: whether this is the last layer, in which all scores are 1 and all tokens halt; may be
         traced.
 
     Returns:
-      The state after the layer, and the weight p `(..., N)` of the layer's output for each token.
-      Over the layers the weights of a token sum to 1.
+      The state after the layer, and the weight p `(..., N)` of the layer's output. The weights of a
+      token sum to 1 over the layers.
 
     Reference: [A-ViT] section 3: N_k, r_k and p_k^l.
     """
     score = jnp.where(is_last, jnp.ones_like(score), score)  # h^L = 1
     cumulative = state.cumulative + jnp.where(state.active, score, 0.0)
-    active = state.active & goes_on(cumulative, epsilon)  # l < N_k
-    weight = jnp.where(
-        active, score, jnp.where(state.active, state.remainder, 0.0)
-    )  # p: h, then r, then 0
+    active = state.active & keeps_running(cumulative, epsilon)  # l < N_k
+    # p: h before the halting layer, r in it, then 0.
+    weight = jnp.where(active, score, jnp.where(state.active, state.remainder, 0.0))
     remainder = state.remainder - jnp.where(active, score, 0.0)  # r = 1 - sum of h for l < N_k
-    depth = state.depth + state.active.astype(
-        state.depth.dtype
-    )  # N_k = the number of layers entered
-    return HaltingState(
-        cumulative=cumulative, remainder=remainder, active=active, depth=depth
-    ), weight
+    depth = state.depth + state.active.astype(state.depth.dtype)  # N_k
+    after = HaltingState(cumulative=cumulative, remainder=remainder, active=active, depth=depth)
+    return after, weight
 
 
 def ponder_cost(state: HaltingState) -> jax.Array:
-    """Ponder cost rho = N + r `(..., N)` after the last layer, in layers; only r has a gradient.
+    """Returns the ponder cost rho = N + r `(..., N)` in layers; only r has a gradient.
+
+    Args:
+      state: after the last layer.
 
     Reference: [A-ViT] section 3, the ponder loss; Graves, equation 11.
     """
@@ -258,14 +260,14 @@ def ponder_cost(state: HaltingState) -> jax.Array:
 
 
 def score_by_layer(score: jax.Array, active: jax.Array) -> jax.Array:
-    """Mean halting score of each layer over all tokens, those that have halted counting as 0.
+    """Returns the mean halting score of each layer over all tokens; halted tokens count as 0.
 
     Args:
-      score: `(L, ..., N)` raw scores.
-      active: `(L, ..., N)` bool, active at the layer's input.
+      score: `(L, ..., N)` scores.
+      active: `(L, ..., N)` bool, at the input of each layer.
 
     Returns:
-      `(L,)`; divided by its sum it is H, the distribution over depth that the prior looks at.
+      `(L,)`. Divided by its sum, it is H, the distribution over depth of the prior loss.
 
     Reference: [A-ViT] section 3, the distributional prior.
     """
@@ -273,15 +275,15 @@ def score_by_layer(score: jax.Array, active: jax.Array) -> jax.Array:
 
 
 def depth_prior(num_layers: int, *, center: float, width: float = 1.0) -> jax.Array:
-    """Gaussian over layers 1..L, normalised to sum 1.
+    """Returns the logarithm of a Gaussian over layers 1 to L that sums to 1.
 
     Args:
       num_layers: L.
-      center: layer at which the prior peaks, counted from 1; need not be whole.
-      width: standard deviation, in layers, above 0.
+      center: layer at which the prior peaks, counted from 1; may be fractional.
+      width: standard deviation in layers, positive.
 
     Returns:
-      Logarithm of the prior `(L,)`, float32: finite even where the prior itself underflows.
+      `(L,)` float32; finite even if the prior itself underflows.
 
     Reference: [A-ViT] section 3, the distributional prior.
     """

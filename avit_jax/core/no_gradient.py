@@ -1,5 +1,6 @@
-"""A function without a gradient: an error of ours, in place of one about its insides or of a number
-that means nothing.
+"""Functions without a gradient: a clear error if JAX needs one of their derivatives.
+
+Otherwise JAX raises an error about the inside of the function, or returns a meaningless number.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from jax.interpreters import ad, batching, mlir
 
 
 def without_gradient(function: Callable[..., Any], message: str) -> Callable[..., Any]:
-    """The same function of array trees; TypeError with the message once one of its derivatives is
-    needed.
+    """Returns the same function of array trees, which raises TypeError if a derivative is needed.
 
-    It is not needed if no input depends on what is differentiated, or if what is differentiated
-    does not depend on the output: `jax.grad(..., has_aux=True)` may return the output as auxiliary
-      data.
+    None is needed if no input depends on the differentiated variable, or if the differentiated
+    value does not depend on the output. For example, `jax.grad(..., has_aux=True)` may return the
+    output as auxiliary data.
+
+    Args:
+      function: maps trees of arrays to a tree of arrays.
+      message: of the error.
     """
     run = jax.custom_jvp(function)
 
@@ -42,8 +46,8 @@ def _refuse(*_: Any, message: str, **__: Any) -> NoReturn:
     raise TypeError(message)
 
 
-# Stands for a derivative: JAX traces it, drops it if nothing uses it, and otherwise meets one of
-# these rules.
+# Stands for a derivative. JAX traces it and drops it if it is unused. If it is used, JAX meets one
+# of these rules.
 _needed = core.Primitive("derivative_of_a_function_without_gradient")
 _needed.def_abstract_eval(lambda *_, aval, message: aval)
 _needed.def_impl(_refuse)

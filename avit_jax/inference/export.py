@@ -53,7 +53,9 @@ def write(
             "the parameters of a network that is written must be of a dtype of NumPy's, such as "
             "float32."
         )
-    apply = adaptive.removes(model.clone(fused_attention=False))  # the file is to run without cuDNN
+    apply = adaptive.make_apply(
+        model.clone(fused_attention=False)
+    )  # the file is to run without cuDNN
 
     def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, aux = apply(

@@ -1,8 +1,7 @@
-"""Attention of one layer: the exact computation, and cuDNN's kernel on NVIDIA GPUs in half
-precision.
+"""Attention of one layer: exact, or by cuDNN's kernel on NVIDIA GPUs in half precision.
 
-Axes as in `vit`. What queries may look at is one bias for each key, `(B, N)`, added to the logits
-of all queries and heads.
+Axes as in `vit`. A bias for each key, `(B, N)`, is added to the logits of all queries and heads. It
+masks halted keys, and counts a merged key as often as it stands for patches.
 """
 
 import functools
@@ -13,94 +12,80 @@ import jax.numpy as jnp
 
 from avit_jax.core import halting
 
-# Added to the attention logits of halted keys: large enough that their weight underflows to exactly
-# 0, and finite, so that an image all of whose tokens have halted gives no NaN.
+# Bias of halted keys. It is so large that their weight underflows to exactly 0, and finite, so that
+# an image whose tokens have all halted gives no NaN.
 _HALTED_KEY_BIAS = -1e9
 _WIDEST_HEAD = 128  # of cuDNN on GPUs before Hopper
 
 
 def key_bias(active: jax.Array | None, size: jax.Array | None) -> jax.Array | None:
-    """What is added to the logits of each key.
+    """Returns the bias of each key.
 
     Args:
       active: `(B, N)` bool, keys that count; None if all do.
-      size: `(B, N)` float, how many keys each counts as; None for 1.
+      size: `(B, N)` float, as how many keys each counts; None for 1.
 
     Returns:
       `(B, N)`, at least float32; None for 0.
     """
-    bias = (
-        None if size is None else jnp.log(size)
-    )  # in the exponent: one pass less over all pairs than a factor
-    return (
-        bias
-        if active is None
-        else jnp.where(active, 0.0 if bias is None else bias, _HALTED_KEY_BIAS)
-    )
+    # Adding the logarithm takes one pass over all pairs less than multiplying the weight.
+    bias = None if size is None else jnp.log(size)
+    if active is None:
+        return bias
+    return jnp.where(active, 0.0 if bias is None else bias, _HALTED_KEY_BIAS)
 
 
-def exact(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    key_weight: jax.Array | None = None,
-) -> jax.Array:
-    """Attention in plain JAX, on every backend, in every dtype.
+def exact(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Computes attention in plain JAX, on every backend and in every dtype.
 
     Args:
       query: `(B, H, N, K)`.
       key: as `query`.
       value: as `query`.
-      bias: see `key_bias`.
-      key_weight: `(B, N, N)` what queries give to keys is multiplied by it; may be 0. None for 1.
+      bias: from `key_bias`.
 
     Returns:
       `(B, H, N, K)`.
     """
-    # Not jax.nn.dot_product_attention: it rounds float64 to float32, and is slower on CPU.
+    # jax.nn.dot_product_attention rounds float64 to float32, and is slower on a CPU.
     logits = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-2, -1))
     logits = logits.astype(halting.at_least_float32(logits.dtype))
     if bias is not None:
         logits = logits + bias[:, None, None, :]
-    # Softmax, but divided by its sum after the product with the values: one pass less over all
-    # pairs of tokens.
+    # Softmax divides by the sum after the product with the values: one pass over all pairs less.
     weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    if key_weight is not None:
-        weight = weight * key_weight[:, None]
-    return jnp.matmul(weight.astype(value.dtype), value) / weight.sum(
-        axis=-1, keepdims=True
-    ).astype(value.dtype)
+    total = weight.sum(axis=-1, keepdims=True).astype(value.dtype)
+    return jnp.matmul(weight.astype(value.dtype), value) / total
 
 
 def can_fuse(dtype: jax.typing.DTypeLike, head_width: int) -> bool:
-    """Whether cuDNN has a kernel for heads of this dtype and width K."""
-    return (
-        dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= _WIDEST_HEAD
-    )
+    """Returns whether cuDNN has a kernel for heads of this dtype and width K."""
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return half and head_width % 8 == 0 and head_width <= _WIDEST_HEAD
 
 
 @functools.cache
 def has_cudnn() -> bool:
-    """Whether JAX runs on an NVIDIA GPU of compute capability 8.0 or more, which cuDNN's kernel
-    needs; starts the backend.
+    """Returns whether JAX runs on a GPU that has cuDNN's kernel; starts the backend.
+
+    The kernel needs an NVIDIA GPU of compute capability 8.0 or more.
     """
     if jax.default_backend() != "gpu":
         return False
     capability = getattr(jax.local_devices()[0], "compute_capability", "").split(".")
-    return capability[0].isdecimal() and int(capability[0]) >= 8  # of AMD: gfx90a
+    return capability[0].isdecimal() and int(capability[0]) >= 8  # AMD has names such as gfx90a
 
 
 def fused(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`exact` to the rounding of its dtype, by cuDNN if the program is compiled for an NVIDIA GPU.
+    """Computes `exact` up to rounding, by cuDNN if the program is compiled for an NVIDIA GPU.
 
-    Tracing it needs cuDNN on this machine. No gradient reaches the bias.
+    Tracing it needs cuDNN on this machine. The bias has no gradient.
 
     Args:
-      query: `(B, N, H, K)`, of a dtype and width that `can_fuse`.
+      query: `(B, N, H, K)`, of a dtype and width that `can_fuse` accepts.
       key: as `query`.
       value: as `query`.
-      bias: see `key_bias`.
+      bias: from `key_bias`.
 
     Returns:
       `(B, N, H, K)`.
@@ -143,9 +128,7 @@ def _call_cudnn(
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    """JAX knows the gradient of the kernel for an even number of tokens alone: where it is odd, one
-    that is no key is added.
-    """
+    """Adds a masked token if the number of tokens is odd: JAX has the gradient for even numbers."""
     num = query.shape[1]
     if num % 2 and bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 1)), constant_values=_HALTED_KEY_BIAS)

@@ -1,4 +1,4 @@
-"""One layer of the vision transformer, with its halting step. Axes as in `vit`."""
+"""One pre-norm transformer layer, with its halting score. Axes as in `vit`."""
 
 import functools
 from typing import Any
@@ -9,33 +9,34 @@ import jax.numpy as jnp
 
 from avit_jax.core import halting as halting_lib
 from avit_jax.core import merging
-from avit_jax.core import removal as removal_lib
+from avit_jax.core.ragged import Inputs
 from avit_jax.kernels import attention as attention_lib
 
-kernel_init = (
-    nn.initializers.xavier_uniform()
-)  # learns from random weights far sooner than 0.02 everywhere
+Gate = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
+# Networks learn from it much sooner than from a standard deviation of 0.02 everywhere.
+kernel_init = nn.initializers.xavier_uniform()
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU; by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
-    # In half precision by tanh it would enter the product before it on a GPU, but differs from this
-    # by up to 5e-4.
+    """Computes the exact GELU by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
+    # In half precision, a GPU could compute the tanh form within the product before it. But that
+    # differs from this one by up to 5e-4.
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 def _recomputes(dtype: jax.typing.DTypeLike | None) -> bool:
-    """Whether the backward pass recomputes norms and GELU from their inputs.
+    """Returns whether the backward pass recomputes norms and GELU from their inputs.
 
-    It does so in half precision alone. Otherwise XLA stores several float32 arrays of each layer,
+    It does so only in half precision. Otherwise XLA stores several float32 arrays of each layer,
     and a GPU spends most of its time moving memory.
     """
     return dtype in (jnp.bfloat16, jnp.float16)
 
 
 def per_token(dense: nn.Dense, x: jax.Array) -> jax.Array:
-    """A dense layer on tokens `(B, N, D)` as one matrix product: its backward pass is faster on
-    CPU.
+    """Applies a dense layer to tokens `(B, N, D)` as one matrix product.
+
+    Its backward pass is faster on a CPU.
     """
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
@@ -43,10 +44,10 @@ def per_token(dense: nn.Dense, x: jax.Array) -> jax.Array:
 def random_keep(
     key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLike, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Dropout factors `(B, *shape)`, 0 or 1 / (1 - rate), drawn for each image from its place in
-    the global batch.
+    """Draws dropout factors `(B, *shape)`: 0, or 1 / (1 - rate).
 
-    So the draw does not depend on how the batch is spread over devices.
+    Each image draws from its index in the global batch, so the draw does not depend on how the
+    batch is spread over devices.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_index)
     return jax.vmap(
@@ -55,24 +56,21 @@ def random_keep(
 
 
 def cast(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
-    """Parameters of layers with those of the dense ones in the dtype of the computation, which
-    these would cast them to.
+    """Casts the parameters of dense layers to the dtype of the computation.
 
-    Done outside the loop over layers, it is done once. Norms compute with their parameters as they
-    are.
+    Each layer would cast them itself. Outside of the loop over layers, it is done once. Norms use
+    their parameters as they are.
     """
     if dtype is None:
         return params
     return {
-        name: of_module
-        if name.startswith("norm")
-        else jax.tree.map(lambda x: x.astype(dtype), of_module)
-        for name, of_module in params.items()
+        name: module if name.startswith("norm") else jax.tree.map(lambda x: x.astype(dtype), module)
+        for name, module in params.items()
     }
 
 
 class LayerNorm(nn.LayerNorm):
-    """Flax's layer norm. It promotes dtypes implicitly, which strict promotion would refuse."""
+    """Flax's layer norm, which also works if JAX refuses to promote dtypes implicitly."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"):
@@ -80,39 +78,38 @@ class LayerNorm(nn.LayerNorm):
 
 
 class _QueryKeyValue(nn.Module):
-    """Dense layer `(..., D)` to queries, keys and values `(..., 3 D)`, with the parameters of
-    `nn.Dense`.
+    """Maps rows `(..., D)` to queries, keys and values, with the parameters of one `nn.Dense`.
 
-    Softmax does not see the key bias, so that its gradient is exactly 0. It is cut here: Adam would
-    blow up the rounding noise in its place, which differs from one number of devices to the next.
+    The key bias has no gradient. Softmax does not depend on it, so its gradient is exactly 0. Adam
+    would amplify the rounding noise instead, which depends on the number of devices.
     """
 
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, apart: bool = False) -> jax.Array | list[jax.Array]:
-        """Of rows `(..., D)`; `apart`: as three arrays `(..., D)`, each the result of a product of
-        its own.
-        """
+    def __call__(self, x: jax.Array, *, split: bool = False) -> jax.Array | list[jax.Array]:
+        """Returns `(..., 3 D)`, or with `split` three arrays `(..., D)` of a product each."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], 3 * x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         query, key, value = jnp.split(bias, 3)
         biases = [query, jax.lax.stop_gradient(key), value]
         ones = (1,) * (x.ndim - 1)
-        if not apart:
+        if not split:
             return x @ kernel + jnp.concatenate(biases).reshape(*ones, -1)
         results = []
         for part, bias in zip(jnp.split(kernel, 3, axis=1), biases, strict=True):
             results.append(x @ part + bias.reshape(*ones, -1))
-            x = jax.lax.optimization_barrier(
-                x
-            )  # else XLA makes one product of them, and copies its result apart
+            # Without the barrier, XLA computes one product and copies the parts of its result.
+            x = jax.lax.optimization_barrier(x)
         return results
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer, followed by one halting step where the network halts."""
+    """A pre-norm transformer layer. `forward` runs it for all layers of a network.
+
+    Attributes are those of `vit.AViT`; `similarity_dim` is a property of it.
+    """
 
     width: int
     num_heads: int
@@ -121,8 +118,7 @@ class Block(nn.Module):
     dropout: float
     dtype: Any
     halting: halting_lib.HaltingConfig | None
-    removal: removal_lib.Plan | None
-    compared: int
+    similarity_dim: int
     fused_attention: bool | None
 
     def setup(self) -> None:
@@ -140,6 +136,42 @@ class Block(nn.Module):
         self.fc1 = dense(self.mlp_width)
         self.fc2 = dense(self.width)
 
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        """Creates the parameters, as the body of a scan over layers; the result means nothing."""
+        self.qkv(self.norm1(x))
+        return self.fc2(self.fc1(self.norm2(self.proj(x)))), None
+
+    def layer(
+        self, x: jax.Array, inputs: Inputs, active: jax.Array | None, gate: Gate | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Runs the layer; with merging, scores its output and merges the tokens that halt.
+
+        Args:
+          x: tokens `(B, N, D)`; halted ones must be 0.
+          inputs: `tokens` is `merging.TokenInfo`, or None without merging. `images` is `(keep,
+            image_index)`, see `attention`. `shared` says whether this is the last layer: after it
+            all tokens halt, so none merges.
+          active: `(B, N)` bool, None if all are: no token attends to one that is not.
+          gate: gamma and beta; only with merging.
+
+        Returns:
+          Tokens `(B, N, D)`, and with merging their values "score" and "size" `(B, N)`.
+        """
+        info, (keep, image_index) = inputs.tokens, inputs.images
+        size = None if info is None else info.size
+        x = self.attention(x, active, keep, image_index, size=size)
+        x = self.mlp(x, active, keep, image_index)
+        if info is None:
+            return x, {}
+        return jax.lax.cond(
+            inputs.shared,
+            lambda x: (x, {"score": jnp.ones_like(info.size), "size": info.size}),
+            lambda x: merging.score_and_merge(
+                x, info, active, gate, self.halting, self.similarity_dim
+            ),
+            x,
+        )
+
     def transform(
         self,
         x: jax.Array,
@@ -147,14 +179,7 @@ class Block(nn.Module):
         keep: jax.Array | None = None,
         image_index: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention and MLP on tokens `(B, N, D)`.
-
-        Args:
-          x: tokens; halted ones must be 0.
-          active: `(B, N)` bool, None if all are: no token attends to one that is not.
-          keep: `(B, 2)` factors of the two residual branches, drop path; None for 1.
-          image_index: `(B,)` places in the global batch, for dropout; None in evaluation.
-        """
+        """Runs attention and MLP on tokens `(B, N, D)`; arguments as in `attention`."""
         x = self.attention(x, active, keep, image_index)
         return self.mlp(x, active, keep, image_index)
 
@@ -166,20 +191,18 @@ class Block(nn.Module):
         image_index: jax.Array | None = None,
         *,
         size: jax.Array | None = None,
-        key_weight: jax.Array | None = None,
     ) -> jax.Array:
-        """The first branch of `transform`.
+        """Adds the attention branch to the tokens.
 
         Args:
-          x: as in `transform`, like the next three.
-          active: see there.
-          keep: see there.
-          image_index: see there.
-          size: `(B, N)` how many keys each token counts as; None for 1.
-          key_weight: `(B, N, N)` what queries give to keys is multiplied by it; may be 0.
+          x: tokens `(B, N, D)`; halted ones must be 0.
+          active: `(B, N)` bool, None if all are: no token attends to one that is not.
+          keep: `(B, 2)` drop-path factors of the two residual branches; None for 1.
+          image_index: `(B,)` indices in the global batch, for dropout; None in evaluation.
+          size: `(B, N)` as how many keys each token counts; None for 1.
         """
         a = self._where_active(self.norm1(x), active)
-        return x + self._drop(self._attend(a, active, size, key_weight), keep, 0, image_index)
+        return x + self.drop(self._attend(a, active, size), keep, 0, image_index)
 
     def mlp(
         self,
@@ -188,41 +211,31 @@ class Block(nn.Module):
         keep: jax.Array | None = None,
         image_index: jax.Array | None = None,
     ) -> jax.Array:
-        """The second branch of `transform`."""
+        """Adds the MLP branch to the tokens; arguments as in `attention`."""
         a = self.norm2(self._where_active(x, active))
         a = per_token(self.fc1, self._where_active(a, active))
         a = jax.checkpoint(_gelu, prevent_cse=False)(a) if _recomputes(a.dtype) else _gelu(a)
-        return x + self._drop(
-            per_token(self.fc2, self._dropout(a, image_index)), keep, 1, image_index
-        )
+        a = per_token(self.fc2, self._dropout(a, image_index))
+        return x + self.drop(a, keep, 1, image_index)
 
     def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
         return x if active is None else x * active[..., None].astype(x.dtype)
 
     def queries_keys_values(self, a: jax.Array) -> jax.Array:
-        """Of normed tokens `(B, N, D)`, all heads: `(3, B, H, N, K)`."""
-        return (
-            per_token(self.qkv, a)
-            .reshape(*a.shape[:2], 3, self.num_heads, -1)
-            .transpose(2, 0, 3, 1, 4)
-        )
+        """Maps normed tokens `(B, N, D)` to the inputs of all heads, `(3, B, H, N, K)`."""
+        heads = per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1)
+        return heads.transpose(2, 0, 3, 1, 4)
 
-    def _attend(
-        self,
-        a: jax.Array,
-        active: jax.Array | None,
-        size: jax.Array | None,
-        key_weight: jax.Array | None,
-    ) -> jax.Array:
+    def _attend(self, a: jax.Array, active: jax.Array | None, size: jax.Array | None) -> jax.Array:
         bias = attention_lib.key_bias(active, size)
-        if key_weight is None and self._fuses(a.dtype):
-            query, key, value = self.qkv(a.reshape(-1, a.shape[-1]), apart=True)
+        if self._fuses(a.dtype):
+            query, key, value = self.qkv(a.reshape(-1, a.shape[-1]), split=True)
             heads = (*a.shape[:2], self.num_heads, -1)
             out = attention_lib.fused(
                 query.reshape(heads), key.reshape(heads), value.reshape(heads), bias
             )
         else:
-            out = attention_lib.exact(*self.queries_keys_values(a), bias, key_weight).swapaxes(1, 2)
+            out = attention_lib.exact(*self.queries_keys_values(a), bias).swapaxes(1, 2)
         return per_token(self.proj, out.reshape(a.shape))
 
     def _fuses(self, dtype: jax.typing.DTypeLike) -> bool:
@@ -233,169 +246,12 @@ class Block(nn.Module):
     def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
         if image_index is None or not self.dropout:
             return x
-        return x * random_keep(
-            self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]
-        ).astype(x.dtype)
+        key = self.make_rng("dropout")
+        return x * random_keep(key, image_index, self.dropout, x.shape[1:]).astype(x.dtype)
 
-    def _drop(
+    def drop(
         self, x: jax.Array, keep: jax.Array | None, branch: int, image_index: jax.Array | None
     ) -> jax.Array:
+        """Applies dropout and drop path to the output of a branch, 0 or 1."""
         x = self._dropout(x, image_index)
         return x if keep is None else x * keep[:, branch, None, None].astype(x.dtype)
-
-    def transform_and_score(
-        self,
-        x: jax.Array,
-        notes: merging.Notes | None,
-        active: jax.Array | None,
-        gate: tuple[jax.Array, jax.Array],
-        is_last: jax.Array,
-        keep: jax.Array | None = None,
-        image_index: jax.Array | None = None,
-    ) -> tuple[jax.Array, merging.Notes | None, jax.Array]:
-        """`transform`, and what follows for halting.
-
-        Args:
-          x: tokens `(B, N, D)`; halted ones must be 0.
-          notes: on the tokens, where halted ones merge; else None.
-          active: as in `transform`.
-          gate: gamma and beta.
-          is_last: whether this is the last layer, after which all halt, so that none merges.
-          keep: as in `transform`.
-          image_index: as in `transform`.
-
-        Returns:
-          Tokens, their notes, and halting scores `(B, N)`.
-        """
-        channel = self.halting.channel
-        if notes is None:
-            x = self.transform(x, active, keep, image_index)
-            return x, None, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=channel)
-        x = self.attention(x, active, keep, image_index, size=notes.size)
-        x = self.mlp(x, active, keep, image_index)
-        merge = functools.partial(self._merge_and_score, active=active, gate=gate)
-        return jax.lax.cond(
-            is_last, lambda x, notes: (x, notes, jnp.ones_like(notes.size)), merge, x, notes
-        )
-
-    def _merge_and_score(
-        self,
-        x: jax.Array,
-        notes: merging.Notes,
-        active: jax.Array | None,
-        gate: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, merging.Notes, jax.Array]:
-        """The rest of `transform_and_score` where halted tokens merge."""
-        patches = notes.is_patch if active is None else notes.is_patch & active
-        similar = merging.similarity(x, self.compared)
-        redundancy = self.halting.redundancy * merging.redundancy(similar, patches)
-        score = halting_lib.score(
-            x, gamma=gate[0], beta=gate[1] + redundancy, channel=self.halting.channel
-        )
-        cumulative = notes.cumulative + score
-        stays = halting_lib.goes_on(cumulative, self.halting.epsilon)
-        x, size = merging.merge(
-            x, notes.size, similar, leaves=patches & ~stays, stays=patches & stays
-        )
-        return x, notes.replace(size=size, cumulative=cumulative), score
-
-    def __call__(self, carry, layer, gate, image_index):
-        """One layer of the scan.
-
-        Args:
-          carry: tokens `(B, N, D)`; without halting that is all, else also the halting state, the
-            read-out `(B, R, D)` and sizes `(B, N)`, None where halted tokens do not merge.
-          layer: `(is_last, keep)`, a scalar and as in `transform`.
-          gate: `(gamma, beta)`, None without halting.
-          image_index: as in `transform`.
-
-        Returns:
-          The carry, and `(score, active)` of this layer, None without halting.
-        """
-        is_last, keep = layer
-        if self.halting is None:
-            return self.transform(carry, None, keep, image_index), None
-        x, state, readout, size = carry
-        num_readout, active = readout.shape[1], state.active
-        if self.removal is None or self.is_initializing():
-            # The value of a halted token is 0 from here on; its gradient passes as identity, as in
-            # the released code. With the prior over active tokens alone no gradient arrives here
-            # for a halted token.
-            x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
-            notes = merging.note(size, state, num_readout)
-            x, notes, score = self.transform_and_score(
-                x, notes, active, gate, is_last, keep, image_index
-            )
-        else:
-            block, params = self.clone(parent=None), self.variables["params"]
-            packed = x if size is None else merging.pack(x, merging.note(size, state, num_readout))
-            packed, score = run_removed(
-                block, params, self.removal, gate, packed, active, x.dtype, is_last, keep
-            )
-            x, notes = (packed, None) if size is None else merging.unpack(packed, x.dtype)[:2]
-        size = None if size is None else notes.size
-        state, weight = halting_lib.accumulate(
-            state, score, epsilon=self.halting.epsilon, is_last=is_last
-        )
-        readout = readout + weight[:, :num_readout, None] * x[:, :num_readout].astype(weight.dtype)
-        return (x, state, readout, size), (score, active)
-
-
-def run_block(
-    block: Block, params: Any, tokens: jax.Array, active: jax.Array | None, keep: jax.Array | None
-) -> jax.Array:
-    """`Block.transform` as a function of its parameters, for `removal.transform`."""
-    return block.apply({"params": params}, tokens, active, keep, method="transform")
-
-
-def run_removed(
-    block: Block,
-    params: Any,
-    plan: removal_lib.Plan,
-    gate: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
-    x: jax.Array,
-    active: jax.Array,
-    dtype: jax.typing.DTypeLike,
-    is_last: jax.Array,
-    keep: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`Block.transform_and_score` of the active tokens alone; halted ones, and what is noted of
-    them, stay as they are.
-
-    Args:
-      block: the layer.
-      params: its parameters.
-      plan: groups.
-      gate: gamma and beta.
-      x: tokens `(B, N, D)`; packed (`merging.pack`) where halted ones merge.
-      active: `(B, N)` bool.
-      dtype: of the tokens before they were packed.
-      is_last: as in `Block.transform_and_score`.
-      keep: as in `Block.transform`.
-
-    Returns:
-      Tokens as they came, and scores `(B, N)`; those of halted tokens mean nothing.
-    """
-    if not block.compared:
-        x = removal_lib.transform(
-            functools.partial(run_block, block), plan, params, x, active, keep
-        )
-        return x, halting_lib.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
-    run = functools.partial(_run_packed, block, jnp.dtype(dtype))
-    differentiable = (params, *map(jnp.asarray, gate), jnp.asarray(is_last, jnp.float32))
-    x = removal_lib.transform(run, plan, differentiable, x, active, keep)
-    return x, x[..., -1]
-
-
-def _run_packed(
-    block: Block,
-    dtype: Any,
-    differentiable: Any,
-    packed: jax.Array,
-    active: jax.Array | None,
-    keep: jax.Array | None,
-) -> jax.Array:
-    params, gamma, beta, is_last = differentiable
-    x, notes, _ = merging.unpack(packed, dtype)
-    layer = functools.partial(block.apply, {"params": params}, method="transform_and_score")
-    return merging.pack(*layer(x, notes, active, (gamma, beta), is_last > 0, keep))

@@ -1,50 +1,55 @@
-"""Multiply-accumulates (MACs) an image really costs, from the depths of its own tokens.
+"""Multiply-accumulates (MACs) of an image, from the depths of its tokens.
 
-The literature's "GFLOPs" of vision transformers are MACs (DeiT-T 1.3 G, DeiT-S 4.6 G), half the
-floating-point operations.
-Counted are the matrix products: patch embedding, qkv, attention, projections, MLP and head, and,
-where halted tokens merge, the comparing of all pairs. Norms, softmax and GELU are not.
+The literature reports MACs as the "GFLOPs" of vision transformers: 1.3 G for DeiT-T, 4.6 G for
+DeiT-S. The number of floating-point operations is twice that.
+
+Matrix products count: patch embedding, qkv, attention, projections, MLP and head, and, with
+merging, the comparison of all pairs of tokens. Norms, softmax and GELU do not count.
 """
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from avit_jax.models import vit
+if TYPE_CHECKING:
+    from avit_jax.models import vit
 
 
-def computing(active: jax.Array, num_readout: int) -> jax.Array:
-    """Which tokens have to compute once halted tokens are removed.
+def computing(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
+    """Returns which tokens compute if halted tokens and finished images are removed.
 
     Args:
       active: `(L, B, N)` bool, as in `vit.Aux`.
-      num_readout: R, read-out tokens at the front.
+      num_prefix_tokens: R.
 
     Returns:
-      `(L, B, N)` bool: active, in an image that has a read-out token left. Once its read-out tokens
-      have halted, the logits of an image are final, and its other tokens may stop too.
+      `(L, B, N)` bool: the token is active, and a prefix token of its image is active. Once all
+      prefix tokens have halted, the logits of an image are final.
     """
-    return active & active[:, :, :num_readout].any(axis=-1, keepdims=True)
+    return active & active[:, :, :num_prefix_tokens].any(axis=-1, keepdims=True)
 
 
 def layer_macs(
-    num_tokens: jax.typing.ArrayLike, model: vit.AViT, is_last: jax.typing.ArrayLike = False
+    num_tokens: jax.typing.ArrayLike, model: "vit.AViT", is_last: jax.typing.ArrayLike = False
 ) -> jax.typing.ArrayLike:
-    """MACs of one layer of a model on one image with `num_tokens` tokens, any shape.
+    """Returns the MACs of one layer on one image.
 
-    With comparing them, where they merge: in all layers but the last.
+    Args:
+      num_tokens: tokens of the image, any shape.
+      model: for its sizes.
+      is_last: whether it is the last layer, in which no tokens are compared.
     """
-    linear = (
-        4 * model.width**2 + 2 * model.width * model.mlp_width
-    )  # qkv and projection, then the MLP
+    # qkv and projection, then the MLP.
+    linear = 4 * model.width**2 + 2 * model.width * model.mlp_width
     is_last = is_last if isinstance(is_last, bool) else jnp.asarray(is_last, jnp.float32)
-    pairs = 2 * model.width + model.compared * (
-        1 - is_last
-    )  # queries times keys, and weights times values
+    # Queries times keys and weights times values, then the comparison of tokens.
+    pairs = 2 * model.width + model.similarity_dim * (1 - is_last)
     return num_tokens * (linear + pairs * num_tokens)
 
 
-def patch_depth(model: vit.AViT, active: jax.Array) -> jax.Array:
-    """Layers that each patch token really computes in.
+def patch_depth(model: "vit.AViT", active: jax.Array) -> jax.Array:
+    """Returns the number of layers in which each patch token computes.
 
     Args:
       model: for its sizes.
@@ -53,28 +58,28 @@ def patch_depth(model: vit.AViT, active: jax.Array) -> jax.Array:
     Returns:
       `(B, rows, columns)` int32.
     """
-    depth = computing(active, model.num_readout).sum(axis=0)[:, model.num_readout :]
+    depth = computing(active, model.num_prefix_tokens).sum(axis=0)[:, model.num_prefix_tokens :]
     return depth.reshape(-1, *model.grid)
 
 
-def fixed_macs(model: vit.AViT) -> float:
-    """MACs of an image outside the layers: patch embedding and head; a float: those of DeiT-B at
-    1,024 pixels overflow.
+def fixed_macs(model: "vit.AViT") -> float:
+    """Returns the MACs of an image outside the layers: patch embedding and head.
+
+    A float, because int32 overflows for DeiT-B at 1,024 pixels.
     """
-    patches = model.num_tokens - model.num_readout
+    patches = model.num_tokens - model.num_prefix_tokens
     macs = patches * model.patch_size**2 * model.channels * model.width
-    return float(macs + model.num_readout * model.width * model.num_classes)
+    return float(macs + model.num_prefix_tokens * model.width * model.num_classes)
 
 
-def static_macs(model: vit.AViT) -> float:
-    """MACs of an image in the same network without halting; a float, for the same reason."""
-    return fixed_macs(model) + float(
-        model.depth * layer_macs(model.num_tokens, model.clone(halting=None, removal=None))
-    )
+def static_macs(model: "vit.AViT") -> float:
+    """Returns the MACs of an image in the same network without halting, as a float."""
+    # In the last layer, no tokens are compared.
+    return fixed_macs(model) + float(model.depth * layer_macs(model.num_tokens, model, True))
 
 
-def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
-    """MACs of each image when halted tokens, and all tokens of finished images, are removed.
+def image_macs(model: "vit.AViT", active: jax.Array) -> jax.Array:
+    """Returns the MACs of each image if halted tokens and finished images are removed.
 
     Args:
       model: for its sizes.
@@ -83,6 +88,6 @@ def image_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
     Returns:
       `(B,)` float32 MACs.
     """
-    num_tokens = computing(active, model.num_readout).sum(axis=-1).astype(jnp.float32)
+    num_tokens = computing(active, model.num_prefix_tokens).sum(axis=-1).astype(jnp.float32)
     is_last = (jnp.arange(model.depth) == model.depth - 1)[:, None]
     return fixed_macs(model) + layer_macs(num_tokens, model, is_last).sum(axis=0)

@@ -1,4 +1,4 @@
-"""Halting as a Flax Linen module; `halting_nnx.Halting` is the same for Flax NNX."""
+"""The halting layer for Flax Linen; `halting_nnx` is the same for Flax NNX."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from avit_jax.core import halting
 
 
 class Halting(nn.Module):
-    """One halting step after a layer; call the same instance after every layer.
+    """One halting step; call the same instance after every layer.
 
     Attributes:
       config: the gate. With `learnable=True` the module has two scalar float32 parameters, `gamma`
@@ -34,18 +34,23 @@ class Halting(nn.Module):
         state: halting.HaltingState | None = None,
         is_last: jax.typing.ArrayLike = False,
     ) -> tuple[halting.HaltingState, jax.Array, jax.Array]:
-        """Scores a layer's output `(..., N, D)`; `state` is None at the first layer.
+        """Scores the output of a layer, and decides which tokens halt.
+
+        Args:
+          tokens: `(..., N, D)` outputs of the layer.
+          state: from the call before; None after the first layer.
+          is_last: whether this is the last layer.
 
         Returns:
-          The new state, the weight `(..., N)` of this output and the raw score `(..., N)`.
+          The new state, the weight `(..., N)` of this output, and the score `(..., N)`.
 
         Raises:
-          ValueError: halted tokens are to merge, which this layer does not do.
+          ValueError: the config asks for merging, which only `AViT` does.
         """
         if self.config.merge:
             raise ValueError(
-                "this layer does not merge tokens, as AViT does: in your own model call "
-                "avit_jax.merging."
+                "this layer does not merge tokens as AViT does: call the functions of "
+                "avit_jax.core.merging in your own model."
             )
         if state is None:
             state = halting.init(tokens.shape[:-1], jnp.result_type(tokens))

@@ -1,4 +1,4 @@
-"""Halting as a Flax NNX module; `halting_linen.Halting` is the same for Flax Linen."""
+"""The halting layer for Flax NNX; `halting_linen` is the same for Flax Linen."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from avit_jax.core import halting
 
 
 class Halting(nnx.Module):
-    """One halting step after a layer; call the same instance after every layer.
+    """One halting step; call the same instance after every layer.
 
     Args:
       config: the gate. With `learnable=True` the module has two scalar float32 parameters, `gamma`
         and `beta`.
-      rngs: not used; taken so that `nnx.bridge.ToLinen` can build the module.
+      rngs: unused; `nnx.bridge.ToLinen` passes it.
     """
 
     def __init__(
@@ -39,18 +39,23 @@ class Halting(nnx.Module):
         state: halting.HaltingState | None = None,
         is_last: jax.typing.ArrayLike = False,
     ) -> tuple[halting.HaltingState, jax.Array, jax.Array]:
-        """Scores a layer's output `(..., N, D)`; `state` is None at the first layer.
+        """Scores the output of a layer, and decides which tokens halt.
+
+        Args:
+          tokens: `(..., N, D)` outputs of the layer.
+          state: from the call before; None after the first layer.
+          is_last: whether this is the last layer.
 
         Returns:
-          The new state, the weight `(..., N)` of this output and the raw score `(..., N)`.
+          The new state, the weight `(..., N)` of this output, and the score `(..., N)`.
 
         Raises:
-          ValueError: halted tokens are to merge, which this layer does not do.
+          ValueError: the config asks for merging, which only `AViT` does.
         """
         if self.config.merge:
             raise ValueError(
-                "this layer does not merge tokens, as AViT does: in your own model call "
-                "avit_jax.merging."
+                "this layer does not merge tokens as AViT does: call the functions of "
+                "avit_jax.core.merging in your own model."
             )
         if state is None:
             state = halting.init(tokens.shape[:-1], jnp.result_type(tokens))

@@ -1,9 +1,11 @@
-"""One vision transformer: DeiT without halting, A-ViT with it.
+"""The vision transformer: DeiT without halting, A-ViT with it.
 
-Layers run as one `lax.scan` over stacked parameters, so that the program compiles in the time of a
-single layer. Shapes use `B` images, `N` tokens (class token first, then the distillation token if
-any, then patches row by row), `D` width, `H` heads, `K` head width, `L` layers, `C` classes, `R`
-read-out tokens (1, or 2 when distilled).
+The layers run as one `lax.scan` over stacked parameters, so the program compiles in about the time
+of a single layer.
+
+Axes: `B` images, `N` tokens (class token, then the distillation token if any, then patches row by
+row), `D` width, `H` heads, `K` channels of a head, `L` layers, `C` classes, `R` prefix tokens (1,
+or 2 if distilled).
 
 Reference: Touvron et al., arXiv 2012.12877 (DeiT); Yin et al., arXiv 2112.07658 (A-ViT).
 """
@@ -18,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from avit_jax.core import halting as halting_lib
-from avit_jax.core import removal as removal_lib
-from avit_jax.models import block, halting_linen
+from avit_jax.core.plan import Plan
+from avit_jax.models import block, flops, forward, halting_linen
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _token_init = nn.initializers.truncated_normal(0.02)
@@ -27,20 +29,25 @@ _token_init = nn.initializers.truncated_normal(0.02)
 
 @flax.struct.dataclass(kw_only=True)
 class Aux:
-    """What the network computed beside the logits. A network without halting reports score 0 and
-    depth L.
+    """What the network computes besides the logits.
+
+    A network without halting reports score 0 and depth L. `adaptive.apply` removes halted tokens,
+    and stops images whose prefix tokens have all halted, because their logits are final. There,
+    `active` and `depth` say in which layers a token was computed.
 
     Attributes:
-      score: `(L, B, N)` raw halting scores, at least float32; those of halted tokens mean nothing;
-        where tokens merge, 1 in the last layer.
-      active: `(L, B, N)` bool, whether the token computes in the layer.
-      depth: `(B, N)` int32, layers used.
+      score: `(L, B, N)` halting scores, at least float32. Those of halted tokens mean nothing. With
+        merging, the score is 1 in the last layer.
+      active: `(L, B, N)` bool, whether the token is active in the layer.
+      depth: `(B, N)` int32, number of layers in which the token is active.
       ponder_cost: `(B, N)` depth + remainder, in layers.
-      class_output: `(B, D)` class token accumulated over layers, before the final norm.
-      distillation_output: the same of the distillation token, None without one.
-      macs: `(B,)` multiply-accumulates of the image, where they do not follow from `active`; else
-        None.
-      loss: what the network adds to the loss of training by itself, a scalar; else None.
+      class_output: `(B, D)` class token, averaged over layers, before the final norm.
+      distillation_output: the same for the distillation token, None without one.
+      macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
+        `flops.image_macs`.
+      macs_padded: `(B,)` float32, MACs with the padding of `adaptive.apply`: rows without a token,
+        and the image's share of empty places in its bucket. So it depends on the other images of
+        the batch. None for other calls.
     """
 
     score: jax.Array
@@ -50,37 +57,37 @@ class Aux:
     class_output: jax.Array
     distillation_output: jax.Array | None = None
     macs: jax.Array | None = None
-    loss: jax.Array | None = None
+    macs_padded: jax.Array | None = None
 
 
 class AViT(nn.Module):
     """Vision transformer with adaptive tokens.
 
     Attributes:
-      image_size: pixels, one number for square images or (height, width).
-      patch_size: pixels, divides both.
-      channels: of the images.
-      width: D, of the tokens; divisible by `num_heads`.
+      image_size: pixels, one number for square images, or (height, width).
+      patch_size: pixels; divides both.
+      channels: number of channels of an image.
+      width: D, channels of a token; divisible by `num_heads`.
       depth: L, number of layers.
       num_heads: H.
       mlp_ratio: width of the MLP in units of D.
       num_classes: C.
       distilled: adds DeiT's distillation token and head.
       halting: the gate; None for a plain DeiT.
-      drop_path: probability of leaving out a residual branch in the last layer, rising linearly
-        from 0 in the first; training.
-      dropout: probability after the embedding, in the MLP and after both branches; training.
+      drop_path: probability of dropping a residual branch in the last layer, in training. It rises
+        linearly from 0 in the first layer.
+      dropout: probability after the embedding, in the MLP and after both branches, in training.
       norm_eps: epsilon of the layer norms.
-      dtype: of the computation, for example bfloat16; None takes that of parameters and images.
-        Parameters and halting sums are float32 all the same.
-      remat: recompute each layer in the backward pass: less memory, one more forward pass.
-      removal: how halted tokens are removed in training, with the same gradients to rounding; None:
-        they are masked. Recomputes as `remat`. Not for the "official" prior, which looks at halted
-        tokens too. For inference `adaptive.apply` removes more.
-      fused_attention: in bfloat16 and float16, a program for NVIDIA GPUs computes attention by
-        cuDNN, with other last digits.
-        None: if JAX runs on such a GPU. False: never, so that the program does not need cuDNN.
-          True: always; needs cuDNN here.
+      dtype: of the computation, for example bfloat16. None for the dtype of parameters and images.
+        Parameters and halting sums are always at least float32.
+      remat: recomputes each layer in the backward pass, which needs less memory and one more
+        forward pass.
+      removal: a plan by which training removes halted tokens, with the same gradients to rounding.
+        None: they are masked. The backward pass recomputes as `remat` does. Not for the "official"
+        prior, which looks at halted tokens. For inference, `adaptive.apply` removes more.
+      fused_attention: whether bfloat16 and float16 programs for NVIDIA GPUs compute attention by
+        cuDNN, with other last digits. None: if JAX runs on such a GPU. False: never, so that the
+        program does not need cuDNN. True: always, which needs cuDNN on this machine.
 
     Example:
       model = deit_tiny()
@@ -103,7 +110,7 @@ class AViT(nn.Module):
     norm_eps: float = 1e-6
     dtype: Any = None
     remat: bool = False
-    removal: removal_lib.Plan | None = None
+    removal: Plan | None = None
     fused_attention: bool | None = None
 
     @property
@@ -118,28 +125,25 @@ class AViT(nn.Module):
         return self.pixels[0] // self.patch_size, self.pixels[1] // self.patch_size
 
     @property
-    def num_readout(self) -> int:
-        """R, tokens that are read out: class token and, if there is one, distillation token."""
+    def num_prefix_tokens(self) -> int:
+        """R: the class token and, if there is one, the distillation token."""
         return 2 if self.distilled else 1
 
     @property
     def num_tokens(self) -> int:
         """N."""
-        return self.num_readout + self.grid[0] * self.grid[1]
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
     @property
     def mlp_width(self) -> int:
-        """Channels of the hidden layer of the MLP."""
+        """Channels of the MLP's hidden layer."""
         return int(self.width * self.mlp_ratio)
 
     @property
-    def compared(self) -> int:
-        """Channels by which tokens are compared: K, the width of a head, where halted tokens merge,
-        else 0.
-        """
-        return (
-            self.width // self.num_heads if self.halting is not None and self.halting.merge else 0
-        )
+    def similarity_dim(self) -> int:
+        """Channels by which tokens are compared: K, the width of a head, with merging; else 0."""
+        merges = self.halting is not None and self.halting.merge
+        return self.width // self.num_heads if merges else 0
 
     @property
     def block_sizes(self) -> dict[str, Any]:
@@ -152,8 +156,7 @@ class AViT(nn.Module):
             "dropout": self.dropout,
             "dtype": self.dtype,
             "halting": self.halting,
-            "removal": self.removal,
-            "compared": self.compared,
+            "similarity_dim": self.similarity_dim,
             "fused_attention": self.fused_attention,
         }
 
@@ -223,20 +226,13 @@ class AViT(nn.Module):
             self.head_dist = dense(self.num_classes)
         self.pos_embed = self.param("pos_embed", _token_init, (1, self.num_tokens, self.width))
         self.patch_embed = dense(self.width)
-        layer = nn.remat(block.Block, prevent_cse=False) if self.remat else block.Block
         layers = nn.scan(
-            layer,
+            block.Block,
             length=self.depth,
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True},
         )
-        if (
-            not self.is_initializing() and self.removal is None
-        ):  # which sums gradients over groups, in the parameters' dtype
-            layers = nn.map_variables(
-                layers, "params", lambda of: {"params": block.cast(of["params"], self.dtype)}
-            )
         self.layers = layers(**self.block_sizes)
         if self.halting is not None:
             self.gate = halting_linen.Halting(self.halting)
@@ -246,97 +242,122 @@ class AViT(nn.Module):
         self.head = dense(self.num_classes)
 
     def embed(self, images: jax.Array, image_index: jax.Array | None = None) -> jax.Array:
-        """Images `(B, H, W, C)` to tokens `(B, N, D)`; `image_index` turns dropout on."""
+        """Maps images `(B, H, W, C)` to tokens `(B, N, D)`; `image_index` turns dropout on."""
         self.check_images(images)
         batch, (rows, columns), patch = images.shape[0], self.grid, self.patch_size
         x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
         x = block.per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
-        readout = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
-        readout = [
-            jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in readout
+        prefix = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
+        prefix = [
+            jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in prefix
         ]
-        x = jnp.concatenate([*readout, x], axis=1) + self.pos_embed.astype(x.dtype)
+        x = jnp.concatenate([*prefix, x], axis=1) + self.pos_embed.astype(x.dtype)
         if image_index is None or not self.dropout:
             return x
-        return x * block.random_keep(
-            self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]
-        ).astype(x.dtype)
-
-    def sizes(self, state: halting_lib.HaltingState) -> jax.Array | None:
-        """Patches that each token `(B, N)` stands for, before the first layer; None where halted
-        tokens do not merge.
-        """
-        return jnp.ones_like(state.remainder) if self.compared else None
+        key = self.make_rng("dropout")
+        return x * block.random_keep(key, image_index, self.dropout, x.shape[1:]).astype(x.dtype)
 
     def classify(
-        self, readout: jax.Array, *, train: bool = False
+        self, prefix: jax.Array, *, train: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Read-out tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""
-        readout = self.norm(readout)
-        logits = self.head(readout[:, 0])
+        """Maps prefix tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""
+        prefix = self.norm(prefix)
+        logits = self.head(prefix[:, 0])
         if not self.distilled:
             return logits
-        logits_dist = self.head_dist(readout[:, 1])
+        logits_dist = self.head_dist(prefix[:, 1])
         return (logits, logits_dist) if train else (logits + logits_dist) / 2
 
-    def _draw_paths(self, image_index: jax.Array | None) -> jax.Array | None:
-        """Drop-path factors `(L, B, 2)` of the two branches of each layer."""
+    def draw_paths(self, image_index: jax.Array | None) -> jax.Array | None:
+        """Draws drop-path factors `(L, B, 2)` of the two branches of each layer."""
         if image_index is None or not self.drop_path:
             return None
         rate = jnp.linspace(0.0, self.drop_path, self.depth)[:, None]
-        return block.random_keep(
-            self.make_rng("dropout"), image_index, rate, (self.depth, 2)
-        ).swapaxes(0, 1)
+        key = self.make_rng("dropout")
+        return block.random_keep(key, image_index, rate, (self.depth, 2)).swapaxes(0, 1)
+
+    def run_layers(
+        self,
+        x: jax.Array,
+        executor: forward.Executor,
+        *,
+        exists: jax.Array | None = None,
+        image_index: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[Any, Aux]:
+        """Maps embedded tokens to logits and `Aux`; `adaptive` runs on it.
+
+        Args:
+          x: `(B, N, D)`.
+          executor: how a layer runs, see `forward`.
+          exists: `(B,)` bool, images that do not exist cost nothing; only for inference with
+            halted tokens removed, where finished images cost nothing either. None for training and
+            masked inference.
+          image_index: see `__call__`; None without dropout and drop path.
+          train: see `__call__`.
+        """
+        cell = block.Block(**self.block_sizes, parent=None)
+        carry = forward.start(cell, x, self.num_prefix_tokens)
+        if exists is not None:
+            active = carry.state.active & exists[:, None]
+            state = dataclasses.replace(carry.state, active=active)
+            carry = dataclasses.replace(carry, state=state)
+        params = self.layers.variables["params"]
+        noisy = image_index is not None
+        carry, (score, active) = forward.run(
+            cell,
+            executor,
+            None if self.halting is None else self.gate.gate(),
+            carry,
+            # Training with removal sums gradients over buckets, in the dtype of the parameters.
+            params if self.removal else block.cast(params, self.dtype),
+            keep=self.draw_paths(image_index),
+            image_index=image_index,
+            dropout_key=self.make_rng("dropout") if noisy and self.dropout else None,
+            remat=self.remat,
+            stop_finished=exists is not None,
+        )
+        aux = Aux(
+            score=score,
+            active=active,
+            depth=carry.state.depth,
+            ponder_cost=halting_lib.ponder_cost(carry.state),
+            class_output=carry.readout[:, 0],
+            distillation_output=carry.readout[:, 1] if self.distilled else None,
+            macs=flops.image_macs(self, active),
+        )
+        return self.classify(carry.readout, train=train), aux
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
     ) -> tuple[jax.Array | tuple[jax.Array, jax.Array], Aux]:
-        """Classifies images; halted tokens are masked, not removed.
+        """Classifies images; halted tokens are masked, or removed with the attribute `removal`.
 
         Args:
-          images: `(B, H, W, C)` float, normalised.
-          train: turns on dropout and drop path, which want `rngs={"dropout": key}`.
-          image_index: `(B,)` int32, place of each image in the global batch, when this is a
-            device's share of it: dropout is drawn by it, so that the draw does not depend on the
-            number of devices. Default: 0 to B - 1.
+          images: `(B, H, W, C)` float, normalized.
+          train: turns on dropout and drop path, which need `rngs={"dropout": key}`.
+          image_index: `(B,)` int32, index of each image in the global batch, if this is the share
+            of one device. Dropout draws by it, so that the draw does not depend on the number of
+            devices. Default: 0 to B - 1.
 
         Returns:
-          Logits `(B, C)` and `Aux`. A distilled model gives the mean of its two heads; with
-          `train=True` it gives `(class logits, distillation logits)` instead, as each has a loss of
-          its own.
+          Logits `(B, C)` and `Aux`. A distilled model returns the mean of its two heads; with
+          `train=True` it returns `(class logits, distillation logits)` instead, because each head
+          has its own loss.
 
         Raises:
           ValueError: sizes do not fit together, or the images do not fit the model.
         """
         self.check_images(images)
-        batch = images.shape[0]
         noisy = train and (self.dropout > 0.0 or self.drop_path > 0.0)
-        image_index = (jnp.arange(batch) if image_index is None else image_index) if noisy else None
+        if noisy and image_index is None:
+            image_index = jnp.arange(images.shape[0])
+        image_index = image_index if noisy else None
         x = self.embed(images, image_index)
-        layers = (jnp.arange(self.depth) == self.depth - 1, self._draw_paths(image_index))
-        if self.halting is None:
-            x, _ = self.layers(x, layers, None, image_index)
-            readout = x[:, : self.num_readout]
-            state = halting_lib.init(x.shape[:2], x.dtype)
-            score = jnp.zeros((self.depth, *x.shape[:2]), state.remainder.dtype)
-            active = jnp.ones(score.shape, bool)
-            state = dataclasses.replace(state, depth=state.depth + self.depth)
-        else:
-            state = halting_lib.init(x.shape[:2], x.dtype)
-            readout = jnp.zeros((batch, self.num_readout, self.width), state.remainder.dtype)
-            carry = (x, state, readout, self.sizes(state))
-            (_, state, readout, _), (score, active) = self.layers(
-                carry, layers, self.gate.gate(), image_index
-            )
-        aux = Aux(
-            score=score,
-            active=active,
-            depth=state.depth,
-            ponder_cost=halting_lib.ponder_cost(state),
-            class_output=readout[:, 0],
-            distillation_output=readout[:, 1] if self.distilled else None,
-        )
-        return self.classify(readout, train=train), aux
+        if self.is_initializing():
+            self.layers(x[:1, :1], None)
+        executor = forward.masked if self.removal is None else forward.Bucketed(self.removal)
+        return self.run_layers(x, executor, image_index=image_index, train=train)
 
 
 deit_tiny = functools.partial(AViT, width=192, num_heads=3)

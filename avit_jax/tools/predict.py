@@ -90,7 +90,7 @@ def predict(
         raise errors.UserError("name pictures to predict, or folders that hold some.")
     params, names = restore.trained(config, model, checkpoint)
     transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
-    apply = adaptive.removes(model, images=_BATCH)
+    apply = adaptive.make_apply(model, images=_BATCH)
     run = jax.jit(lambda params, images: apply({"params": params}, images))
     shown: list[tuple[pathlib.Path, np.ndarray]] = []
     pictures.forget_warnings()
@@ -161,7 +161,7 @@ def _predict_batch(
     )
     probabilities = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
     depth = np.asarray(flops.patch_depth(model, aux.active))
-    macs = flops.image_macs(model, aux.active)
+    macs = aux.macs
     for i, (path, image) in enumerate(shown):
         best = np.argsort(-probabilities[i], kind="stable")[:5]
         yield Prediction(

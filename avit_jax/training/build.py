@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from avit_jax.core import halting, removal
+from avit_jax.core import halting
+from avit_jax.core import plan as plan_lib
 from avit_jax.models import flops, vit
 from avit_jax.training import optimizer as optimizer_lib
 from avit_jax.utils import errors
@@ -49,8 +50,10 @@ def model(config: ConfigDict) -> vit.AViT:
         network.check()
         if config.train.adaptive and halts:  # its backward pass recomputes anyway, without remat
             images = config.train.batch_size // jax.device_count()
-            removes = removal.pays(network.width, images, config.budget or 1.0, training=True)
-            plan = removal.training_plan(network.num_tokens) if removes else None
+            removes = plan_lib.removal_pays(
+                network.width, images, config.budget or 1.0, training=True
+            )
+            plan = plan_lib.training_plan(network.num_tokens) if removes else None
             network = network.clone(removal=plan, remat=not removes)
             network.check()
         if network.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -68,7 +68,7 @@ class Evaluator:
         sources.check_fit(self.source, num_classes=model.num_classes, channels=model.channels)
         distributed.check_same(self.source.fingerprint(), self.source.name)
         images, macs_ratio = config.eval.batch_size // jax.device_count(), config.budget or 1.0
-        remove = adaptive.removes(model, images=images, macs_ratio=macs_ratio)
+        remove = adaptive.make_apply(model, images=images, macs_ratio=macs_ratio)
         self._apply = remove if config.eval.adaptive else model.apply
         transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
         self.reader = loader.Reader(

@@ -12,7 +12,6 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
 from avit_jax.core import halting
-from avit_jax.inference import adaptive
 from avit_jax.models import flops, vit
 from avit_jax.training import losses
 from avit_jax.utils import files
@@ -24,7 +23,7 @@ Sums = dict[str, jax.Array]
 def eval_sums(
     model: vit.AViT,
     logits: jax.Array,
-    aux: vit.Aux | adaptive.Aux,
+    aux: vit.Aux,
     labels: jax.Array,
     weight: jax.Array,
 ) -> Sums:
@@ -54,9 +53,9 @@ def eval_sums(
     rank = jnp.where(first, ~(logits < label_logits), ~(logits <= label_logits)).sum(
         axis=1
     )  # and nan is above all
-    ran = flops.computing(aux.active, model.num_readout)
+    ran = flops.computing(aux.active, model.num_prefix_tokens)
     depth = ran.sum(axis=0)
-    patches = depth[:, model.num_readout :]
+    patches = depth[:, model.num_prefix_tokens :]
     each = {
         "images": jnp.ones_like(weight),
         "loss": jax.vmap(lambda x, y: losses.cross_entropy(x[None], y[None]))(logits, labels),
@@ -64,7 +63,7 @@ def eval_sums(
         "top5": rank < 5,
         "depth_patch": patches.mean(axis=1),
         "depth_class": depth[:, 0],
-        "macs": flops.image_macs(model, aux.active) if aux.macs is None else aux.macs,
+        "macs": aux.macs,
         "patch_depth": jax.nn.one_hot(patches - 1, model.depth).mean(axis=1),
         "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
     }

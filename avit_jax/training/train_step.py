@@ -99,11 +99,12 @@ def total_loss(
             mode=c.prior_mode,
             axis_name=axis_name,
         )
-        parts["macs_ratio"] = flops.image_macs(model, aux.active).mean() / flops.static_macs(model)
+        parts["macs_ratio"] = aux.macs.mean() / flops.static_macs(model)
         total += c.ponder_weight * parts["ponder_loss"] + c.prior_weight * parts["prior_loss"]
-    if aux.loss is not None:
-        parts["own_loss"] = aux.loss
-        total += aux.loss
+    own_loss = getattr(aux, "loss", None)  # of a network of another method
+    if own_loss is not None:
+        parts["own_loss"] = own_loss
+        total += own_loss
     return total, parts | {"loss": total}
 
 

@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 def fit_positions(
     embedding: np.ndarray,
     grid: tuple[int, int],
-    num_readout: int,
+    num_prefix_tokens: int,
     *,
     before: tuple[int, int] | None,
     name: str,
@@ -27,7 +27,7 @@ def fit_positions(
     Args:
       embedding: `(1, R + n, D)` of the file.
       grid: rows and columns of patches of the model.
-      num_readout: R, of tokens that are no patches and keep theirs.
+      num_prefix_tokens: R, of tokens that are no patches and keep theirs.
       before: rows and columns of patches in the file; None if nothing tells them.
       name: of the file.
 
@@ -39,7 +39,7 @@ def fit_positions(
         assumed.
     """
     count = embedding.shape[1]
-    patches, wanted = count - num_readout, math.prod(grid)
+    patches, wanted = count - num_prefix_tokens, math.prod(grid)
     side = math.isqrt(max(0, patches))
     told, is_square = before, patches == side**2 > 0
     if told is None and patches == wanted:
@@ -55,7 +55,7 @@ def fit_positions(
         return (
             embedding
             if before == grid
-            else resize_positions(embedding, grid, num_readout, before=before)
+            else resize_positions(embedding, grid, num_prefix_tokens, before=before)
         )
     if patches > 0 and count in ((math.prod(told),) if told else (wanted, math.isqrt(count) ** 2)):
         raise errors.UserError(
@@ -84,7 +84,7 @@ def _text(grid: tuple[int, int]) -> str:
 
 
 def resize_positions(
-    embedding: np.ndarray, grid: tuple[int, int], num_readout: int, *, before: tuple[int, int]
+    embedding: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int, *, before: tuple[int, int]
 ) -> np.ndarray:
     """Position embeddings for another number of patches, bicubic, as PyTorch's `interpolate` with
     align_corners=False.
@@ -92,13 +92,13 @@ def resize_positions(
     Args:
       embedding: `(1, R + n, D)`.
       grid: rows and columns of patches that are wanted.
-      num_readout: R, of tokens that are no patches and keep theirs.
+      num_prefix_tokens: R, of tokens that are no patches and keep theirs.
       before: rows and columns that it has.
 
     Returns:
       `(1, R + rows * columns, D)` float32.
     """
-    head, patches = embedding[0, :num_readout], embedding[0, num_readout:]
+    head, patches = embedding[0, :num_prefix_tokens], embedding[0, num_prefix_tokens:]
     rows, columns = (_bicubic(side, size) for side, size in zip(before, grid, strict=True))
     patches = np.einsum(
         "ri,cj,ijd->rcd", rows, columns, patches.reshape(*before, -1).astype(np.float64)

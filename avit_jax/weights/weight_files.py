@@ -181,7 +181,7 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str], depth: int) -> dict[s
             f"({errors.printable(errors.first_line(error))})."
         ) from error
     sizes = {key: getattr(gate, key) for key in ("gamma", "beta", "epsilon", "redundancy")}
-    useless = halting.fault(**sizes, num_layers=depth)
+    useless = halting.find_fault(**sizes, num_layers=depth)
     if useless:
         _logger.warning("%s: %s", errors.printable(str(path)), useless)
     return told
@@ -330,7 +330,7 @@ def fit(
     here, there = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
     if len(there) == 3 and there[::2] == here[::2] and tensors.keys() == expected.keys():
         positions = fit_positions(
-            tensors["pos_embed"], model.grid, model.num_readout, before=grid, name=name
+            tensors["pos_embed"], model.grid, model.num_prefix_tokens, before=grid, name=name
         )
         tensors["pos_embed"] = positions
     wrong = [

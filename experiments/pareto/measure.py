@@ -90,7 +90,8 @@ def speed(
     functions = chunked(parent, parent_params, "parent")
     if removes:
         plans = {
-            f"own {group}": adaptive.Plan(group=group, step=4, wave=_BATCH) for group in _GROUPS
+            f"own {group}": adaptive.Plan(bucket=group, token_multiple=4, chunk=_BATCH)
+            for group in _GROUPS
         }
         ours = {
             name: timed(functools.partial(_removed, model, plan), params)
@@ -100,11 +101,9 @@ def speed(
         ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
     best, own = (timing.fastest(seconds, names) for names in (functions, ours))
-    counted = jax.jit(adaptive.removes(model) if removes else model.apply)
+    counted = jax.jit(adaptive.make_apply(model) if removes else model.apply)
     aux = [counted({"params": params}, batch)[1] for batch in whole]
-    macs = np.mean(
-        [flops.image_macs(model, each.active) if each.macs is None else each.macs for each in aux]
-    )
+    macs = np.mean([each.macs for each in aux])
     ideal = flops.static_macs(parent) / float(macs)
     speed_up = timing.median_ratio(seconds[best], seconds[own])
     rate = len(images) / float(np.median(seconds[own]))

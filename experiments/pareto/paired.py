@@ -22,14 +22,14 @@ def outcomes(config: ConfigDict, model: vit.AViT, params: Any) -> tuple[np.ndarr
     evaluation split.
     """
     reader = evaluate.Evaluator(config, model).reader
-    apply = adaptive.removes(model) if model.halting else model.apply
+    apply = adaptive.make_apply(model) if model.halting else model.apply
 
     @jax.jit
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, aux = apply(
             {"params": params}, augment.normalize(images, config.data.mean, config.data.std)
         )
-        macs = flops.image_macs(model, aux.active) if aux.macs is None else aux.macs
+        macs = aux.macs
         return logits.argmax(-1), macs / flops.static_macs(model)
 
     right, ratio = [], []

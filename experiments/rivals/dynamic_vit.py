@@ -53,6 +53,26 @@ def straight_through(keys: jax.Array, log_probability: jax.Array) -> jax.Array:
     return soft + jax.lax.stop_gradient((soft > 0.5).astype(soft.dtype) - soft)
 
 
+def weighted_attention(
+    layer: block.Block, x: jax.Array, keep: jax.Array | None, sees: jax.Array
+) -> jax.Array:
+    """The attention branch of a layer in which each query multiplies the weight of each key.
+
+    Args:
+      layer: the layer, bound to its parameters.
+      x: tokens `(B, N, D)`.
+      keep: `(B, 2)` drop-path factors; None for 1.
+      sees: `(B, N, N)` factors, or `(B, 1, N)` for all queries.
+    """
+    query, key, value = layer.queries_keys_values(layer.norm1(x))
+    logits = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-2, -1))
+    weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    weight = weight * sees[:, None]
+    out = jnp.matmul(weight, value) / weight.sum(axis=-1, keepdims=True)
+    out = block.per_token(layer.proj, out.swapaxes(1, 2).reshape(x.shape))
+    return x + layer.drop(out, keep, 0, None)
+
+
 class DynamicViT(unrolled.Unrolled):
     """DynamicViT.
 
@@ -96,7 +116,10 @@ class DynamicViT(unrolled.Unrolled):
                 sees = (
                     stays + (1 - stays) * itself
                 )  # a token that has left sees itself, so that it keeps a gradient
-            x = layers(i, x, "attention", key_weight=sees)
+            if sees is None:
+                x = layers(i, x, "attention")
+            else:
+                x = layers(i, x, weighted_attention, sees=sees)
             x = layers(i, x, "mlp")
         aux = self.aux([self.num_tokens] * self.depth, len(x), None).replace(
             loss=self.ratio_weight * loss

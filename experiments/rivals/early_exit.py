@@ -4,13 +4,10 @@ After Teerapittayanon et al., "BranchyNet", arXiv 1709.01686, with the network's
 at every layer, and the likeliest class's probability as the confidence.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from avit_jax.core import removal
-from avit_jax.models import block, flops, vit
+from avit_jax.models import flops, vit
 from experiments.rivals import unrolled
 
 
@@ -40,10 +37,9 @@ class EarlyExit(unrolled.Unrolled):
             return tuple(exits[::-1]), aux
         going, active = jnp.ones(batch, bool), []
         taken = jnp.zeros((batch, self.num_classes))
-        run = functools.partial(block.run_block, layers.block)
         for i in range(self.depth):
             active.append(jnp.broadcast_to(going[:, None], (batch, num_tokens)))
-            x = removal.transform(run, unrolled.PLAN, layers.params_of(i), x, active[-1], None)
+            x = unrolled.run_active(layers.block, layers.params_of(i), x, active[-1])
             logits = self.classify(x[:, :1])
             taken = jnp.where(going[:, None], logits, taken)
             going &= jax.nn.softmax(logits).max(axis=-1) < self.confidence

@@ -5,13 +5,11 @@ of a transformer. Gate, losses and budget are those of A-ViT; but for which toke
 the same.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from avit_jax.core import halting, removal
-from avit_jax.models import block, vit
+from avit_jax.core import halting
+from avit_jax.models import block, flops, vit
 from experiments.rivals import unrolled
 
 
@@ -36,16 +34,15 @@ class LayerACT(vit.AViT):
         batch, num_tokens, _ = x.shape
         state, readout = halting.init((batch, 1)), jnp.zeros((batch, 1, self.width))
         gamma, beta = self.gate.gate()
-        run = functools.partial(block.run_block, block.Block(**self.block_sizes, parent=None))
+        layer = block.Block(**self.block_sizes, parent=None)
         scores, active = [], []
         for i in range(self.depth):
             params = jax.tree.map(lambda stacked, i=i: stacked[i], self.layers.variables["params"])
             going = jnp.broadcast_to(state.active, (batch, num_tokens))
-            x = (
-                run(params, x, going, None)
-                if train
-                else removal.transform(run, unrolled.PLAN, params, x, going, None)
-            )
+            if train:
+                x = layer.apply({"params": params}, x, going, method="transform")
+            else:
+                x = unrolled.run_active(layer, params, x, going)
             score = halting.score(
                 x.mean(axis=1, keepdims=True), gamma=gamma, beta=beta, channel=self.halting.channel
             )
@@ -61,5 +58,6 @@ class LayerACT(vit.AViT):
             depth=jnp.broadcast_to(state.depth, going.shape),
             ponder_cost=jnp.broadcast_to(halting.ponder_cost(state), going.shape),
             class_output=readout[:, 0],
+            macs=flops.image_macs(self, jnp.stack(active)),
         )
         return self.classify(readout, train=train), aux

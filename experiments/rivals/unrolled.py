@@ -9,15 +9,25 @@ import dataclasses
 import math
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 
 from avit_jax.core import halting as halting_lib
-from avit_jax.core import removal
+from avit_jax.core import ragged
+from avit_jax.core.plan import Plan
 from avit_jax.models import block, flops, vit
 
-PLAN = removal.Plan(group=8, step=32)  # of rivals whose images end early, with all their tokens
+# For rivals in which images end early, with all their tokens.
+PLAN = Plan(bucket=8, token_multiple=32)
 _FLAX = ("parent", "name")  # attributes of every module
+
+
+@flax.struct.dataclass(kw_only=True)
+class Aux(vit.Aux):
+    """`vit.Aux` with a loss that the network adds in training, a scalar; None for none."""
+
+    loss: jax.Array | None = None
 
 
 class Unrolled(vit.AViT):
@@ -36,13 +46,13 @@ class Unrolled(vit.AViT):
         """
         return tuple(self.depth * quarter // 4 for quarter in (1, 2, 3))
 
-    def run_layers(self, x: jax.Array, layers: "Layers") -> tuple[Any, vit.Aux]:
+    def run_layers(self, x: jax.Array, layers: "Layers") -> tuple[Any, Aux]:
         """Embedded tokens `(B, N, D)` to logits and Aux."""
         raise NotImplementedError
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
-    ) -> tuple[Any, vit.Aux]:
+    ) -> tuple[Any, Aux]:
         """See `AViT.__call__`; but it has no dropout.
 
         Raises:
@@ -57,28 +67,30 @@ class Unrolled(vit.AViT):
         layers = Layers(
             block=block.Block(**self.block_sizes, parent=None),
             params=self.layers.variables["params"],
-            keep=self._draw_paths(noisy),
+            keep=self.draw_paths(noisy),
             image_index=index,
             train=train,
         )
         return self.run_layers(self.embed(images, noisy), layers)
 
-    def aux(self, counts: list[int], batch: int, macs: float | None) -> vit.Aux:
-        """Aux of a network in which every image has `counts[l]` tokens at the input of layer l;
-        MACs are of all layers.
+    def aux(self, counts: list[int], batch: int, macs: float | None) -> Aux:
+        """Aux of a network in which every image has `counts[l]` tokens at the input of layer l.
+
+        MACs are of all layers; None if all tokens compute.
         """
         count = jnp.array(counts)[:, None, None]
         active = jnp.broadcast_to(
             jnp.arange(self.num_tokens)[None, None] < count, (self.depth, batch, self.num_tokens)
         )
         depth = active.sum(axis=0)
-        return vit.Aux(
+        macs = self.depth * flops.layer_macs(self.num_tokens, self) if macs is None else macs
+        return Aux(
             score=jnp.zeros(active.shape),
             active=active,
             depth=depth,
             ponder_cost=depth.astype(jnp.float32),
             class_output=jnp.zeros((batch, self.width)),
-            macs=None if macs is None else jnp.full((batch,), float(macs + flops.fixed_macs(self))),
+            macs=jnp.full((batch,), float(macs + flops.fixed_macs(self))),
         )
 
     def attention_macs(self, count: float) -> float:
@@ -142,6 +154,15 @@ class Layers:
         normed = self.block.apply({"params": params}, x, method=lambda layer, x: layer.norm1(x))
         query, key, _ = self.block.apply({"params": params}, normed, method="queries_keys_values")
         return query, key
+
+
+def run_active(layer: block.Block, params: Any, x: jax.Array, active: jax.Array) -> jax.Array:
+    """Runs a layer on the active tokens `(B, N)` of `(B, N, D)` only."""
+
+    def run(params: Any, x: jax.Array, _: Any, active: jax.Array | None) -> tuple[jax.Array, dict]:
+        return layer.apply({"params": params}, x, active, method="transform"), {}
+
+    return ragged.transform(run, PLAN, params, x, {}, ragged.Inputs(), active)[0]
 
 
 def class_and_best(x: jax.Array, rank: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -369,7 +369,9 @@ def test_what_is_useless_by_the_paper_rule() -> None:
         for i in range(3):
             score = halting.score(tokens, gamma=1.0, beta=beta)
             state, _ = halting.accumulate(state, score, epsilon=0.01, is_last=i == 2)
-        useless = halting.fault(gamma=1.0, beta=beta, epsilon=0.01, redundancy=0.0, num_layers=3)
+        useless = halting.find_fault(
+            gamma=1.0, beta=beta, epsilon=0.01, redundancy=0.0, num_layers=3
+        )
         assert bool(useless) == (int(state.depth[0, 1]) == 3 or int(state.depth[0, 0]) == 1), (
             beta,
             useless,

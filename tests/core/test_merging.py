@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax.core import halting, merging, removal
+from avit_jax.core import halting, merging
+from avit_jax.core.plan import Plan
 from avit_jax.inference import adaptive
-from avit_jax.models import block, flops, halting_linen, halting_nnx, vit
+from avit_jax.models import block, flops, forward, halting_linen, halting_nnx, vit
 
 
 def test_similarity_is_the_cosine_of_the_first_channels_and_has_no_gradient() -> None:
@@ -43,7 +44,7 @@ def test_tokens_merge_into_the_most_similar_that_stays() -> None:
     tokens = jnp.arange(8, dtype=jnp.float32).reshape(1, 4, 2) ** 2
     size = jnp.array([[1.0, 2.0, 1.0, 3.0]])
     leaves, stays = jnp.array([[False, True, False, True]]), jnp.array([[True, False, True, False]])
-    merged, sizes = merging.merge(tokens, size, _SIMILAR, leaves=leaves, stays=stays)
+    merged, sizes = merging.merge(tokens, size, _SIMILAR, merged=leaves, kept=stays)
     np.testing.assert_allclose(sizes[0], [3.0, 2.0, 4.0, 3.0])
     np.testing.assert_allclose(merged[0, 0], (tokens[0, 0] + 2 * tokens[0, 1]) / 3, rtol=1e-6)
     np.testing.assert_allclose(merged[0, 2], (tokens[0, 2] + 3 * tokens[0, 3]) / 4, rtol=1e-6)
@@ -53,11 +54,11 @@ def test_tokens_merge_into_the_most_similar_that_stays() -> None:
 def test_the_most_similar_is_not_taken_where_it_leaves_and_of_equals_the_first_is() -> None:
     leaves = jnp.array([[True, True, False, False]])
     _, sizes = merging.merge(
-        jnp.ones((1, 4, 2)), jnp.ones((1, 4)), _SIMILAR, leaves=leaves, stays=~leaves
+        jnp.ones((1, 4, 2)), jnp.ones((1, 4)), _SIMILAR, merged=leaves, kept=~leaves
     )
     np.testing.assert_allclose(sizes[0], [1.0, 1.0, 1.0, 3.0])
     _, sizes = merging.merge(
-        jnp.ones((1, 4, 2)), jnp.ones((1, 4)), jnp.ones((1, 4, 4)), leaves=leaves, stays=~leaves
+        jnp.ones((1, 4, 2)), jnp.ones((1, 4)), jnp.ones((1, 4, 4)), merged=leaves, kept=~leaves
     )
     np.testing.assert_allclose(sizes[0], [1.0, 1.0, 3.0, 1.0])
 
@@ -65,7 +66,7 @@ def test_the_most_similar_is_not_taken_where_it_leaves_and_of_equals_the_first_i
 def test_nothing_changes_where_none_stays_or_none_leaves() -> None:
     tokens, size, no = jnp.arange(8.0).reshape(1, 4, 2), jnp.ones((1, 4)), jnp.zeros((1, 4), bool)
     for leaves, stays in ((~no, no), (no, ~no)):
-        merged, sizes = merging.merge(tokens, size, _SIMILAR, leaves=leaves, stays=stays)
+        merged, sizes = merging.merge(tokens, size, _SIMILAR, merged=leaves, kept=stays)
         np.testing.assert_array_equal(merged, tokens)
         np.testing.assert_array_equal(sizes, size)
 
@@ -88,7 +89,7 @@ _IMAGES = np.random.default_rng(0).standard_normal((6, 40, 32, 2)).astype(np.flo
 
 def _written_out(model: vit.AViT, params: Any) -> tuple[jax.Array, jax.Array]:
     """Logits and active tokens by the definition, token by token."""
-    first = model.num_readout  # patch
+    first = model.num_prefix_tokens  # patch
     layer = block.Block(**model.block_sizes)
     x = np.asarray(model.apply({"params": params}, _IMAGES, method="embed"))
     size, cumulative = np.ones(x.shape[:2], np.float32), np.zeros(x.shape[:2], np.float32)
@@ -181,40 +182,41 @@ def test_a_key_of_size_two_is_two_keys() -> None:
     np.testing.assert_allclose(once, twice[:, jnp.array([0, 1, 3])], atol=1e-5)
 
 
-def test_no_patch_is_lost() -> None:
-    """The sizes of the tokens that go on sum to the number of patches, after every layer."""
-    model = _model()
+def _step(model: vit.AViT, executor: Any, carry: Any, i: int, **gate_and_last: Any) -> Any:
+    params = jax.tree.map(lambda stacked: stacked[i], _params(model)["layers"])
     layer = block.Block(**model.block_sizes)
+    return forward.step(layer, executor, carry=carry, params=params, **gate_and_last)
+
+
+def _carry(model: vit.AViT) -> forward.Carry:
     x = model.apply({"params": _params(model)}, _IMAGES, method="embed")
-    state = halting.init(x.shape[:2])
-    carry = (x, state, jnp.zeros((len(x), 1, 24)), model.sizes(state))
+    return forward.start(block.Block(**model.block_sizes), x, model.num_prefix_tokens)
+
+
+def test_no_patch_is_lost() -> None:
+    """The sizes of the tokens that keep running sum to the number of patches, after every layer."""
+    model = _model()
+    carry = _carry(model)
     for i in range(model.depth):
-        variables = {
-            "params": jax.tree.map(lambda stacked, i=i: stacked[i], _params(model)["layers"])
-        }
-        carry, _ = layer.apply(variables, carry, (jnp.array(False), None), (0.5, -5.0), None)
-        _, state, _, size = carry
-        goes_on = state.active[:, 1:]
-        assert goes_on.any(axis=1).all()
+        carry, _ = _step(model, forward.masked, carry, i, gate=(0.5, -5.0), is_last=False)
+        running = carry.state.active[:, 1:]
+        assert running.any(axis=1).all()
         np.testing.assert_array_equal(
-            jnp.where(goes_on, size[:, 1:], 0).sum(axis=1), model.num_tokens - 1
+            jnp.where(running, carry.size[:, 1:], 0).sum(axis=1), model.num_tokens - 1
         )
-    assert size.max() > 2
+    assert carry.size.max() > 2
 
 
-@pytest.mark.parametrize("plan", [None, removal.Plan(group=2, step=4)])
-def test_in_the_last_layer_none_merges(plan: removal.Plan | None) -> None:
-    model = _model(removal=plan)
-    layer = block.Block(**model.block_sizes)
-    x = model.apply({"params": _params(_model())}, _IMAGES, method="embed")
-    state = halting.init(x.shape[:2])
-    variables = {"params": jax.tree.map(lambda stacked: stacked[0], _params(_model())["layers"])}
+@pytest.mark.parametrize(
+    "executor", [forward.masked, forward.Bucketed(Plan(bucket=2, token_multiple=4))]
+)
+def test_in_the_last_layer_none_merges(executor: forward.Executor) -> None:
+    model = _model()
     for is_last in (True, False):
-        carry = (x, state, jnp.zeros((len(x), 1, 24)), model.sizes(state))
-        (_, _, _, size), (score, _) = layer.apply(
-            variables, carry, (jnp.array(is_last), None), (0.5, 0.0), None
+        carry, (score, _) = _step(
+            model, executor, _carry(model), 0, gate=(0.5, 0.0), is_last=is_last
         )
-        assert (size == 1.0).all() == is_last and (score == 1.0).all() == is_last
+        assert (carry.size == 1.0).all() == is_last and (score == 1.0).all() == is_last
 
 
 @pytest.mark.parametrize("module", [halting_linen.Halting, halting_nnx.Halting])

@@ -19,9 +19,9 @@ _MODEL = vit.AViT(
 )  # fmt: skip
 _IMAGES = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
 _PLANS = [
-    adaptive.Plan(group=2, step=2),
-    adaptive.Plan(group=6, step=5),
-    adaptive.Plan(group=2, step=2, switch=True),
+    adaptive.Plan(bucket=2, token_multiple=2),
+    adaptive.Plan(bucket=6, token_multiple=5),
+    adaptive.Plan(bucket=2, token_multiple=2, use_switch=True),
 ]
 _ALL = (0, 1)  # variables and images
 

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from jax import export
 
 from avit_jax.core import halting
-from avit_jax.inference import adaptive
+from avit_jax.core.plan import Plan
+from avit_jax.inference import adaptive, autotune
 from avit_jax.models import flops, vit
 
-_PLAN = adaptive.Plan(group=3, step=8, wave=8)
+_PLAN = Plan(bucket=3, token_multiple=8, chunk=8)
 _PLANS = [_PLAN, dataclasses.replace(_PLAN, switch=True)]
 
 
@@ -59,7 +60,7 @@ def _masked(model: vit.AViT):
 
 
 @functools.lru_cache
-def _removed(model: vit.AViT, plan: adaptive.Plan | None):
+def _removed(model: vit.AViT, plan: Plan | None):
     return jax.jit(functools.partial(adaptive.apply, model, plan=plan))
 
 
@@ -71,12 +72,12 @@ def _check_same(model: vit.AViT, masked: Any, removed: Any, tolerance: float = 1
     np.testing.assert_allclose(
         got.class_output, aux.class_output, rtol=0, atol=tolerance * np.abs(aux.class_output).max()
     )
-    computing = flops.computing(aux.active, model.num_readout)
+    computing = flops.computing(aux.active, model.num_prefix_tokens)
     np.testing.assert_array_equal(got.active, computing)
     np.testing.assert_array_equal(got.depth, computing.sum(axis=0))
     # What halts last decides when an image is finished: it ran as deep as the method says.
-    readout = aux.depth[:, : model.num_readout].max(axis=1)
-    np.testing.assert_array_equal(got.depth[:, : model.num_readout].max(axis=1), readout)
+    readout = aux.depth[:, : model.num_prefix_tokens].max(axis=1)
+    np.testing.assert_array_equal(got.depth[:, : model.num_prefix_tokens].max(axis=1), readout)
     np.testing.assert_allclose(got.macs, flops.image_macs(model, aux.active), rtol=1e-6)
     score = [np.where(computing, x.score, 0) for x in (aux, got)]
     np.testing.assert_allclose(score[1], score[0], rtol=0, atol=10 * tolerance)
@@ -86,7 +87,7 @@ def _check_same(model: vit.AViT, masked: Any, removed: Any, tolerance: float = 1
 def test_golden_cases(name: str) -> None:
     case = golden.load(name)
     model, params = case.model(), case.params()
-    removed = _removed(model, adaptive.Plan(group=2, step=32, wave=8))(
+    removed = _removed(model, Plan(bucket=2, token_multiple=32, chunk=8))(
         {"params": params}, case.images
     )
     _check_same(model, _masked(model)({"params": params}, case.images), removed)
@@ -108,12 +109,12 @@ def test_float64_to_the_last_digits() -> None:
 _CASES = [  # distilled, redundancy, batch, plan
     (False, 0.0, 1, None),
     (True, 0.0, 5, None),
-    (False, 5.0, 5, adaptive.Plan(group=8, step=8)),
+    (False, 5.0, 5, Plan(bucket=8, token_multiple=8)),
     (False, 0.0, 19, _PLAN),
-    (True, 5.0, 19, adaptive.Plan(group=1, step=11, wave=4, full=3)),
-    (False, 0.0, 7, adaptive.Plan(group=8, step=64, wave=6)),
-    (False, 0.0, 19, adaptive.Plan(group=3, step=8, wave=8, switch=True)),
-    (True, 5.0, 7, adaptive.Plan(group=4, step=8, switch=True)),
+    (True, 5.0, 19, Plan(bucket=1, token_multiple=11, chunk=4, full_bucket=3)),
+    (False, 0.0, 7, Plan(bucket=8, token_multiple=64, chunk=6)),
+    (False, 0.0, 19, Plan(bucket=3, token_multiple=8, chunk=8, use_switch=True)),
+    (True, 5.0, 7, Plan(bucket=4, token_multiple=8, use_switch=True)),
 ]
 
 
@@ -157,7 +158,7 @@ def test_permuted_images_give_permuted_results() -> None:
     variables, images = _variables(model), _images(model, 19)
     order = np.random.default_rng(1).permutation(19)
     run = _removed(
-        model, adaptive.Plan(group=4, step=4, wave=96)
+        model, Plan(bucket=4, token_multiple=4, chunk=96)
     )  # one wave: the same groups either way
     (logits, aux), (permuted, permuted_aux) = run(variables, images), run(variables, images[order])
     np.testing.assert_allclose(permuted, logits[order], rtol=0, atol=1e-5)
@@ -191,7 +192,7 @@ def test_halted_tokens_are_not_computed() -> None:
     np.testing.assert_array_equal(aux.depth, 1)
 
 
-def _padded_by_hand(model: vit.AViT, active: np.ndarray, plan: adaptive.Plan) -> float:
+def _padded_by_hand(model: vit.AViT, active: np.ndarray, plan: Plan) -> float:
     """MACs of a wave of images, layer by layer and group by group."""
     total = active.shape[1] * flops.fixed_macs(model)
     counts = plan.token_counts(model.num_tokens)
@@ -199,15 +200,15 @@ def _padded_by_hand(model: vit.AViT, active: np.ndarray, plan: adaptive.Plan) ->
         left = sorted(layer, reverse=True)
         while left and left[0]:
             tokens = min(n for n in counts if n >= left[0])
-            total += plan.group * flops.layer_macs(tokens, model, i == model.depth - 1)
-            left = left[plan.group :]
+            total += plan.bucket * flops.layer_macs(tokens, model, i == model.depth - 1)
+            left = left[plan.bucket :]
     return total
 
 
 @pytest.mark.parametrize(
-    ("plan", "redundancy"), [(_PLAN, 0.0), (adaptive.Plan(group=8, step=2, wave=8), 2.0)]
+    ("plan", "redundancy"), [(_PLAN, 0.0), (Plan(bucket=8, token_multiple=2, chunk=8), 2.0)]
 )
-def test_padded_macs_count_every_padded_row(plan: adaptive.Plan, redundancy: float) -> None:
+def test_padded_macs_count_every_padded_row(plan: Plan, redundancy: float) -> None:
     model = _model(halting=_gate(redundancy))
     _, aux = _removed(model, plan)(_variables(model), _images(model, 8))
     assert (aux.macs_padded >= aux.macs).all()
@@ -279,7 +280,7 @@ def test_one_program_a_batch_size() -> None:
 
 
 @pytest.mark.parametrize("plan", _PLANS)
-def test_each_device_its_own_images(plan: adaptive.Plan) -> None:
+def test_each_device_its_own_images(plan: Plan) -> None:
     model = _model(distilled=True)
     devices = jax.local_device_count()
     variables, images = _variables(model), _images(model, 3 * devices)
@@ -313,7 +314,7 @@ def test_shards_of_one_program() -> None:
 
 @pytest.mark.parametrize("plan", _PLANS)
 @pytest.mark.parametrize("batch", [5, "b"])
-def test_export(batch: int | str, plan: adaptive.Plan) -> None:
+def test_export(batch: int | str, plan: Plan) -> None:
     model = _model()
     variables = _variables(model)
     size = export.symbolic_shape(batch)[0] if isinstance(batch, str) else batch
@@ -359,38 +360,38 @@ def test_autotune_measures_once_and_remembers(tmp_path, monkeypatch, caplog) -> 
     variables, images = _variables(model), jnp.asarray(_images(model, 4))
     cache = tmp_path / "new" / "plans.json"
     with caplog.at_level(logging.INFO, "avit_jax"):
-        plan = adaptive.autotune(model, variables, images, cache=cache)
+        plan = autotune.autotune(model, variables, images, cache=cache)
     assert "fastest" in caplog.text
     assert list(json.loads(cache.read_text()).values()) == [dataclasses.asdict(plan)]
     with monkeypatch.context() as patch:
         patch.setattr(adaptive, "apply", None)  # not measured again
-        assert adaptive.autotune(model, variables, images, cache=cache) == plan
+        assert autotune.autotune(model, variables, images, cache=cache) == plan
         with pytest.raises(TypeError):
-            adaptive.autotune(model, variables, images[:3], cache=cache)  # another question
+            autotune.autotune(model, variables, images[:3], cache=cache)  # another question
         patch.setattr(jax, "local_device_count", lambda: 2)
         with pytest.raises(TypeError):
-            adaptive.autotune(
+            autotune.autotune(
                 model, variables, images, cache=cache
             )  # the cores are shared out otherwise
     with monkeypatch.context() as patch:
         patch.setattr(adaptive, "apply", None)
         patch.setattr(os, "sched_getaffinity", lambda _: range(64 * jax.local_device_count()))
-        assert adaptive.cores_a_device() == 64 and adaptive.default_plan(4).group == 2
+        assert adaptive.cores_per_device() == 64 and adaptive.default_plan(4).bucket == 2
         with pytest.raises(TypeError):
-            adaptive.autotune(
+            autotune.autotune(
                 model, variables, images, cache=cache
             )  # another machine, or more of it
         patch.setattr(os, "sched_getaffinity", lambda _: {3})
-        assert adaptive.cores_a_device() == 1 and adaptive.default_plan(4).group == 1
+        assert adaptive.cores_per_device() == 1 and adaptive.default_plan(4).bucket == 1
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING, "avit_jax"):
-        adaptive.autotune(model, variables, images, cache=tmp_path / "file" / "plans.json")
-    assert "not remembered" in caplog.text
+        autotune.autotune(model, variables, images, cache=tmp_path / "file" / "plans.json")
+    assert "is not stored" in caplog.text
     for spoilt in (
         "{",
         "[1]",
-        json.dumps({key: {"group": "x"} for key in json.loads(cache.read_text())}),
+        json.dumps({key: {"bucket": "x"} for key in json.loads(cache.read_text())}),
     ):
         cache.write_text(spoilt)
-        assert isinstance(adaptive.autotune(model, variables, images, cache=cache), adaptive.Plan)
+        assert isinstance(autotune.autotune(model, variables, images, cache=cache), Plan)
         assert len(json.loads(cache.read_text())) == 1

@@ -93,8 +93,8 @@ def test_all_active_costs_what_the_static_network_costs(model: vit.AViT) -> None
 
 def test_finished_image_costs_nothing_more(model: vit.AViT) -> None:
     depth = np.full((3, model.num_tokens), model.depth)
-    depth[:, : model.num_readout] = 2
-    depth[2, model.num_readout - 1] = (
+    depth[:, : model.num_prefix_tokens] = 2
+    depth[2, model.num_prefix_tokens - 1] = (
         4  # the distillation token of a distilled model; the image goes on with it
     )
     macs = flops.image_macs(model, _active(model, depth))
@@ -108,10 +108,10 @@ def test_against_a_count_token_by_token(model: vit.AViT) -> None:
     expected = []
     for image in depth:
         total = (
-            len(image) - model.num_readout
-        ) * patch_values * width + model.num_readout * width * model.num_classes
+            len(image) - model.num_prefix_tokens
+        ) * patch_values * width + model.num_prefix_tokens * width * model.num_classes
         for layer in range(model.depth):
-            if layer >= image[: model.num_readout].max():
+            if layer >= image[: model.num_prefix_tokens].max():
                 continue
             tokens = [d for d in image if layer < d]
             for _ in tokens:
@@ -127,8 +127,11 @@ def test_against_a_count_token_by_token(model: vit.AViT) -> None:
 
 def test_computing_is_active_until_the_last_readout_token_halts(model: vit.AViT) -> None:
     depth = np.array(
-        [[1] * model.num_readout + [model.depth] * (model.num_tokens - model.num_readout)]
+        [
+            [1] * model.num_prefix_tokens
+            + [model.depth] * (model.num_tokens - model.num_prefix_tokens)
+        ]
     )
-    needed = flops.computing(_active(model, depth), model.num_readout)
+    needed = flops.computing(_active(model, depth), model.num_prefix_tokens)
     assert needed[0].all()
     assert not needed[1:].any()

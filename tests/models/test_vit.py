@@ -15,7 +15,7 @@ import pytest
 
 import avit_jax
 from avit_jax.core import halting
-from avit_jax.models import block, vit
+from avit_jax.models import block, flops, forward, vit
 from avit_jax.training import losses
 
 # A gate at which the tokens of a random network halt at all layers.
@@ -99,19 +99,27 @@ def _unrolled(model: vit.AViT, tap_LxBxNxD: jax.Array) -> tuple[jax.Array, vit.A
     """The network layer by layer, with a tap added to the tokens before each."""
     network = functools.partial(model.apply, {"params": _params(model)})
     x = network(_IMAGES, method="embed")
-    state, readout = halting.init(x.shape[:2]), jnp.zeros((len(x), 1, model.width))
-    scores, actives = [], []
+    carry, scores, actives = forward.start(_block(model), x, 1), [], []
     for i in range(model.depth):
-        carry, layer = (x + tap_LxBxNxD[i], state, readout, None), (i == model.depth - 1, None)
-        gate = (model.halting.gamma, model.halting.beta)
-        (x, state, readout, _), (score, active) = _block(model).apply(
-            _layer_params(model, i), carry, layer, gate, None
+        carry = dataclasses.replace(carry, x=carry.x + tap_LxBxNxD[i])
+        carry, (score, active) = forward.step(
+            _block(model),
+            forward.masked,
+            (model.halting.gamma, model.halting.beta),
+            carry,
+            _layer_params(model, i)["params"],
+            is_last=i == model.depth - 1,
         )
         scores, actives = [*scores, score], [*actives, active]
     by_layer = dict(score=jnp.stack(scores), active=jnp.stack(actives))
-    cost = halting.ponder_cost(state)
-    aux = vit.Aux(**by_layer, depth=state.depth, ponder_cost=cost, class_output=readout[:, 0])
-    return network(readout, method="classify"), aux
+    aux = vit.Aux(
+        **by_layer,
+        depth=carry.state.depth,
+        ponder_cost=halting.ponder_cost(carry.state),
+        class_output=carry.readout[:, 0],
+        macs=flops.image_macs(model, by_layer["active"]),
+    )
+    return network(carry.readout, method="classify"), aux
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +467,7 @@ def test_what_is_no_normalised_float_image_is_refused(images: Any) -> None:
     with pytest.raises(ValueError, match="images must be"):
         model.init(jax.random.key(0), images)
     with pytest.raises(ValueError, match="images must be"):
-        avit_jax.adaptive.autotune(model, {"params": _params(model)}, images, cache="/dev/null")
+        avit_jax.autotune.autotune(model, {"params": _params(model)}, images, cache="/dev/null")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, np.float64])

@@ -52,6 +52,7 @@ def aux(model: vit.AViT) -> vit.Aux:
         depth=depth,
         ponder_cost=depth,
         class_output=np.zeros((_IMAGES, model.width)),
+        macs=flops.image_macs(model, active),
     )
 
 
@@ -67,7 +68,7 @@ def _some(aux: vit.Aux, images: slice) -> vit.Aux:
     per_layer = {"score": aux.score[:, images], "active": aux.active[:, images]}
     return vit.Aux(
         **per_layer,
-        **{n: getattr(aux, n)[images] for n in ("depth", "ponder_cost", "class_output")},
+        **{n: getattr(aux, n)[images] for n in ("depth", "ponder_cost", "class_output", "macs")},
     )
 
 

@@ -35,7 +35,7 @@ def _file(path: pathlib.Path, model: vit.AViT, *, no_embed_class: bool = False) 
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *model.pixels, 3)))["params"]
     tensors = weight_files.to_file(params, model).tensors
     if no_embed_class:
-        tensors["pos_embed"] = tensors["pos_embed"][:, model.num_readout :]
+        tensors["pos_embed"] = tensors["pos_embed"][:, model.num_prefix_tokens :]
     safetensors.numpy.save_file(
         {name: np.ascontiguousarray(array) for name, array in tensors.items()}, path
     )
@@ -114,8 +114,10 @@ def test_a_file_without_a_position_of_the_class_token(
         weight_files.load(path, model, grid=grid)
     (tmp_path / "config.json").write_text('{"model_args": {"no_embed_class": true}}')
     loaded = weight_files.load(path, model)["pos_embed"][0]
-    np.testing.assert_array_equal(loaded[: model.num_readout], np.zeros((model.num_readout, 12)))
-    np.testing.assert_array_equal(loaded[model.num_readout :], embedding[0])
+    np.testing.assert_array_equal(
+        loaded[: model.num_prefix_tokens], np.zeros((model.num_prefix_tokens, 12))
+    )
+    np.testing.assert_array_equal(loaded[model.num_prefix_tokens :], embedding[0])
 
 
 def test_without_a_class_position_the_grid_may_still_be_another_one(tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax.core import halting, removal
+from avit_jax.core import halting, ragged
+from avit_jax.core.plan import Plan, removal_pays, training_plan
 from avit_jax.models import vit
 from avit_jax.training import losses
 
@@ -58,23 +59,23 @@ def _loss_and_grads(model: vit.AViT) -> Callable[[Any, np.ndarray], Any]:
 @pytest.mark.parametrize(
     ("changes", "batch", "plan"),
     [
-        ({}, 5, removal.Plan(group=2, step=8)),
+        ({}, 5, Plan(bucket=2, token_multiple=8)),
         (
             {"distilled": True, "drop_path": 0.3, "halting": _MERGES},
             7,
-            removal.Plan(group=3, step=32),
+            Plan(bucket=3, token_multiple=32),
         ),
-        ({}, 5, removal.Plan(group=2, step=8, switch=True)),
+        ({}, 5, Plan(bucket=2, token_multiple=8, use_switch=True)),
         (
             {"distilled": True, "drop_path": 0.3, "halting": _MERGES},
             7,
-            removal.Plan(group=3, step=8, switch=True),
+            Plan(bucket=3, token_multiple=8, use_switch=True),
         ),
     ],
 )
 @pytest.mark.parametrize("beta", [-1.0, 100.0, -100.0])
 def test_loss_and_gradients_equal_those_of_masking(
-    changes, batch: int, plan: removal.Plan, beta: float
+    changes, batch: int, plan: Plan, beta: float
 ) -> None:
     model = _model(**changes)
     variables, images = _variables(model, beta), _images(batch)
@@ -99,14 +100,14 @@ def test_the_parameters_are_the_same_however_tokens_halt() -> None:
     model = _model()
     shapes = [
         jax.eval_shape(each.init, jax.random.key(0), _images(1))
-        for each in (model, model.clone(removal=removal.Plan(group=2, step=8)))
+        for each in (model, model.clone(removal=Plan(bucket=2, token_multiple=8)))
     ]
     chex.assert_trees_all_equal(*shapes)
 
 
 def test_halted_tokens_are_not_computed_in_training() -> None:
     """All tokens halt in the first layer: neither value nor gradient sees the later ones."""
-    model = _model(removal=removal.Plan(group=2, step=8))
+    model = _model(removal=Plan(bucket=2, token_multiple=8))
     variables = _variables(model, beta=100.0)
     layers = jax.tree.map(lambda x: x.at[1:].set(jnp.nan), variables["params"]["layers"])
     (total, _), grads = _loss_and_grads(model)(
@@ -130,39 +131,66 @@ def test_only_the_layers_input_is_kept_for_the_backward_pass() -> None:
             jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
         )
 
-    assert temporaries(model.clone(removal=removal.Plan(group=4, step=32))) < 0.5 * temporaries(
+    assert temporaries(model.clone(removal=Plan(bucket=4, token_multiple=32))) < 0.5 * temporaries(
         model
     )
 
 
-def test_groups_are_sorted_and_padded() -> None:
-    image, count = removal.groups(jnp.array([3, 0, 9, 5, 5]), 2)
-    np.testing.assert_array_equal(image, [[2, 3], [4, 0], [1, 5]])
-    np.testing.assert_array_equal(count, [[9, 5], [5, 3], [0, 0]])
+def test_buckets_are_sorted_and_padded() -> None:
+    counts = np.array([3, 0, 9, 5, 5])
+    active = np.arange(9)[None] < counts[:, None]
+    buckets = ragged.make_buckets(active, Plan(bucket=2, token_multiple=8))
+    np.testing.assert_array_equal(buckets.image, [[2, 3], [4, 0], [1, 5]])
+    np.testing.assert_array_equal(buckets.count, [[9, 5], [5, 3], [0, 0]])
+
+
+@pytest.mark.parametrize("use_switch", [False, True])
+@pytest.mark.parametrize(("batch", "bucket"), [(1, 1), (5, 2), (6, 6), (7, 3)])
+def test_every_active_token_is_in_one_bucket_once(
+    batch: int, bucket: int, use_switch: bool
+) -> None:
+    plan = Plan(bucket=bucket, token_multiple=8, use_switch=use_switch)
+    active = np.random.default_rng(batch).random((batch, 11)) < np.linspace(0, 1, batch)[:, None]
+    buckets = jax.tree.map(np.asarray, ragged.make_buckets(jnp.asarray(active), plan))
+    seen = np.zeros_like(active, int)
+    for image, count in zip(buckets.image.ravel(), buckets.count.ravel(), strict=True):
+        if image == batch:
+            assert count == 0  # an empty place
+            continue
+        tokens = buckets.token[image, :count]
+        assert count == active[image].sum() and (np.diff(tokens) > 0).all()
+        np.testing.assert_array_equal(buckets.place[image, tokens], np.arange(count))
+        seen[image, tokens] += 1
+    np.testing.assert_array_equal(seen, active)
+    assert sorted(image for image in buckets.image.ravel() if image < batch) == list(range(batch))
+    largest, smallest = buckets.count.max(axis=1), buckets.count.min(axis=1)
+    assert (smallest[:-1] >= largest[1:]).all()  # so little is padding
+    padding = (largest[:, None] - buckets.count).sum()
+    assert padding == (largest * buckets.image.shape[1]).sum() - active.sum()
 
 
 def test_token_counts() -> None:
-    assert removal.Plan(group=1, step=8).token_counts(65) == (16, 32, 40, 48, 56, 64, 65)
-    assert removal.Plan(group=1, step=100).token_counts(17) == (17,)
-    assert removal.Plan(group=1, step=2).token_counts(4) == (2, 4)
+    assert Plan(bucket=1, token_multiple=8).token_counts(65) == (16, 32, 40, 48, 56, 64, 65)
+    assert Plan(bucket=1, token_multiple=100).token_counts(17) == (17,)
+    assert Plan(bucket=1, token_multiple=2).token_counts(4) == (2, 4)
 
 
 @pytest.mark.parametrize(("batch", "group"), [(1, 1), (8, 8), (9, 5), (16, 8), (17, 6), (257, 8)])
 def test_groups_share_out_the_batch(batch: int, group: int) -> None:
-    assert removal.Plan(group=8, step=8).evenly(batch).group == group
+    assert Plan(bucket=8, token_multiple=8).evenly(batch).bucket == group
 
 
 def test_training_plans_of_small_and_large_pictures() -> None:
-    plans = [removal.training_plan(num_tokens, "cpu") for num_tokens in (17, 65, 197, 785, 4097)]
-    assert [(plan.group, plan.step) for plan in plans] == [
+    plans = [training_plan(num_tokens, "cpu") for num_tokens in (17, 65, 197, 785, 4097)]
+    assert [(plan.bucket, plan.token_multiple) for plan in plans] == [
         (64, 8),
         (32, 8),
         (8, 32),
         (2, 128),
         (1, 680),
     ]
-    plan = removal.training_plan(197, "gpu")
-    assert (plan.group, plan.step, plan.switch) == (128, 32, True)
+    plan = training_plan(197, "gpu")
+    assert (plan.bucket, plan.token_multiple, plan.use_switch) == (128, 32, True)
 
 
 def test_a_gpu_removes_where_that_was_measured_to_be_faster() -> None:
@@ -174,20 +202,20 @@ def test_a_gpu_removes_where_that_was_measured_to_be_faster() -> None:
         )["batches"]:
             speed_up = {row: values["speed_up"] for row, values in measured["rows"].items()}
             for ratio in (1.0, 0.8, 0.62, 0.4):
-                compared.append(removal.pays(width, measured["batch"], ratio, backend="gpu"))
+                compared.append(removal_pays(width, measured["batch"], ratio, backend="gpu"))
                 assert compared[-1] == (speed_up[f"adaptive {ratio}"] > speed_up["masked 0.4"])
     measured = json.loads((experiments / "training_removal/h200.json").read_text())
     for ratio, values in measured["budgets"].items():
         speed_up = {row: values["speed_up"] for row, values in values["rows"].items()}
         compared.append(
-            removal.pays(192, measured["batch"], float(ratio), training=True, backend="gpu")
+            removal_pays(192, measured["batch"], float(ratio), training=True, backend="gpu")
         )
         assert compared[-1] == (speed_up["removed"] > speed_up["masked, remat"])
     assert 0 < sum(compared) < len(compared) == 24
     for training in (False, True):
-        assert not removal.pays(192, 16, 0.4, training=training, backend="gpu")
+        assert not removal_pays(192, 16, 0.4, training=training, backend="gpu")
         assert all(
-            removal.pays(12, 1, 1.0, training=training, backend=backend)
+            removal_pays(12, 1, 1.0, training=training, backend=backend)
             for backend in ("cpu", "tpu")
         )
 
@@ -196,13 +224,13 @@ def test_a_gpu_removes_where_that_was_measured_to_be_faster() -> None:
     ("batch", "size"), [(1, 1), (5, 5), (20, 20), (21, 12), (41, 16), (1000, 20)]
 )
 def test_waves_are_even_and_of_whole_groups(batch: int, size: int) -> None:
-    assert removal.Plan(group=4, step=8, wave=20).wave_size(batch) == size
+    assert Plan(bucket=4, token_multiple=8, chunk=20).chunk_size(batch) == size
 
 
 def test_mistakes_are_value_errors() -> None:
-    plan = removal.Plan(group=2, step=8)
+    plan = Plan(bucket=2, token_multiple=8)
     for changes in ({"halting": None}, {"dropout": 0.1}, {"remat": True}):
         with pytest.raises(ValueError, match=r"removal in training needs"):
             _model(removal=plan, **changes).check()
     with pytest.raises(ValueError, match="at least 1"):
-        removal.Plan(group=0, step=8)
+        Plan(bucket=0, token_multiple=8)

@@ -1,0 +1,280 @@
+"""Runs a layer on ragged batches: only on the active tokens of each image.
+
+XLA compiles programs for fixed shapes. So the images are sorted by their number of active tokens
+and put into buckets of a few images. A bucket gathers its active tokens, pads them to the smallest
+compiled number of tokens that holds its fullest image, runs the layer, and puts the results back.
+An image without active tokens is in no bucket that runs.
+
+All of this is one program. The device decides how many buckets run; Python reads no value back.
+This module knows nothing of the layer but its signature, `Layer`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from avit_jax.core.plan import Plan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Inputs of a layer that have no gradient: trees of arrays, or None.
+
+    Attributes:
+      tokens: arrays `(B, N)`, gathered with the tokens.
+      images: arrays `(B, ...)`, gathered with the images.
+      shared: arrays of any shape, the same for all images.
+    """
+
+    tokens: Any = None
+    images: Any = None
+    shared: Any = None
+
+
+# (params, tokens x (B, N, D), inputs, active (B, N) or None if all are) -> (x (B, N, D), values).
+# The values are a tree of arrays (B, N).
+Layer = Callable[[Any, jax.Array, Inputs, jax.Array | None], tuple[jax.Array, Any]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """Images sorted into K buckets of G places, those with most tokens first.
+
+    Attributes:
+      image: `(K, G)` int32, the image in each place; B if the place is empty.
+      count: `(K, G)` int32, its active tokens; 0 if the place is empty.
+      token: `(B, N)` int32, the active tokens of each image in their order; then N - 1.
+      place: `(B, N)` int32, how many active tokens of the image precede each active token.
+    """
+
+    image: jax.Array
+    count: jax.Array
+    token: jax.Array
+    place: jax.Array
+
+
+def make_buckets(active: jax.Array, plan: Plan) -> Buckets:
+    """Sorts images into buckets of equal size: `plan.bucket`, or fewer that fill all buckets.
+
+    Args:
+      active: `(B, N)` bool.
+      plan: for its bucket.
+    """
+    batch, num_tokens = active.shape
+    ends = jnp.cumsum(active, axis=1, dtype=jnp.int32)
+    method = "compare_all" if plan.use_switch else "scan"
+    search = functools.partial(jnp.searchsorted, method=method)
+    token = jax.vmap(lambda ends: search(ends, jnp.arange(num_tokens) + 1))(ends)
+    count = ends[:, -1]
+    order = jnp.argsort(-count).astype(jnp.int32)
+    size = plan.evenly(batch).bucket
+    empty = -batch % size
+    return Buckets(
+        image=jnp.pad(order, (0, empty), constant_values=batch).reshape(-1, size),
+        count=jnp.pad(count[order], (0, empty)).reshape(-1, size),
+        token=jnp.minimum(token.astype(jnp.int32), num_tokens - 1),
+        place=ends - 1,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Bucket:
+    """One bucket of g images at n tokens each.
+
+    Attributes:
+      image: `(g,)`; an empty place names any image.
+      exists: `(g,)` bool, False for an empty place.
+      token: `(g, n)` the active tokens of each image, then padding.
+      is_token: `(g, n)` bool, False for padding; None if every image exists and has all tokens.
+      replaced: `(g, N)` bool, the tokens of the image that the layer replaces.
+      place: `(g, N)` where each active token is among the n.
+      scatter: whether all tokens go back at once, not image by image.
+    """
+
+    image: jax.Array
+    exists: jax.Array
+    token: jax.Array
+    is_token: jax.Array | None
+    replaced: jax.Array
+    place: jax.Array
+    scatter: bool
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """Returns the rows `(g, n, ...)` of an array `(B, N, ...)`; padding is 0."""
+        if self.is_token is None:
+            return x[self.image]
+        rows = x[self.image[:, None], self.token]
+        is_token = self.is_token.reshape(*self.token.shape, *(1,) * (x.ndim - 2))
+        return jnp.where(is_token, rows, jnp.zeros((), x.dtype))
+
+    def put(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """Returns the array `(B, N, ...)` with the rows `(g, n, ...)` in their places."""
+        if self.scatter:
+            # What does not exist gets a place outside of the array that nothing else has.
+            image = jnp.where(self.exists, self.image, len(x) + jnp.arange(len(self.image)))
+            outside = x.shape[1] + jnp.arange(self.token.shape[1])
+            is_token = self.is_token
+            token = self.token if is_token is None else jnp.where(is_token, self.token, outside)
+            return x.at[image[:, None], token].set(rows, mode="drop", unique_indices=True)
+        ones = (1,) * (x.ndim - 2)
+        if self.is_token is not None:
+            place = self.place.reshape(*self.place.shape, *ones)
+            rows = jnp.take_along_axis(rows, place, axis=1)
+        for i in range(len(self.image)):
+            start, new = (self.image[i], *(0,) * (x.ndim - 1)), rows[i : i + 1]
+            if self.is_token is not None:
+                old = jax.lax.dynamic_slice(x, start, (1, *x.shape[1:]))
+                new = jnp.where(self.replaced[i : i + 1].reshape(1, -1, *ones), new, old)
+            x = jax.lax.dynamic_update_slice(x, new, start)
+        return x
+
+    def gather_inputs(self, inputs: Inputs) -> Inputs:
+        """Returns the inputs of the layer for the rows of this bucket."""
+        return Inputs(
+            tokens=jax.tree.map(self.gather, inputs.tokens),
+            images=jax.tree.map(lambda x: x[self.image], inputs.images),
+            shared=inputs.shared,
+        )
+
+
+def _run_buckets(
+    step: Callable[[Any, _Bucket], Any], carry: Any, active: jax.Array, plan: Plan
+) -> Any:
+    """Runs `carry = step(carry, bucket)` for every bucket that has an active token."""
+    batch, num_tokens = active.shape
+    buckets = make_buckets(active, plan)
+    num_buckets, size = buckets.image.shape
+    together = 1 if plan.use_switch else min(max(1, plan.full_bucket // size), num_buckets)
+    # The 0 at the end ends the loops.
+    largest, smallest = (jnp.pad(buckets.count[:, i], (0, together)) for i in (0, -1))
+
+    def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:
+        carry, i = state
+        width = together if full else 1
+        place = jax.lax.dynamic_slice_in_dim(buckets.image, i, width).reshape(-1)
+        image = jnp.minimum(place, batch - 1)
+        exists = place < batch
+        bucket = _Bucket(
+            image=image,
+            exists=exists,
+            token=buckets.token[image, :num],
+            is_token=None if full else jnp.arange(num)[None] < buckets.count[i][:, None],
+            replaced=active[image] & exists[:, None],
+            place=jnp.clip(buckets.place[image], 0, num - 1),
+            scatter=plan.use_switch,
+        )
+        return step(carry, bucket), i + width
+
+    token_counts = plan.token_counts(num_tokens)
+    run_full = functools.partial(run, num_tokens, full=True)
+    state = (carry, jnp.zeros((), jnp.int32))
+    if plan.use_switch:
+        return _run_by_switch(run, run_full, state, token_counts, largest, smallest)
+    # From the fullest buckets to the emptiest. Several buckets run as one, without padding, as long
+    # as all of their tokens are active. Then one loop for each number of tokens; it runs no bucket
+    # if none needs this number.
+    state = jax.lax.while_loop(
+        lambda state: smallest[state[1] + together - 1] == num_tokens, run_full, state
+    )
+    for num, fewer in zip(token_counts[::-1], (*token_counts[-2::-1], 0), strict=True):
+        state = jax.lax.while_loop(
+            lambda state, fewer=fewer: largest[state[1]] > fewer,
+            lambda state, num=num: run(num, state),
+            state,
+        )
+    return state[0]
+
+
+def _run_by_switch(
+    run: Callable[..., Any],
+    run_full: Callable[..., Any],
+    state: tuple[Any, jax.Array],
+    token_counts: tuple[int, ...],
+    largest: jax.Array,
+    smallest: jax.Array,
+) -> Any:
+    """Visits every bucket; a switch selects the program for its number of tokens."""
+
+    def skip(state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        return state[0], state[1] + 1
+
+    branches = [skip, *(functools.partial(run, num) for num in token_counts), run_full]
+    counts = jnp.array((0, *token_counts))
+
+    def switch(_: int, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        which = jnp.searchsorted(counts, largest[state[1]], method="compare_all")
+        which = jnp.where(smallest[state[1]] == token_counts[-1], len(branches) - 1, which)
+        return jax.lax.switch(which, branches, state)
+
+    return jax.lax.fori_loop(0, len(largest) - 1, switch, state)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def transform(
+    layer: Layer,
+    plan: Plan,
+    params: Any,
+    x: jax.Array,
+    values: Any,
+    inputs: Inputs,
+    active: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Runs a layer on the active tokens. Halted tokens and their values stay as they are.
+
+    The backward pass goes through the same buckets and computes the layer again: only `x` is kept
+    for it.
+
+    Args:
+      layer: the layer; its dtypes out are its dtypes in.
+      plan: sizes of the buckets.
+      params: of the layer.
+      x: `(B, N, D)` tokens.
+      values: tree of arrays `(B, N)`, what the layer returns beside the tokens, for halted tokens.
+      inputs: arrays without a gradient.
+      active: `(B, N)` bool.
+
+    Returns:
+      Tokens `(B, N, D)` and values `(B, N)` after the layer.
+    """
+
+    def step(carry: tuple[jax.Array, Any], bucket: _Bucket) -> tuple[jax.Array, Any]:
+        rows = bucket.gather(x_of(carry))
+        new = layer(params, rows, bucket.gather_inputs(inputs), bucket.is_token)
+        return jax.tree.map(bucket.put, carry, new)
+
+    def x_of(carry: tuple[jax.Array, Any]) -> jax.Array:
+        return carry[0]
+
+    return _run_buckets(step, (x, values), active, plan)
+
+
+def _forward(layer, plan, params, x, values, inputs, active) -> tuple:
+    saved = (params, x, inputs, active)
+    return transform(layer, plan, params, x, values, inputs, active), saved
+
+
+def _backward(layer: Layer, plan: Plan, saved: tuple, grads: tuple[jax.Array, Any]) -> tuple:
+    params, x, inputs, active = saved
+    grad, value_grads = grads
+
+    def step(carry: tuple[jax.Array, Any], bucket: _Bucket) -> tuple[jax.Array, Any]:
+        grad, param_grads = carry
+        of_rows = bucket.gather_inputs(inputs)
+        run = lambda params, rows: layer(params, rows, of_rows, bucket.is_token)  # noqa: E731
+        _, pull_back = jax.vjp(run, params, bucket.gather(x))
+        more, rows = pull_back((bucket.gather(grad), jax.tree.map(bucket.gather, value_grads)))
+        return bucket.put(grad, rows), jax.tree.map(jnp.add, param_grads, more)
+
+    carry = (grad, jax.tree.map(jnp.zeros_like, params))
+    grad, param_grads = _run_buckets(step, carry, active, plan)
+    halted = jax.tree.map(lambda g: jnp.where(active, jnp.zeros((), g.dtype), g), value_grads)
+    return param_grads, grad, halted, None, None
+
+
+transform.defvjp(_forward, _backward)

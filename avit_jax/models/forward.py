@@ -1,0 +1,224 @@
+"""The one forward pass over all layers. Axes as in `vit`.
+
+An executor runs a layer: `masked` on all tokens, `Bucketed` on the active ones. Whether tokens
+halt, how their outputs are averaged, and what the network reports does not depend on it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from avit_jax.core import halting, merging, ragged
+from avit_jax.core.plan import Plan
+from avit_jax.core.ragged import Inputs
+from avit_jax.models.block import Block, Gate
+
+# (layer, params, x, values, inputs, active) -> (x, values), as `ragged.transform` without a plan.
+Executor = Callable[..., tuple[jax.Array, Any]]
+
+
+def masked(
+    layer: ragged.Layer,
+    params: Any,
+    x: jax.Array,
+    values: Any,
+    inputs: Inputs,
+    active: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Runs a layer on all tokens, with halted ones set to 0; see `ragged.transform`."""
+    del values
+    # The gradient of a halted token passes through unchanged, as in the released code. None arrives
+    # here unless the prior looks at halted tokens.
+    x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
+    return layer(params, x, inputs, active)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucketed:
+    """Runs a layer on the active tokens only; see `ragged.transform`.
+
+    Attributes:
+      plan: sizes of the buckets.
+    """
+
+    plan: Plan
+
+    def __call__(self, layer: ragged.Layer, *args: Any) -> tuple[jax.Array, Any]:
+        return ragged.transform(layer, self.plan, *args)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Carry:
+    """What one layer hands to the next.
+
+    Attributes:
+      x: `(B, N, D)` tokens.
+      state: of halting, fields `(B, N)`.
+      readout: `(B, R, D)` outputs of the prefix tokens, averaged over layers so far.
+      size: `(B, N)` number of patches that each token stands for; None without merging.
+    """
+
+    x: jax.Array
+    state: halting.HaltingState
+    readout: jax.Array
+    size: jax.Array | None
+
+
+def start(block: Block, x: jax.Array, num_prefix_tokens: int) -> Carry:
+    """Returns the carry before the first layer, for embedded tokens `(B, N, D)`."""
+    state = halting.init(x.shape[:2], x.dtype)
+    shape = (len(x), num_prefix_tokens, x.shape[-1])
+    size = jnp.ones_like(state.remainder) if block.similarity_dim else None
+    readout = jnp.zeros(shape, state.remainder.dtype)
+    return Carry(x=x, state=state, readout=readout, size=size)
+
+
+def step(
+    block: Block,
+    executor: Executor,
+    gate: Gate,
+    carry: Carry,
+    params: Any,
+    *,
+    is_last: jax.typing.ArrayLike,
+    keep: jax.Array | None = None,
+    image_index: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    """Runs one layer and its halting step.
+
+    Args:
+      block: the layer.
+      executor: `masked`, `Bucketed` or the like.
+      gate: gamma and beta.
+      carry: from the layer before.
+      params: of this layer.
+      is_last: whether this is the last layer.
+      keep: `(B, 2)` drop-path factors; None for 1.
+      image_index: `(B,)` indices in the global batch, for dropout; None in evaluation.
+      dropout_key: of this layer; only for `masked`.
+
+    Returns:
+      The carry, and score and active `(B, N)` of this layer.
+    """
+    state, num_prefix_tokens = carry.state, carry.readout.shape[1]
+    gate = tuple(jnp.asarray(g) for g in gate)
+    values, info, gate_of_layer = {}, None, None
+    if carry.size is not None:
+        is_patch = jnp.arange(carry.size.shape[1]) >= num_prefix_tokens
+        info = merging.TokenInfo(
+            size=carry.size,
+            cumulative=state.cumulative,
+            is_patch=jnp.broadcast_to(is_patch, carry.size.shape),
+        )
+        values = {"score": jnp.zeros_like(state.remainder), "size": carry.size}
+        gate_of_layer = gate
+    inputs = Inputs(tokens=info, images=(keep, image_index), shared=jnp.asarray(is_last))
+    x, values = executor(
+        functools.partial(_layer, block, dropout_key),
+        (params, gate_of_layer),
+        carry.x,
+        values,
+        inputs,
+        state.active,
+    )
+    if info is None:
+        score = halting.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
+    else:  # it depends on redundancy, and the layer merges by it
+        score = values["score"]
+    after, weight = halting.accumulate(state, score, epsilon=block.halting.epsilon, is_last=is_last)
+    prefix = x[:, :num_prefix_tokens].astype(weight.dtype)
+    readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix
+    carry = Carry(x=x, state=after, readout=readout, size=values.get("size"))
+    return carry, (score, state.active)
+
+
+def _layer(
+    block: Block,
+    dropout_key: jax.Array | None,
+    params: Any,
+    x: jax.Array,
+    inputs: Inputs,
+    active: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The layer as `ragged.Layer`."""
+    layer_params, gate = params
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    variables = {"params": layer_params}
+    return block.apply(variables, x, inputs, active, gate, rngs=rngs, method="layer")
+
+
+def run(
+    block: Block,
+    executor: Executor,
+    gate: Gate | None,
+    carry: Carry,
+    params: Any,
+    *,
+    keep: jax.Array | None = None,
+    image_index: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    remat: bool = False,
+    stop_finished: bool = False,
+) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    """Runs all layers.
+
+    Args:
+      block: the layer.
+      executor: runs it.
+      gate: gamma and beta; None for a network without halting, whose layers all run on all tokens.
+      carry: from `start`.
+      params: of all layers, stacked.
+      keep: `(L, B, 2)` drop-path factors; None for 1.
+      image_index: `(B,)` indices in the global batch, for dropout; None in evaluation.
+      dropout_key: None without dropout.
+      remat: recomputes each layer in the backward pass.
+      stop_finished: whether all tokens of an image halt once its prefix tokens have. Its logits do
+        not change.
+
+    Returns:
+      The carry, and score and active `(L, B, N)`. Without halting, the score is 0 and all tokens
+      are active.
+    """
+    num_layers = len(jax.tree.leaves(params)[0])
+    keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
+    layers = (params, jnp.arange(num_layers) == num_layers - 1, keep, keys)
+
+    def body(carry: Carry, layer: tuple) -> tuple[Carry, tuple[jax.Array, jax.Array] | None]:
+        params, is_last, keep, key = layer
+        if gate is None:
+            inputs = Inputs(images=(keep, image_index))
+            x, _ = _layer(block, key, (params, None), carry.x, inputs, None)
+            return dataclasses.replace(carry, x=x), None
+        carry, by_layer = step(
+            block,
+            executor,
+            gate,
+            carry,
+            params,
+            is_last=is_last,
+            keep=keep,
+            image_index=image_index,
+            dropout_key=key,
+        )
+        if stop_finished:
+            active = carry.state.active
+            unfinished = active[:, : carry.readout.shape[1]].any(axis=1, keepdims=True)
+            state = dataclasses.replace(carry.state, active=active & unfinished)
+            carry = dataclasses.replace(carry, state=state)
+        return carry, by_layer
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    carry, by_layer = jax.lax.scan(body, carry, layers)
+    if gate is None:
+        state = dataclasses.replace(carry.state, depth=carry.state.depth + num_layers)
+        readout = carry.x[:, : carry.readout.shape[1]]
+        carry = dataclasses.replace(carry, state=state, readout=readout)
+        score = jnp.zeros((num_layers, *state.remainder.shape), state.remainder.dtype)
+        by_layer = (score, jnp.ones(score.shape, bool))
+    return carry, by_layer
