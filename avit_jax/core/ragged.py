@@ -47,10 +47,10 @@ class Buckets:
     """Images sorted into K buckets of G places, those with most tokens first.
 
     Attributes:
-      image: `(K, G)` int32, the image in each place; B if the place is empty.
-      count: `(K, G)` int32, its active tokens; 0 if the place is empty.
-      token: `(B, N)` int32, the active tokens of each image in their order; then N - 1.
-      place: `(B, N)` int32, how many active tokens of the image precede each active token.
+      image: `(K, G)` int, the image in each place; B if the place is empty.
+      count: `(K, G)` int, its active tokens; 0 if the place is empty.
+      token: `(B, N)` int, the active tokens of each image in their order; then N - 1.
+      place: `(B, N)` int, how many active tokens of the image precede each active token.
     """
 
     image: jax.Array
@@ -67,18 +67,18 @@ def make_buckets(active: jax.Array, plan: Plan) -> Buckets:
       plan: for its bucket.
     """
     batch, num_tokens = active.shape
-    ends = jnp.cumsum(active, axis=1, dtype=jnp.int32)
+    ends = jnp.cumsum(active, axis=1)
     method = "compare_all" if plan.use_switch else "scan"
     search = functools.partial(jnp.searchsorted, method=method)
     token = jax.vmap(lambda ends: search(ends, jnp.arange(num_tokens) + 1))(ends)
     count = ends[:, -1]
-    order = jnp.argsort(-count).astype(jnp.int32)
+    order = jnp.argsort(-count)
     size = plan.evenly(batch).bucket
     empty = -batch % size
     return Buckets(
         image=jnp.pad(order, (0, empty), constant_values=batch).reshape(-1, size),
         count=jnp.pad(count[order], (0, empty)).reshape(-1, size),
-        token=jnp.minimum(token.astype(jnp.int32), num_tokens - 1),
+        token=jnp.minimum(token, num_tokens - 1),
         place=ends - 1,
     )
 

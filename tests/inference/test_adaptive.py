@@ -26,7 +26,7 @@ from avit_jax.inference import adaptive, autotune
 from avit_jax.models import flops, vit
 
 _PLAN = Plan(bucket=3, token_multiple=8, chunk=8)
-_PLANS = [_PLAN, dataclasses.replace(_PLAN, switch=True)]
+_PLANS = [_PLAN, dataclasses.replace(_PLAN, use_switch=True)]
 
 
 def _model(**changes: Any) -> vit.AViT:
@@ -193,7 +193,7 @@ def test_halted_tokens_are_not_computed() -> None:
 
 
 def _padded_by_hand(model: vit.AViT, active: np.ndarray, plan: Plan) -> float:
-    """MACs of a wave of images, layer by layer and group by group."""
+    """MACs of a chunk of images, layer by layer and bucket by bucket."""
     total = active.shape[1] * flops.fixed_macs(model)
     counts = plan.token_counts(model.num_tokens)
     for i, layer in enumerate(active.sum(axis=-1)):
@@ -256,10 +256,10 @@ def test_padding_of_the_default_plan_is_small(
         ratio = macs / flops.static_macs(model)
         low, high = (low, mean) if ratio > budget else (mean, high)
     assert ratio == pytest.approx(budget, abs=0.01)
-    size = plan.wave_size(batch)
+    size = plan.chunk_size(batch)
     plan = plan.evenly(size)
-    waves = [active[:, start : start + size] for start in range(0, batch, size)]
-    assert macs * batch / sum(_padded_by_hand(model, wave, plan) for wave in waves) >= bound
+    chunks = [active[:, start : start + size] for start in range(0, batch, size)]
+    assert macs * batch / sum(_padded_by_hand(model, chunk, plan) for chunk in chunks) >= bound
 
 
 def test_one_program_a_batch_size() -> None:
