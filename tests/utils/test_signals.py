@@ -53,7 +53,7 @@ with distributed.Stop() as stop:
 
 _TWICE = """
 import signal, time
-from avit_jax import distributed
+from avit_jax.training import distributed
 with distributed.Stop() as stop:
     assert not stop()
     signal.raise_signal(signal.SIGINT)
