@@ -112,9 +112,9 @@ def test_devices_of_a_program(
     tmp_path: pathlib.Path, arguments: list[str], variable: dict[str, str], devices: int
 ) -> None:
     program = (
-        "import jax\nfrom avit_jax import adaptive, main, train\n"
+        "import jax\nfrom avit_jax import adaptive, main\nfrom avit_jax.training import loop\n"
         "adaptive.usable_cores = lambda: 3\n"
-        "train.train = train.restore_and_evaluate = lambda *_, **__: print('devices:', "
+        "loop.train = loop.restore_and_evaluate = lambda *_, **__: print('devices:', "
         "jax.device_count())\n"
         "main._start()\n"
     )
@@ -155,7 +155,7 @@ _HEAD = "from avit_jax import config as config_lib\n"
             "'steps'",
         ),
         (
-            "from avit_jax import errors\ndef get_config():\n  raise errors.UserError('do this')\n",
+            "from avit_jax.utils import errors\ndef get_config():\n  raise errors.UserError('do this')\n",
             "do this",
         ),
     ],

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import chex
 import fixtures
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,9 @@ def start(tmp_path: pathlib.Path) -> Iterator[object]:
     )
     running = []
 
-    def start_one(workdir: str, devices: int, *options: str) -> subprocess.Popen:
+    def start_one(
+        workdir: str, devices: int, *options: str, stdout: int | None = None
+    ) -> subprocess.Popen:
         environment = os.environ | {
             "PYTHONPATH": str(_REPOSITORY),
             "JAX_PLATFORMS": "cpu",
@@ -56,7 +59,12 @@ def start(tmp_path: pathlib.Path) -> Iterator[object]:
             *options,
         ]
         process = subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         running.append(process)
         return process
@@ -161,15 +169,18 @@ def test_processes_of_another_configuration(start) -> None:
 
 def test_sigterm_ends_what_is_no_training(start, tmp_path: pathlib.Path) -> None:
     _end(start("run", 4))
-    os.mkfifo(tmp_path / "picture.png")
-    one = ["--coordinator=localhost:0", "--num_processes=1", "--process_id=0"]
+    image = tmp_path / "image.png"
+    image.write_bytes(fixtures.png(np.zeros((16, 16), np.uint8)))
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        one[0] = f"--coordinator=localhost:{free.getsockname()[1]}"
-    process = start("run", 4, "--mode=predict", *one, str(tmp_path / "picture.png"))
-    with (tmp_path / "picture.png").open("wb"):  # waits for the process to read it
-        process.terminate()
-        assert process.wait(30) == -signal.SIGTERM
+        address = f"localhost:{free.getsockname()[1]}"
+    one = [f"--coordinator={address}", "--num_processes=1", "--process_id=0"]
+    images = [str(image)] * 10_000  # more than it reads before the signal comes
+    process = start("run", 4, "--mode=predict", *one, *images, stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_a_dead_worker_costs_nothing(start, tmp_path: pathlib.Path) -> None:
@@ -221,8 +232,8 @@ def test_a_signal_reaches_the_workers_too(
 
 
 _QUICKLY = (
-    "import sys\nfrom avit_jax import distributed, main\ndistributed.START_SECONDS = "
-    "6\nmain._start()"
+    "from avit_jax import main\nfrom avit_jax.training import distributed\n"
+    "distributed.START_SECONDS = 6\nmain._start()"
 )
 
 

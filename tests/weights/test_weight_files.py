@@ -469,7 +469,7 @@ def test_a_gate_in_a_name_that_is_no_number(tmp_path: pathlib.Path) -> None:
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys, pathlib; sys.modules['torch'] = None\n"
-        "from avit_jax import weight_files\n"
+        "from avit_jax.weights import weight_files\n"
         f"print(len(weight_files.read(pathlib.Path({str(_DATA / 'tiny-10-30.pth')!r})).tensors))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
