@@ -217,7 +217,7 @@ def _classify(
     """Maps the tokens `(B, N, D)` of one chunk to logits and `Aux` with the image axis first."""
     network = model.clone(removal=None, remat=False)
     logits, aux = network.apply(
-        variables, x, forward.Bucketed(plan), exists=exists, method="run_layers"
+        variables, x, forward.Bucketed(plan), exists=exists, method="from_tokens"
     )
     is_last = jnp.arange(model.depth) == model.depth - 1
     padded = jax.vmap(lambda active, is_last: padded_macs(model, active, plan, is_last))

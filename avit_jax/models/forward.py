@@ -72,7 +72,7 @@ class Carry:
 def start(block: Block, x: jax.Array, num_prefix_tokens: int) -> Carry:
     """Returns the carry before the first layer, for embedded tokens `(B, N, D)`."""
     state = halting.init(x.shape[:2], x.dtype)
-    shape = (len(x), num_prefix_tokens, x.shape[-1])
+    shape = (x.shape[0], num_prefix_tokens, x.shape[-1])
     size = jnp.ones_like(state.remainder) if block.similarity_dim else None
     readout = jnp.zeros(shape, state.remainder.dtype)
     return Carry(x=x, state=state, readout=readout, size=size)

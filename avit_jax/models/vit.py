@@ -276,7 +276,7 @@ class AViT(nn.Module):
         key = self.make_rng("dropout")
         return block.random_keep(key, image_index, rate, (self.depth, 2)).swapaxes(0, 1)
 
-    def run_layers(
+    def from_tokens(
         self,
         x: jax.Array,
         executor: forward.Executor,
@@ -357,7 +357,7 @@ class AViT(nn.Module):
         if self.is_initializing():
             self.layers(x[:1, :1], None)
         executor = forward.masked if self.removal is None else forward.Bucketed(self.removal)
-        return self.run_layers(x, executor, image_index=image_index, train=train)
+        return self.from_tokens(x, executor, image_index=image_index, train=train)
 
 
 deit_tiny = functools.partial(AViT, width=192, num_heads=3)
