@@ -42,7 +42,7 @@ callback()
 # A main thread that runs C, and no bytecode of Python, until it can read.
 _BUSY = """
 import ctypes, signal, sys
-from avit_jax import distributed
+from avit_jax.training import distributed
 with distributed.Stop() as stop:
     assert not stop()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # another thread gets the signal
