@@ -28,13 +28,13 @@ def without_gradient(function: Callable[..., Any], message: str) -> Callable[...
     @run.defjvp
     def jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         out = run(*primals)
-        tangents = [x for x in jax.tree.leaves(tangents) if x.dtype != jax.dtypes.float0]
+        given = [x for x in jax.tree.leaves(tangents) if x.dtype != jax.dtypes.float0]
 
         def tangent(x: jax.Array) -> Any:
             if not np.issubdtype(x.dtype, np.inexact) and x.dtype != jax.numpy.bfloat16:
                 return np.zeros(x.shape, jax.dtypes.float0)
             return _needed.bind(
-                *tangents, aval=jax.core.ShapedArray(x.shape, x.dtype), message=message
+                *given, aval=jax.core.ShapedArray(x.shape, x.dtype), message=message
             )
 
         return out, jax.tree.map(tangent, out)

@@ -127,7 +127,8 @@ class _Bucket:
             place = self.place.reshape(*self.place.shape, *ones)
             rows = jnp.take_along_axis(rows, place, axis=1)
         for i in range(len(self.image)):
-            start, new = (self.image[i], *(0,) * (x.ndim - 1)), rows[i : i + 1]
+            start: list[Any] = [self.image[i]] + [0] * (x.ndim - 1)
+            new = rows[i : i + 1]
             if self.is_token is not None:
                 old = jax.lax.dynamic_slice(x, start, (1, *x.shape[1:]))
                 new = jnp.where(self.replaced[i : i + 1].reshape(1, -1, *ones), new, old)
@@ -173,20 +174,23 @@ def _run_buckets(
 
     token_counts = plan.token_counts(num_tokens)
     run_full = functools.partial(run, num_tokens, full=True)
-    state = (carry, jnp.zeros((), jnp.int32))
+    state: Any = (carry, jnp.zeros((), jnp.int32))
     if plan.use_switch:
         return _run_by_switch(run, run_full, state, token_counts, largest, smallest)
+
     # From the fullest buckets to the emptiest. Several buckets run as one, without padding, as long
     # as all of their tokens are active. Then one loop for each number of tokens; it runs no bucket
     # if none needs this number.
-    state = jax.lax.while_loop(
-        lambda state: smallest[state[1] + together - 1] == num_tokens, run_full, state
-    )
+    def is_full(state: tuple[Any, jax.Array]) -> jax.Array:
+        return smallest[state[1] + together - 1] == num_tokens
+
+    def is_larger(fewer: int, state: tuple[Any, jax.Array]) -> jax.Array:
+        return largest[state[1]] > fewer
+
+    state = jax.lax.while_loop(is_full, run_full, state)
     for num, fewer in zip(token_counts[::-1], (*token_counts[-2::-1], 0), strict=True):
         state = jax.lax.while_loop(
-            lambda state, fewer=fewer: largest[state[1]] > fewer,
-            lambda state, num=num: run(num, state),
-            state,
+            functools.partial(is_larger, fewer), functools.partial(run, num), state
         )
     return state[0]
 
@@ -204,7 +208,11 @@ def _run_by_switch(
     def skip(state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         return state[0], state[1] + 1
 
-    branches = [skip, *(functools.partial(run, num) for num in token_counts), run_full]
+    branches: list[Callable[..., Any]] = [
+        skip,
+        *(functools.partial(run, num) for num in token_counts),
+        run_full,
+    ]
     counts = jnp.array((0, *token_counts))
 
     def switch(_: int, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:

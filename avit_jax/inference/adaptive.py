@@ -123,9 +123,10 @@ def make_apply(
       macs_ratio: MACs of the network as a ratio to those of the static network; 1 if unknown.
     """
     masks = images is not None and not removal_pays(model.width, images, macs_ratio)
-    if model.halting is None or masks:
-        return model.apply
-    return functools.partial(apply, model)
+    run: Any = model.apply
+    if model.halting is not None and not masks:
+        run = functools.partial(apply, model)
+    return run
 
 
 def _apply(
@@ -196,7 +197,8 @@ def _embed(
 
     def embed(begin: jax.Array) -> jax.Array:
         some = jax.lax.dynamic_slice_in_dim(images, begin, step)
-        return model.apply(variables, some, method="embed")
+        run: Any = model.apply
+        return run(variables, some, method="embed")
 
     def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, place = carry
@@ -208,7 +210,7 @@ def _embed(
     tokens = jax.eval_shape(embed, start)
     x = jnp.zeros((size, *tokens.shape[1:]), tokens.dtype)
     stop = jnp.max(jnp.where(exists, jnp.arange(size) + 1, 0))
-    return jax.lax.while_loop(lambda carry: carry[1] < stop, body, (x, 0))[0]
+    return jax.lax.while_loop(lambda carry: carry[1] < stop, body, (x, jnp.array(0)))[0]
 
 
 def _classify(
@@ -216,19 +218,19 @@ def _classify(
 ) -> tuple[jax.Array, vit.Aux]:
     """Maps the tokens `(B, N, D)` of one chunk to logits and `Aux` with the image axis first."""
     network = model.clone(removal=None, remat=False)
-    logits, aux = network.apply(
-        variables, x, forward.Bucketed(plan), exists=exists, method="from_tokens"
-    )
+    run: Any = network.apply
+    logits, aux = run(variables, x, forward.Bucketed(plan), exists=exists, method="from_tokens")
     is_last = jnp.arange(model.depth) == model.depth - 1
     padded = jax.vmap(lambda active, is_last: padded_macs(model, active, plan, is_last))
     macs = flops.fixed_macs(model) + padded(aux.active, is_last).sum(axis=0)
     # Rounding may leave the sum below the MACs without padding.
-    aux = aux.replace(macs_padded=jnp.maximum(macs, aux.macs))
+    aux = dataclasses.replace(aux, macs_padded=jnp.maximum(macs, aux.macs))
     return logits, _swap_layers_and_images(aux)
 
 
 def _swap_layers_and_images(aux: vit.Aux) -> vit.Aux:
-    return aux.replace(score=aux.score.swapaxes(0, 1), active=aux.active.swapaxes(0, 1))
+    score, active = aux.score.swapaxes(0, 1), aux.active.swapaxes(0, 1)
+    return dataclasses.replace(aux, score=score, active=active)
 
 
 def padded_macs(

@@ -80,11 +80,11 @@ def _candidates(batch: int) -> tuple[Plan, list[Plan]]:
 
 def _measure(model: vit.AViT, variables: Any, images: jax.Array, plans: list[Plan]) -> list[float]:
     """Returns the median seconds of each plan, in interleaved rounds; the first does not count."""
-    runs = []
+    runs: list[jax.stages.Compiled] = []
     for plan in plans:
         _logger.info("compiling %s, %d of %d", plan, len(runs) + 1, len(plans))
-        run = jax.jit(functools.partial(adaptive.apply, model, plan=plan))
-        runs.append(run.lower(variables, images).compile())
+        apply = jax.jit(functools.partial(adaptive.apply, model, plan=plan))
+        runs.append(apply.lower(variables, images).compile())
     seconds: list[list[float]] = [[] for _ in plans]
     for _ in range(_ROUNDS + 1):
         for run, each in zip(runs, seconds, strict=True):

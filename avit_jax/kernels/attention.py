@@ -96,8 +96,8 @@ def fused(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
 def _elsewhere(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
-    heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
-    return exact(*heads_first, bias).swapaxes(1, 2)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    return exact(query, key, value, bias).swapaxes(1, 2)
 
 
 @jax.custom_vjp
@@ -114,9 +114,7 @@ def _call_cudnn(
 ) -> jax.Array:
     batch, num = query.shape[:2]
     if bias is not None:
-        lowest = float(
-            jnp.finfo(query.dtype).min / 2
-        )  # float16 ends before the bias of halted keys
+        lowest = float(jnp.finfo(query.dtype).min / 2)  # float16 cannot hold _HALTED_KEY_BIAS
         bias = jnp.maximum(bias, lowest).astype(query.dtype)
         bias = jnp.broadcast_to(bias[:, None, None, :], (batch, 1, num, num))
     lengths = None if num_keys is None else jnp.full(batch, num_keys, jnp.int32)
@@ -133,13 +131,15 @@ def _forward(
     if num % 2 and bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 1)), constant_values=_HALTED_KEY_BIAS)
 
-    def even(*tokens: jax.Array) -> jax.Array:
-        padded = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in tokens)
-        return _call_cudnn(*padded, bias, num if bias is None else None)[:, :num]
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        if num % 2 == 0:
+            return _call_cudnn(query, key, value, bias)
+        query, key, value = (
+            jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value)
+        )
+        return _call_cudnn(query, key, value, bias, num if bias is None else None)[:, :num]
 
-    return jax.vjp(
-        even if num % 2 else lambda *tokens: _call_cudnn(*tokens, bias), query, key, value
-    )
+    return jax.vjp(run, query, key, value)
 
 
 def _backward(vjp: Any, grad: jax.Array) -> tuple:

@@ -1,6 +1,7 @@
 """One pre-norm transformer layer, with its halting score. Axes as in `vit`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +34,7 @@ def _recomputes(dtype: jax.typing.DTypeLike | None) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16)
 
 
-def per_token(dense: nn.Dense, x: jax.Array) -> jax.Array:
+def per_token(dense: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """Applies a dense layer to tokens `(B, N, D)` as one matrix product.
 
     Its backward pass is faster on a CPU.
@@ -72,9 +73,9 @@ def cast(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
 class LayerNorm(nn.LayerNorm):
     """Flax's layer norm, which also works if JAX refuses to promote dtypes implicitly."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"):
-            return super().__call__(x)
+            return super().__call__(x, mask=mask)
 
 
 class _QueryKeyValue(nn.Module):
@@ -87,7 +88,7 @@ class _QueryKeyValue(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, split: bool = False) -> jax.Array | list[jax.Array]:
+    def __call__(self, x: jax.Array, *, split: bool = False) -> Any:
         """Returns `(..., 3 D)`, or with `split` three arrays `(..., D)` of a product each."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], 3 * x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
@@ -161,16 +162,18 @@ class Block(nn.Module):
         size = None if info is None else info.size
         x = self.attention(x, active, keep, image_index, size=size)
         x = self.mlp(x, active, keep, image_index)
-        if info is None:
+        if info is None or gate is None or self.halting is None:
             return x, {}
-        return jax.lax.cond(
-            inputs.shared,
-            lambda x: (x, {"score": jnp.ones_like(info.size), "size": info.size}),
-            lambda x: merging.score_and_merge(
-                x, info, active, gate, self.halting, self.similarity_dim
-            ),
-            x,
+        merge = functools.partial(
+            merging.score_and_merge,
+            info=info,
+            active=active,
+            gate=gate,
+            config=self.halting,
+            channels=self.similarity_dim,
         )
+        last = {"score": jnp.ones_like(info.size), "size": info.size}
+        return jax.lax.cond(inputs.shared, lambda x: (x, last), merge, x)
 
     def transform(
         self,
@@ -235,7 +238,8 @@ class Block(nn.Module):
                 query.reshape(heads), key.reshape(heads), value.reshape(heads), bias
             )
         else:
-            out = attention_lib.exact(*self.queries_keys_values(a), bias).swapaxes(1, 2)
+            query, key, value = self.queries_keys_values(a)
+            out = attention_lib.exact(query, key, value, bias).swapaxes(1, 2)
         return per_token(self.proj, out.reshape(a.shape))
 
     def _fuses(self, dtype: jax.typing.DTypeLike) -> bool:

@@ -7,7 +7,7 @@ Matrix products count: patch embedding, qkv, attention, projections, MLP and hea
 merging, the comparison of all pairs of tokens. Norms, softmax and GELU do not count.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ def computing(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
 
 def layer_macs(
     num_tokens: jax.typing.ArrayLike, model: "vit.AViT", is_last: jax.typing.ArrayLike = False
-) -> jax.typing.ArrayLike:
-    """Returns the MACs of one layer on one image.
+) -> Any:
+    """Returns the MACs of one layer on one image, a float or an array like `num_tokens`.
 
     Args:
       num_tokens: tokens of the image, any shape.
@@ -75,7 +75,7 @@ def fixed_macs(model: "vit.AViT") -> float:
 def static_macs(model: "vit.AViT") -> float:
     """Returns the MACs of an image in the same network without halting, as a float."""
     # In the last layer, no tokens are compared.
-    return fixed_macs(model) + float(model.depth * layer_macs(model.num_tokens, model, True))
+    return fixed_macs(model) + model.depth * float(layer_macs(model.num_tokens, model, True))
 
 
 def image_macs(model: "vit.AViT", active: jax.Array) -> jax.Array:

@@ -107,7 +107,9 @@ def step(
       The carry, and score and active `(B, N)` of this layer.
     """
     state, num_prefix_tokens = carry.state, carry.readout.shape[1]
-    gate = tuple(jnp.asarray(g) for g in gate)
+    gamma, beta = jnp.asarray(gate[0]), jnp.asarray(gate[1])
+    config = block.halting
+    assert config is not None
     values, info, gate_of_layer = {}, None, None
     if carry.size is not None:
         is_patch = jnp.arange(carry.size.shape[1]) >= num_prefix_tokens
@@ -117,7 +119,7 @@ def step(
             is_patch=jnp.broadcast_to(is_patch, carry.size.shape),
         )
         values = {"score": jnp.zeros_like(state.remainder), "size": carry.size}
-        gate_of_layer = gate
+        gate_of_layer = (gamma, beta)
     inputs = Inputs(tokens=info, images=(keep, image_index), shared=jnp.asarray(is_last))
     x, values = executor(
         functools.partial(_layer, block, dropout_key),
@@ -128,10 +130,10 @@ def step(
         state.active,
     )
     if info is None:
-        score = halting.score(x, gamma=gate[0], beta=gate[1], channel=block.halting.channel)
+        score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
     else:  # it depends on redundancy, and the layer merges by it
         score = values["score"]
-    after, weight = halting.accumulate(state, score, epsilon=block.halting.epsilon, is_last=is_last)
+    after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
     prefix = x[:, :num_prefix_tokens].astype(weight.dtype)
     readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix
     carry = Carry(x=x, state=after, readout=readout, size=values.get("size"))
@@ -150,7 +152,8 @@ def _layer(
     layer_params, gate = params
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     variables = {"params": layer_params}
-    return block.apply(variables, x, inputs, active, gate, rngs=rngs, method="layer")
+    run: Any = block.apply
+    return run(variables, x, inputs, active, gate, rngs=rngs, method="layer")
 
 
 def run(

@@ -18,6 +18,8 @@ class Halting(nn.Module):
     config: halting.HaltingConfig = halting.HaltingConfig()
 
     def setup(self) -> None:
+        self.gamma: jax.typing.ArrayLike
+        self.beta: jax.typing.ArrayLike
         if self.config.learnable:
             self.gamma = self.param("gamma", nn.initializers.constant(self.config.gamma), ())
             self.beta = self.param("beta", nn.initializers.constant(self.config.beta), ())

@@ -116,7 +116,7 @@ class AViT(nn.Module):
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of the images."""
-        size = self.image_size
+        size: Any = self.image_size
         return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
     @property
@@ -247,9 +247,9 @@ class AViT(nn.Module):
         batch, (rows, columns), patch = images.shape[0], self.grid, self.patch_size
         x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
         x = block.per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
-        prefix = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
+        tokens = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
         prefix = [
-            jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in prefix
+            jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in tokens
         ]
         x = jnp.concatenate([*prefix, x], axis=1) + self.pos_embed.astype(x.dtype)
         if image_index is None or not self.dropout:
