@@ -253,7 +253,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),
         ([_DIGITS, "--config.halting.beta=inf"], "config.halting.beta must be at most"),
         ([_DIGITS, "--config.halting.gamma=1e300"], "config.halting.gamma must be at most"),
-        ([_DIGITS, "--config.halting.epsilon=1e-300"], "float32 rounds it off"),
+        ([_DIGITS, "--config.halting.epsilon=1e-300"], "float32 rounds it away"),
         ([_DIGITS, "--config.halting.beta=1e30"], "every image is finished after the first layer"),
         ([_DIGITS, "--config.halting.beta=255"], "would have to reach 50.1"),
         (

@@ -20,7 +20,7 @@ def computing(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
     """Returns which tokens compute if halted tokens and finished images are removed.
 
     Args:
-      active: `(L, B, N)` bool, as in `vit.Aux`.
+      active: `(L, B, N)` bool, as in `forward.Aux`.
       num_prefix_tokens: R.
 
     Returns:
@@ -53,7 +53,7 @@ def patch_depth(model: "vit.AViT", active: jax.Array) -> jax.Array:
 
     Args:
       model: for its sizes.
-      active: `(L, B, N)` bool, as in `vit.Aux`.
+      active: `(L, B, N)` bool, as in `forward.Aux`.
 
     Returns:
       `(B, rows, columns)` int32.
@@ -83,7 +83,7 @@ def image_macs(model: "vit.AViT", active: jax.Array) -> jax.Array:
 
     Args:
       model: for its sizes.
-      active: `(L, B, N)` bool, as in `vit.Aux`.
+      active: `(L, B, N)` bool, as in `forward.Aux`.
 
     Returns:
       `(B,)` float32 MACs.

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +50,39 @@ class Bucketed:
 
     def __call__(self, layer: ragged.Layer, *args: Any) -> tuple[jax.Array, Any]:
         return ragged.transform(layer, self.plan, *args)
+
+
+@flax.struct.dataclass(kw_only=True)
+class Aux:
+    """What the network computes besides the logits.
+
+    A network without halting reports score 0 and depth L. `adaptive.apply` removes halted tokens,
+    and stops images whose prefix tokens have all halted, because their logits are final. There,
+    `active` and `depth` say in which layers a token was computed.
+
+    Attributes:
+      score: `(L, B, N)` halting scores, at least float32. Those of halted tokens mean nothing. With
+        merging, the score is 1 in the last layer.
+      active: `(L, B, N)` bool, whether the token is active in the layer.
+      depth: `(B, N)` int32, number of layers in which the token is active.
+      ponder_cost: `(B, N)` depth + remainder, in layers.
+      class_output: `(B, D)` class token, averaged over layers, before the final norm.
+      distillation_output: the same for the distillation token, None without one.
+      macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
+        `flops.image_macs`.
+      macs_padded: `(B,)` float32, MACs with the padding of `adaptive.apply`: rows without a token,
+        and the image's share of empty places in its bucket. So it depends on the other images of
+        the batch. None for other calls.
+    """
+
+    score: jax.Array
+    active: jax.Array
+    depth: jax.Array
+    ponder_cost: jax.Array
+    class_output: jax.Array
+    distillation_output: jax.Array | None = None
+    macs: jax.Array | None = None
+    macs_padded: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,42 +21,10 @@ import jax.numpy as jnp
 from avit_jax.core import halting as halting_lib
 from avit_jax.core.plan import Plan
 from avit_jax.models import block, flops, forward, halting_linen
+from avit_jax.models.forward import Aux
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _token_init = nn.initializers.truncated_normal(0.02)
-
-
-@flax.struct.dataclass(kw_only=True)
-class Aux:
-    """What the network computes besides the logits.
-
-    A network without halting reports score 0 and depth L. `adaptive.apply` removes halted tokens,
-    and stops images whose prefix tokens have all halted, because their logits are final. There,
-    `active` and `depth` say in which layers a token was computed.
-
-    Attributes:
-      score: `(L, B, N)` halting scores, at least float32. Those of halted tokens mean nothing. With
-        merging, the score is 1 in the last layer.
-      active: `(L, B, N)` bool, whether the token is active in the layer.
-      depth: `(B, N)` int32, number of layers in which the token is active.
-      ponder_cost: `(B, N)` depth + remainder, in layers.
-      class_output: `(B, D)` class token, averaged over layers, before the final norm.
-      distillation_output: the same for the distillation token, None without one.
-      macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
-        `flops.image_macs`.
-      macs_padded: `(B,)` float32, MACs with the padding of `adaptive.apply`: rows without a token,
-        and the image's share of empty places in its bucket. So it depends on the other images of
-        the batch. None for other calls.
-    """
-
-    score: jax.Array
-    active: jax.Array
-    depth: jax.Array
-    ponder_cost: jax.Array
-    class_output: jax.Array
-    distillation_output: jax.Array | None = None
-    macs: jax.Array | None = None
-    macs_padded: jax.Array | None = None
 
 
 class AViT(nn.Module):

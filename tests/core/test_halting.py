@@ -327,8 +327,8 @@ def test_flax_modules_equal_the_pure_functions(wrapper: str, learnable: bool) ->
         (dict(gamma=-1e38), "must be finite in float32"),
         (dict(merge=True, redundancy=1e39), "must be finite in float32"),
         (dict(beta=float("inf")), "gamma and beta must be finite"),
-        (dict(epsilon=1e-300), "float32 rounds it off"),
-        (dict(epsilon=1 - 1e-12), "float32 rounds it off"),
+        (dict(epsilon=1e-300), "float32 rounds it away"),
+        (dict(epsilon=1 - 1e-12), "float32 rounds it away"),
     ],
 )
 def test_a_gate_that_float32_cannot_hold(gate: dict, expected: str) -> None:
