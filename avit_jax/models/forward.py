@@ -228,34 +228,45 @@ def run(
 
     def body(carry: Carry, layer: tuple) -> tuple[Carry, tuple[jax.Array, jax.Array] | None]:
         params, is_last, keep, key = layer
+        noise = {"keep": keep, "image_index": image_index, "dropout_key": key}
         if gate is None:
-            inputs = Inputs(images=(keep, image_index))
-            x, _ = _layer(block, key, (params, None), carry.x, inputs, None)
-            return dataclasses.replace(carry, x=x), None
-        carry, by_layer = step(
-            block,
-            executor,
-            gate,
-            carry,
-            params,
-            is_last=is_last,
-            keep=keep,
-            image_index=image_index,
-            dropout_key=key,
-        )
-        if stop_finished:
-            active = carry.state.active
-            unfinished = active[:, : carry.readout.shape[1]].any(axis=1, keepdims=True)
-            state = dataclasses.replace(carry.state, active=active & unfinished)
-            carry = dataclasses.replace(carry, state=state)
-        return carry, by_layer
+            return _step_without_halting(block, carry, params, **noise), None
+        carry, by_layer = step(block, executor, gate, carry, params, is_last=is_last, **noise)
+        return _stop_finished(carry) if stop_finished else carry, by_layer
 
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     carry, by_layer = jax.lax.scan(body, carry, layers)
-    if gate is None:
-        state = dataclasses.replace(carry.state, depth=carry.state.depth + num_layers)
-        readout = carry.x[:, : carry.readout.shape[1]]
-        carry = dataclasses.replace(carry, state=state, readout=readout)
-        score = jnp.zeros((num_layers, *state.remainder.shape), state.remainder.dtype)
-        by_layer = (score, jnp.ones(score.shape, bool))
-    return carry, by_layer
+    return (carry, by_layer) if gate is not None else _end_without_halting(carry, num_layers)
+
+
+def _step_without_halting(
+    block: Block,
+    carry: Carry,
+    params: Any,
+    *,
+    keep: jax.Array | None,
+    image_index: jax.Array | None,
+    dropout_key: jax.Array | None,
+) -> Carry:
+    inputs = Inputs(images=(keep, image_index))
+    x, _ = _layer(block, dropout_key, (params, None), carry.x, inputs, None)
+    return dataclasses.replace(carry, x=x)
+
+
+def _end_without_halting(
+    carry: Carry, num_layers: int
+) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    """Reads out the last layer; all tokens have been active in all layers, with score 0."""
+    state = dataclasses.replace(carry.state, depth=carry.state.depth + num_layers)
+    readout = carry.x[:, : carry.readout.shape[1]]
+    score = jnp.zeros((num_layers, *state.remainder.shape), state.remainder.dtype)
+    by_layer = (score, jnp.ones(score.shape, bool))
+    return dataclasses.replace(carry, state=state, readout=readout), by_layer
+
+
+def _stop_finished(carry: Carry) -> Carry:
+    """Halts all tokens of images whose prefix tokens have halted."""
+    active = carry.state.active
+    unfinished = active[:, : carry.readout.shape[1]].any(axis=1, keepdims=True)
+    state = dataclasses.replace(carry.state, active=active & unfinished)
+    return dataclasses.replace(carry, state=state)
