@@ -405,7 +405,7 @@ def _check_halting(config: ConfigDict) -> None:
     if not (0 < 1 - numbers["epsilon"] < 1 and all(map(math.isfinite, numbers.values()))):
         return  # the gate's own check tells what is wrong
     # With a budget each step moves beta by the share of the MACs that is off, by less than 1.
-    fault = halting.find_fault(
+    fault = halting.explain_useless_gate(
         **numbers, num_layers=depth, slack=config.train.steps if config.budget else 0.0
     )
     if fault:

@@ -230,7 +230,7 @@ def test_recipes_parse_and_build(name: str) -> None:
             [_DIGITS, "--config.loss.prior_weight=nan"],
             "config.loss.prior_weight must be at least 0, and finite; got nan",
         ),
-        ([_DIGITS, "--config.halting.gamma=0"], "no token can ever halt"),
+        ([_DIGITS, "--config.halting.gamma=0"], "no token can halt before the last layer"),
         (
             [
                 _DIGITS,
@@ -253,9 +253,9 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),
         ([_DIGITS, "--config.halting.beta=inf"], "config.halting.beta must be at most"),
         ([_DIGITS, "--config.halting.gamma=1e300"], "config.halting.gamma must be at most"),
-        ([_DIGITS, "--config.halting.epsilon=1e-300"], "float32 rounds it away"),
+        ([_DIGITS, "--config.halting.epsilon=1e-300"], "too close to 0 or 1 for float32"),
         ([_DIGITS, "--config.halting.beta=1e30"], "every image is finished after the first layer"),
-        ([_DIGITS, "--config.halting.beta=255"], "would have to reach 50.1"),
+        ([_DIGITS, "--config.halting.beta=255"], "its gate channel is below -250"),
         (
             [_DIGITS, "--config.halting.gamma=0", "--config.halting.beta=5"],
             "every image is finished after the first layer",
@@ -267,7 +267,7 @@ def test_recipes_parse_and_build(name: str) -> None:
                 "--config.train.steps=99",
                 "--config.halting.beta=-360",
             ],
-            "no token can ever halt",
+            "no token can halt before the last layer",
         ),
         (
             [

@@ -1,9 +1,9 @@
 """The halting rule of A-ViT: pure functions over one pytree state.
 
 Each token sums its halting scores over the layers. It is active while the sum is below
-`1 - epsilon`. In the layer where the sum reaches that, or in the last layer, the token halts. The
-output of a token is the average of its outputs over layers. A layer's weight is its score; the
-halting layer gets the remainder, so that the weights sum to 1.
+`1 - epsilon`. A token halts in the first layer where the sum reaches that, or in the last layer.
+The final output of a token is a weighted average of its outputs over the layers. The weight of a
+layer is its score. The halting layer gets the remainder, so the weights sum to 1.
 
 The functions have no parameters and work with any module library, under `jit`, `vmap`, `grad`,
 `scan` and `pmap`, and with any leading batch shape `...`. Sums are at least float32, whatever the
@@ -50,15 +50,15 @@ class HaltingConfig:
         at the values above.
       merge: whether `AViT` merges a patch token that halts into the most similar one that keeps
         running, instead of dropping it; see `merging`.
-      redundancy: weight of redundancy in the halting logit of patch tokens, with merging. The
-        redundancy of a token is its cosine similarity to the most similar earlier patch token, in
-        the first K channels. Redundant tokens halt first, roughly once the similarity exceeds
-        `-beta / redundancy`. The class token has none, so it rarely halts before the last layer.
+      redundancy: weight of redundancy in the halting logit of patch tokens; only with merging. The
+        redundancy of a token is its cosine similarity to the most similar earlier active patch
+        token, in the first D / H channels; -1 for the first one. Redundant tokens halt first,
+        roughly once the similarity exceeds `-beta / redundancy`.
 
     Raises:
       ValueError: epsilon is outside (0, 1), gamma or beta is not finite, redundancy is negative, or
-        positive without merging, or float32 cannot hold the values. A gate by which nothing or
-        everything halts is only warned about.
+        positive without merging, or float32 cannot hold the values. A gate that halts no token, or
+        every image at once, is only logged as a warning.
     """
 
     gamma: float = 10.0
@@ -79,29 +79,29 @@ class HaltingConfig:
                 f"gamma and beta must be finite; got gamma={self.gamma}, beta={self.beta}."
             )
         if not (self.redundancy >= 0.0 and math.isfinite(self.redundancy)):
-            raise ValueError(f"redundancy must be at least 0, and finite; got {self.redundancy}.")
+            raise ValueError(f"redundancy must be finite and at least 0; got {self.redundancy}.")
         if self.redundancy and not self.merge:
             raise ValueError("redundancy has an effect only with merging: set merge=True too.")
         if not (np.float32(1.0 - self.epsilon) < 1.0 and np.float32(self.epsilon) < 1.0):
             raise ValueError(
-                "epsilon must lie between 1e-7 and 1 - 1e-7, or float32 rounds it away; got "
+                "epsilon is too close to 0 or 1 for float32: set 1e-7 to 1 - 1e-7; got "
                 f"{self.epsilon}."
             )
         largest = abs(self.gamma) * _LARGEST_CHANNEL + abs(self.beta) + self.redundancy
         if not largest < float(np.finfo(np.float32).max):
             raise ValueError(
-                "gamma * 50 + beta + redundancy must be finite in float32; got "
+                "50 * |gamma| + |beta| + redundancy must be finite in float32; got "
                 f"gamma={self.gamma}, beta={self.beta}, "
                 f"redundancy={self.redundancy}."
             )
-        useless = find_fault(
+        useless = explain_useless_gate(
             gamma=self.gamma, beta=self.beta, epsilon=self.epsilon, redundancy=self.redundancy
         )
         if useless:
             _logger.warning("%s", useless)
 
 
-def find_fault(
+def explain_useless_gate(
     *,
     gamma: float,
     beta: float,
@@ -110,7 +110,10 @@ def find_fault(
     num_layers: int = _MANY_LAYERS,
     slack: float = 0.0,
 ) -> str:
-    """Returns why a gate is useless for all weights of the network, or "" if it is not.
+    """Returns why a gate is useless if its channel stays within 50, or "" if it is not useless.
+
+    A gate is useless if no token can halt before the last layer, or if every image is finished
+    after the first layer.
 
     Args:
       gamma: as in `HaltingConfig`, and finite.
@@ -126,17 +129,16 @@ def find_fault(
     if not needed - slack <= largest:
         gate += f" and redundancy={redundancy}" * (redundancy > 0)
         return (
-            f"no token can ever halt with {gate}: its gate channel would have to reach "
-            f"{needed / abs(gamma) if gamma else math.inf:.3g}; make beta less negative or gamma "
-            "larger."
+            f"no token can halt before the last layer with {gate}: gamma times its gate channel "
+            f"would have to reach {needed:.3g}; raise beta or the magnitude of gamma."
         )
     # The class token has no redundancy. Once it halts, the image is finished.
     excess = beta - math.log((1.0 - epsilon) / epsilon)
     if excess - slack >= largest:
         return (
-            f"every image is finished after the first layer with {gate}: to continue, the gate "
-            "channel of its class token would have to reach "
-            f"{excess / abs(gamma) if gamma else math.inf:.3g}; make beta negative."
+            f"every image is finished after the first layer with {gate}: its class token "
+            f"continues only if gamma times its gate channel is below {-excess:.3g}; make beta "
+            "negative."
         )
     return ""
 
@@ -147,9 +149,9 @@ class HaltingState:
     """What halting knows of each token between layers; all fields have the shape `(..., N)`.
 
     Attributes:
-      cumulative: float32, sum of the scores up to and including the halting layer.
-      remainder: float32 in [epsilon, 1], 1 minus the scores before the halting layer. It is r of
-        [A-ViT] once the token has halted.
+      cumulative: at least float32, sum of the scores up to and including the halting layer.
+      remainder: at least float32, in [epsilon, 1]; 1 minus the scores before the halting layer. It
+        is r of [A-ViT] once the token has halted.
       active: bool, whether the token is active in the next layer.
       depth: int32, number of layers in which the token was active. It is N of [A-ViT] once the
         token has halted.
@@ -162,7 +164,7 @@ class HaltingState:
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> Any:
-    """Returns the dtype for sums of values of a dtype: itself or float32, whichever is wider."""
+    """Returns the wider of this dtype and float32, for sums."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
 
@@ -195,7 +197,7 @@ def score(
       channel: e, the channel that the gate reads.
 
     Returns:
-      `(..., N)` scores in (0, 1), at least float32.
+      `(..., N)` scores in [0, 1], at least float32.
 
     Raises:
       ValueError: tokens have no such channel.
@@ -211,7 +213,7 @@ def score(
 
 
 def keeps_running(cumulative: jax.Array, epsilon: float) -> jax.Array:
-    """Returns whether a token stays active if its scores sum to `cumulative`, any shape."""
+    """Returns whether tokens stay active, by the sums of their scores; bool of the same shape."""
     return cumulative < 1.0 - epsilon
 
 
@@ -263,11 +265,11 @@ def score_by_layer(score: jax.Array, active: jax.Array) -> jax.Array:
     """Returns the mean halting score of each layer over all tokens; halted tokens count as 0.
 
     Args:
-      score: `(L, ..., N)` scores.
+      score: `(L, ..., N)` scores; those of the last layer are 1 for H of [A-ViT].
       active: `(L, ..., N)` bool, at the input of each layer.
 
     Returns:
-      `(L,)`. Divided by its sum, it is H, the distribution over depth of the prior loss.
+      `(L,)`. Divided by its sum, it is a distribution over depth.
 
     Reference: [A-ViT] section 3, the distributional prior.
     """
@@ -275,7 +277,7 @@ def score_by_layer(score: jax.Array, active: jax.Array) -> jax.Array:
 
 
 def depth_prior(num_layers: int, *, center: float, width: float = 1.0) -> jax.Array:
-    """Returns the logarithm of a Gaussian over layers 1 to L that sums to 1.
+    """Returns the logarithm of a discrete Gaussian over layers 1 to L, normalized to sum to 1.
 
     Args:
       num_layers: L.

@@ -2,7 +2,7 @@
 
 A-ViT drops a token once it halts. With merging, a halted patch token becomes part of the most
 similar patch token that keeps running. The result is the mean of the two, weighted by the number of
-patches that each stands for. Attention counts a token as often as it stands for patches. The
+patches that each stands for. Attention is proportional: a token of size s counts as s keys. The
 halting score may depend on redundancy, so that of two similar tokens one halts first.
 
 Prefix tokens do not merge. All functions are pure.
@@ -48,7 +48,7 @@ def similarity(tokens: jax.Array, channels: int) -> jax.Array:
     x = jax.lax.stop_gradient(tokens[..., :channels])
     x = x.astype(halting.at_least_float32(x.dtype))
     x = x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + jnp.finfo(x.dtype).tiny)
-    # The gate may multiply a difference by 50, so the product is exact on every device.
+    # The gate multiplies rounding errors too, so the product has full float32 precision everywhere.
     return jnp.matmul(x, x.swapaxes(-2, -1), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -70,7 +70,9 @@ def redundancy(similar: jax.Array, active: jax.Array) -> jax.Array:
 def merge(
     tokens: jax.Array, size: jax.Array, similar: jax.Array, *, merged: jax.Array, kept: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges tokens into the most similar kept token. If no token is kept, nothing changes.
+    """Merges each token of `merged` into the most similar token of `kept` in its image.
+
+    An image without kept tokens does not change.
 
     Args:
       tokens: `(B, N, D)`.
@@ -80,7 +82,7 @@ def merge(
       kept: `(B, N)` bool, tokens that others merge into.
 
     Returns:
-      Tokens and sizes. Tokens that are not kept are unchanged.
+      Tokens `(B, N, D)` and sizes `(B, N)`. Tokens that are not kept are unchanged.
 
     Reference: [ToMe] section 3.
     """

@@ -13,11 +13,11 @@ from jax.interpreters import ad, batching, mlir
 
 
 def without_gradient(function: Callable[..., Any], message: str) -> Callable[..., Any]:
-    """Returns the same function of array trees, which raises TypeError if a derivative is needed.
+    """Wraps a function so that it raises TypeError if JAX needs one of its derivatives.
 
-    None is needed if no input depends on the differentiated variable, or if the differentiated
-    value does not depend on the output. For example, `jax.grad(..., has_aux=True)` may return the
-    output as auxiliary data.
+    JAX needs no derivative if no input depends on the differentiated variable, or if the
+    differentiated value does not depend on the output. For example, `jax.grad(..., has_aux=True)`
+    may return the output as auxiliary data.
 
     Args:
       function: maps trees of arrays to a tree of arrays.
@@ -46,8 +46,8 @@ def _refuse(*_: Any, message: str, **__: Any) -> NoReturn:
     raise TypeError(message)
 
 
-# Stands for a derivative. JAX traces it and drops it if it is unused. If it is used, JAX meets one
-# of these rules.
+# Placeholder for a derivative. JAX removes it if it is unused. Otherwise, one of these rules
+# raises.
 _needed = core.Primitive("derivative_of_a_function_without_gradient")
 _needed.def_abstract_eval(lambda *_, aval, message: aval)
 _needed.def_impl(_refuse)

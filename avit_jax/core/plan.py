@@ -9,21 +9,20 @@ import jax
 class Plan:
     """Sizes of the buckets in which `ragged` runs a layer.
 
-    A plan affects speed, memory and the last digits only.
+    A plan affects only speed, memory and rounding.
 
     Attributes:
-      bucket: images that go through a layer together. Small buckets hold images of about the same
-        number of tokens.
-      full_bucket: without a switch, images that go through a layer together as long as all of their
-        tokens are active; rounded down to whole buckets.
-      token_multiple: the number of tokens of a bucket is padded to a multiple of this, and to a
-        multiple of twice this below half of all tokens. Compile time grows with the number of
-        multiples.
-      chunk: images that are sorted, and whose tokens are in memory, at a time; inference only. A
-        bucket is not larger.
-      use_switch: selects the number of tokens of each bucket by a switch instead of loops, and puts
-        tokens back by one scatter. For GPUs: the host reads the condition of a loop there, but not
-        that of a switch inside a command buffer. On a CPU, XLA runs a switch on one core.
+      bucket: number of images that go through a layer together. Images of a small bucket have about
+        the same number of tokens.
+      full_bucket: number of images that run together while all of their tokens are active, in whole
+        buckets, at least one. Unused with `use_switch`.
+      token_multiple: the tokens of a bucket are padded to a multiple of this. Below N / 2, they are
+        padded to a multiple of twice this. Compile time grows with the number of multiples.
+      chunk: maximum number of images that are sorted, and held in memory, at a time; inference
+        only. A bucket is not larger.
+      use_switch: selects the compiled number of tokens by a switch instead of loops, and puts
+        tokens back by one scatter. Use it on GPUs: the host reads the condition of a loop, but not
+        that of a switch in a command buffer. Avoid it on CPUs: XLA runs a switch on one core.
 
     Raises:
       ValueError: a size is below 1.
@@ -41,14 +40,14 @@ class Plan:
                 f"bucket, token_multiple, chunk and full_bucket must be at least 1; got {self}."
             )
 
-    def evenly(self, batch: int) -> "Plan":
-        """Returns the plan with as many buckets for `batch` images, but of equal size."""
+    def with_even_buckets(self, batch: int) -> "Plan":
+        """Returns the plan with the smallest bucket that needs no more buckets for a batch."""
         return dataclasses.replace(self, bucket=-(-batch // -(-batch // self.bucket)))
 
     def chunk_size(self, batch: int) -> int:
-        """Returns the images of each chunk of a batch; the last chunk may hold fewer.
+        """Returns the number of images per chunk of a batch; the last chunk may hold fewer.
 
-        They are at most `chunk`, rounded up to whole buckets.
+        It is at most `chunk`, rounded up to whole buckets.
         """
         chunks = -(-batch // self.chunk)
         return min(batch, -(-batch // (chunks * self.bucket)) * self.bucket)
@@ -63,7 +62,7 @@ class Plan:
 def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
     """Returns a good plan for training with N tokens.
 
-    A bucket has a power of two images, with at most 2,080 tokens together (25,600 on a GPU).
+    The bucket is the largest power of two with at most 2,080 tokens (25,600 on a GPU), at least 1.
 
     Args:
       num_tokens: N.
@@ -74,10 +73,10 @@ def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
     return Plan(bucket=bucket, token_multiple=max(8, num_tokens // 48 * 8), use_switch=gpu)
 
 
-# Where removal was measured to be faster than masking on a GPU: the least width and images per
-# device, and the largest MACs ratio. NVIDIA H200, bfloat16, 224 pixels. Inference:
-# experiments/inference_speed/h200_*.json. Training, against masking with `remat`:
-# experiments/training_removal/h200.json. Both are tables of docs/speed.md. Keys: is it training?
+# GPU settings in which removal was measured to be faster than masking (H200, bfloat16, 224 pixels).
+# Key: whether training. Values: minimum width, minimum images per device, maximum MACs ratio.
+# Inference: experiments/inference_speed/h200_*.json. Training, against masking with `remat`:
+# experiments/training_removal/h200.json. Both are tables of docs/speed.md.
 _FASTER_ON_GPU = {False: ((192, 1024, 0.62), (384, 256, 0.4)), True: ((192, 256, 0.4),)}
 
 
@@ -91,7 +90,8 @@ def removal_pays(
 ) -> bool:
     """Returns whether removing halted tokens is faster than masking them.
 
-    On a GPU it is only where that was measured.
+    On a GPU: if width and images are at least, and the MACs ratio at most, those of a measured
+    speed-up. On other backends: always.
 
     Args:
       width: D, channels of a token.

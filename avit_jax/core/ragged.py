@@ -3,7 +3,7 @@
 XLA compiles programs for fixed shapes. So the images are sorted by their number of active tokens
 and put into buckets of a few images. A bucket gathers its active tokens, pads them to the smallest
 compiled number of tokens that holds its fullest image, runs the layer, and puts the results back.
-An image without active tokens is in no bucket that runs.
+A bucket without active tokens does not run.
 
 All of this is one program. The device decides how many buckets run; Python reads no value back.
 This module knows nothing of the layer but its signature, `Layer`.
@@ -44,23 +44,25 @@ Layer = Callable[[Any, jax.Array, Inputs, jax.Array | None], tuple[jax.Array, An
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """Images sorted into K buckets of G places, those with most tokens first.
+    """Images sorted into M buckets of G places, those with most tokens first.
 
     Attributes:
-      image: `(K, G)` int, the image in each place; B if the place is empty.
-      count: `(K, G)` int, its active tokens; 0 if the place is empty.
-      token: `(B, N)` int, the active tokens of each image in their order; then N - 1.
-      place: `(B, N)` int, how many active tokens of the image precede each active token.
+      image: `(M, G)` int, index of the image in each place; B if the place is empty.
+      count: `(M, G)` int, number of active tokens of that image; 0 if the place is empty.
+      token: `(B, N)` int, indices of the active tokens in ascending order, then padding N - 1.
+      rank: `(B, N)` int, number of active tokens before each active token; undefined for others.
     """
 
     image: jax.Array
     count: jax.Array
     token: jax.Array
-    place: jax.Array
+    rank: jax.Array
 
 
 def make_buckets(active: jax.Array, plan: Plan) -> Buckets:
-    """Sorts images into buckets of equal size: `plan.bucket`, or fewer that fill all buckets.
+    """Sorts images by their number of active tokens, and splits them into buckets of equal size.
+
+    The size is the smallest that needs no more buckets than `plan.bucket` does.
 
     Args:
       active: `(B, N)` bool.
@@ -73,13 +75,13 @@ def make_buckets(active: jax.Array, plan: Plan) -> Buckets:
     token = jax.vmap(lambda ends: search(ends, jnp.arange(num_tokens) + 1))(ends)
     count = ends[:, -1]
     order = jnp.argsort(-count)
-    size = plan.evenly(batch).bucket
+    size = plan.with_even_buckets(batch).bucket
     empty = -batch % size
     return Buckets(
         image=jnp.pad(order, (0, empty), constant_values=batch).reshape(-1, size),
         count=jnp.pad(count[order], (0, empty)).reshape(-1, size),
         token=jnp.minimum(token, num_tokens - 1),
-        place=ends - 1,
+        rank=ends - 1,
     )
 
 
@@ -92,8 +94,8 @@ class _Bucket:
       exists: `(g,)` bool, False for an empty place.
       token: `(g, n)` the active tokens of each image, then padding.
       is_token: `(g, n)` bool, False for padding; None if every image exists and has all tokens.
-      replaced: `(g, N)` bool, the tokens of the image that the layer replaces.
-      place: `(g, N)` where each active token is among the n.
+      active: `(g, N)` bool, the tokens of the image that the layer computes.
+      rank: `(g, N)` index of each active token among the n.
       scatter: whether all tokens go back at once, not image by image.
     """
 
@@ -101,8 +103,8 @@ class _Bucket:
     exists: jax.Array
     token: jax.Array
     is_token: jax.Array | None
-    replaced: jax.Array
-    place: jax.Array
+    active: jax.Array
+    rank: jax.Array
     scatter: bool
 
     def gather(self, x: jax.Array) -> jax.Array:
@@ -116,7 +118,7 @@ class _Bucket:
     def put(self, x: jax.Array, rows: jax.Array) -> jax.Array:
         """Returns the array `(B, N, ...)` with the rows `(g, n, ...)` in their places."""
         if self.scatter:
-            # What does not exist gets a place outside of the array that nothing else has.
+            # Empty places and padding get unique indices out of range, which mode="drop" ignores.
             image = jnp.where(self.exists, self.image, len(x) + jnp.arange(len(self.image)))
             outside = x.shape[1] + jnp.arange(self.token.shape[1])
             is_token = self.is_token
@@ -124,14 +126,14 @@ class _Bucket:
             return x.at[image[:, None], token].set(rows, mode="drop", unique_indices=True)
         ones = (1,) * (x.ndim - 2)
         if self.is_token is not None:
-            place = self.place.reshape(*self.place.shape, *ones)
-            rows = jnp.take_along_axis(rows, place, axis=1)
+            rank = self.rank.reshape(*self.rank.shape, *ones)
+            rows = jnp.take_along_axis(rows, rank, axis=1)
         for i in range(len(self.image)):
             start: list[Any] = [self.image[i]] + [0] * (x.ndim - 1)
             new = rows[i : i + 1]
             if self.is_token is not None:
                 old = jax.lax.dynamic_slice(x, start, (1, *x.shape[1:]))
-                new = jnp.where(self.replaced[i : i + 1].reshape(1, -1, *ones), new, old)
+                new = jnp.where(self.active[i : i + 1].reshape(1, -1, *ones), new, old)
             x = jax.lax.dynamic_update_slice(x, new, start)
         return x
 
@@ -152,7 +154,7 @@ def _run_buckets(
     buckets = make_buckets(active, plan)
     num_buckets, size = buckets.image.shape
     together = 1 if plan.use_switch else min(max(1, plan.full_bucket // size), num_buckets)
-    # The 0 at the end ends the loops.
+    # The zeros at the end stop the loops after the last bucket.
     largest, smallest = (jnp.pad(buckets.count[:, i], (0, together)) for i in (0, -1))
 
     def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:
@@ -166,8 +168,8 @@ def _run_buckets(
             exists=exists,
             token=buckets.token[image, :num],
             is_token=None if full else jnp.arange(num)[None] < buckets.count[i][:, None],
-            replaced=active[image] & exists[:, None],
-            place=jnp.clip(buckets.place[image], 0, num - 1),
+            active=active[image] & exists[:, None],
+            rank=jnp.clip(buckets.rank[image], 0, num - 1),
             scatter=plan.use_switch,
         )
         return step(carry, bucket), i + width
@@ -178,9 +180,9 @@ def _run_buckets(
     if plan.use_switch:
         return _run_by_switch(run, run_full, state, token_counts, largest, smallest)
 
-    # From the fullest buckets to the emptiest. Several buckets run as one, without padding, as long
-    # as all of their tokens are active. Then one loop for each number of tokens; it runs no bucket
-    # if none needs this number.
+    # Buckets run in order of decreasing size. While all of their tokens are active, several buckets
+    # run as one, without padding. Then each compiled number of tokens has a loop, which may run no
+    # bucket.
     def is_full(state: tuple[Any, jax.Array]) -> jax.Array:
         return smallest[state[1] + together - 1] == num_tokens
 
@@ -235,15 +237,15 @@ def transform(
 ) -> tuple[jax.Array, Any]:
     """Runs a layer on the active tokens. Halted tokens and their values stay as they are.
 
-    The backward pass goes through the same buckets and computes the layer again: only `x` is kept
-    for it.
+    The backward pass uses the same buckets and recomputes the layer. The only activations that it
+    stores are `x`.
 
     Args:
-      layer: the layer; its dtypes out are its dtypes in.
+      layer: the layer; returns `x` and `values` in the dtypes that it gets.
       plan: sizes of the buckets.
       params: of the layer.
       x: `(B, N, D)` tokens.
-      values: tree of arrays `(B, N)`, what the layer returns beside the tokens, for halted tokens.
+      values: tree of arrays `(B, N)` like the layer's second output; the values of halted tokens.
       inputs: arrays without a gradient.
       active: `(B, N)` bool.
 
@@ -276,8 +278,9 @@ def _backward(layer: Layer, plan: Plan, saved: tuple, grads: tuple[jax.Array, An
         of_rows = bucket.gather_inputs(inputs)
         run = lambda params, rows: layer(params, rows, of_rows, bucket.is_token)  # noqa: E731
         _, pull_back = jax.vjp(run, params, bucket.gather(x))
-        more, rows = pull_back((bucket.gather(grad), jax.tree.map(bucket.gather, value_grads)))
-        return bucket.put(grad, rows), jax.tree.map(jnp.add, param_grads, more)
+        row_grads = (bucket.gather(grad), jax.tree.map(bucket.gather, value_grads))
+        new_param_grads, row_grad = pull_back(row_grads)
+        return bucket.put(grad, row_grad), jax.tree.map(jnp.add, param_grads, new_param_grads)
 
     carry = (grad, jax.tree.map(jnp.zeros_like, params))
     grad, param_grads = _run_buckets(step, carry, active, plan)

@@ -1,8 +1,8 @@
-"""Inference with halted tokens removed: the logits of `vit.AViT`, in less time.
+"""Inference that removes halted tokens, with the logits of `vit.AViT` up to rounding.
 
-A halted token is a key of weight 0 and feeds nothing else. A token that merges does so in the layer
-in which it halts. Once the prefix tokens of an image have halted, its logits are final, so all of
-its tokens stop. That is why removing these tokens does not change the logits.
+Other tokens give a halted token attention weight 0, so it affects no other token. A token that
+merges does so in the layer in which it halts. Once all prefix tokens of an image have halted, its
+logits are final, so its other tokens stop.
 
 `core.ragged` removes tokens despite fixed shapes. This module runs it from images to logits, in
 chunks of images that bound the memory.
@@ -114,7 +114,7 @@ def check(model: vit.AViT, images: jax.Array) -> None:
 def make_apply(
     model: vit.AViT, *, images: int | None = None, macs_ratio: float = 1.0
 ) -> Callable[[Any, jax.Array], tuple[Any, vit.Aux]]:
-    """Returns the faster of `apply` and `model.apply`: variables and images to logits and aux.
+    """Returns `apply` or `model.apply`, whichever `removal_pays` expects to be faster.
 
     Args:
       model: the network; without halting, the result is `model.apply`.
@@ -138,16 +138,16 @@ def _apply(
         plan = plan or default_plan(batch)
         plan = dataclasses.replace(plan, bucket=min(plan.bucket, plan.chunk, batch))
         size = plan.chunk_size(batch)
-    else:  # a symbolic batch: fills the last chunk up with images that do not exist
+    else:  # a symbolic batch: the last chunk is padded with images of zeros
         plan = plan or default_plan(None)
         plan = dataclasses.replace(plan, bucket=min(plan.bucket, plan.chunk))
         size = plan.chunk
-    plan = plan.evenly(size)
+    plan = plan.with_even_buckets(size)
     chunks = -(-batch // size)
     begins = jnp.arange(chunks) * size
     if isinstance(batch, int):
-        # The last chunk begins earlier, with images that do not count. So the images are not copied
-        # to fill it up.
+        # The last chunk overlaps the one before, and the overlap does not count. This saves a
+        # padded copy of the images.
         starts = jnp.minimum(begins, batch - size)
         embedded = size if plan.use_switch else plan.bucket
     else:
@@ -245,7 +245,8 @@ def padded_macs(
       is_last: whether it is the last layer.
 
     Returns:
-      `(B,)` float32. The images of a bucket share its MACs evenly, those of empty places included.
+      `(B,)` float32. The images with active tokens share the MACs of their bucket evenly, including
+      the MACs of empty places. Other images get 0.
     """
     buckets = make_buckets(active, plan)
     size = buckets.image.shape[1]

@@ -27,16 +27,20 @@ def autotune(
 ) -> Plan:
     """Measures plans similar to the default one, and returns the fastest, for `adaptive.apply`.
 
-    The first call takes one or two minutes, on a GPU more, mostly to compile. Its result is stored
-    in a file. Later calls read it if devices, cores, version of JAX, model, and shape and dtype of
-    the images are the same. Which plan is fastest depends on which tokens halt: use real images and
-    trained weights, on an idle machine.
+    The first call takes one or two minutes, longer on a GPU, mostly to compile. The plan is stored
+    in `cache`. Later calls read it if devices, cores, version of JAX, model, and shape and dtype of
+    the images match. Weights are not compared: delete the file after further training. Which plan
+    is fastest depends on which tokens halt: use real images and trained weights, on an idle
+    machine.
 
     Args:
       model: as for `adaptive.apply`.
       variables: as for `adaptive.apply`.
       images: a typical batch.
       cache: JSON file that stores the results; delete it to measure again.
+
+    Returns:
+      The fastest plan.
 
     Raises:
       ValueError: as for `adaptive.apply`.

@@ -1,7 +1,8 @@
 """Attention of one layer: exact, or by cuDNN's kernel on NVIDIA GPUs in half precision.
 
 Axes as in `vit`. A bias for each key, `(B, N)`, is added to the logits of all queries and heads. It
-masks halted keys, and counts a merged key as often as it stands for patches.
+masks halted keys. With merging, attention is proportional: the bias is the logarithm of the number
+of patches that a key stands for.
 """
 
 import functools
@@ -12,23 +13,23 @@ import jax.numpy as jnp
 
 from avit_jax.core import halting
 
-# Bias of halted keys. It is so large that their weight underflows to exactly 0, and finite, so that
+# Bias of halted keys. It is so negative that their weight underflows to exactly 0. It is finite, so
 # an image whose tokens have all halted gives no NaN.
 _HALTED_KEY_BIAS = -1e9
-_WIDEST_HEAD = 128  # of cuDNN on GPUs before Hopper
+_WIDEST_HEAD = 128  # cuDNN's limit before Hopper, used on all GPUs
 
 
 def key_bias(active: jax.Array | None, size: jax.Array | None) -> jax.Array | None:
     """Returns the bias of each key.
 
     Args:
-      active: `(B, N)` bool, keys that count; None if all do.
-      size: `(B, N)` float, as how many keys each counts; None for 1.
+      active: `(B, N)` bool, False masks the key; None if all are active.
+      size: `(B, N)` float, number of patches that each key stands for; None for 1.
 
     Returns:
       `(B, N)`, at least float32; None for 0.
     """
-    # Adding the logarithm takes one pass over all pairs less than multiplying the weight.
+    # Scaling the weights instead would take one more pass over all pairs.
     bias = None if size is None else jnp.log(size)
     if active is None:
         return bias
@@ -52,23 +53,24 @@ def exact(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
     logits = logits.astype(halting.at_least_float32(logits.dtype))
     if bias is not None:
         logits = logits + bias[:, None, None, :]
-    # Softmax divides by the sum after the product with the values: one pass over all pairs less.
+    # Dividing by the sum before the product with the values would take one more pass over all
+    # pairs.
     weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     total = weight.sum(axis=-1, keepdims=True).astype(value.dtype)
     return jnp.matmul(weight.astype(value.dtype), value) / total
 
 
 def can_fuse(dtype: jax.typing.DTypeLike, head_width: int) -> bool:
-    """Returns whether cuDNN has a kernel for heads of this dtype and width K."""
+    """Returns whether `fused` supports heads of this dtype and width K."""
     half = dtype in (jnp.bfloat16, jnp.float16)
     return half and head_width % 8 == 0 and head_width <= _WIDEST_HEAD
 
 
 @functools.cache
 def has_cudnn() -> bool:
-    """Returns whether JAX runs on a GPU that has cuDNN's kernel; starts the backend.
+    """Returns whether the first local device supports cuDNN's attention; starts the backend.
 
-    The kernel needs an NVIDIA GPU of compute capability 8.0 or more.
+    It needs an NVIDIA GPU of compute capability 8.0 or more.
     """
     if jax.default_backend() != "gpu":
         return False
@@ -77,9 +79,10 @@ def has_cudnn() -> bool:
 
 
 def fused(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Computes `exact` up to rounding, by cuDNN if the program is compiled for an NVIDIA GPU.
+    """Computes the same attention as `exact` up to rounding, with axes `(B, N, H, K)`.
 
-    Tracing it needs cuDNN on this machine. The bias has no gradient.
+    It uses cuDNN if the program is compiled for an NVIDIA GPU. Tracing it needs cuDNN on this
+    machine. cuDNN gives no gradient of the bias.
 
     Args:
       query: `(B, N, H, K)`, of a dtype and width that `can_fuse` accepts.
@@ -126,7 +129,7 @@ def _call_cudnn(
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    """Adds a masked token if the number of tokens is odd: JAX has the gradient for even numbers."""
+    """Pads an odd number of tokens by a masked one, because JAX's gradient needs an even number."""
     num = query.shape[1]
     if num % 2 and bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 1)), constant_values=_HALTED_KEY_BIAS)

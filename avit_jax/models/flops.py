@@ -1,10 +1,10 @@
-"""Multiply-accumulates (MACs) of an image, from the depths of its tokens.
+"""Multiply-accumulates (MACs) of an image, from the tokens that are active in each layer.
 
 The literature reports MACs as the "GFLOPs" of vision transformers: 1.3 G for DeiT-T, 4.6 G for
 DeiT-S. The number of floating-point operations is twice that.
 
-Matrix products count: patch embedding, qkv, attention, projections, MLP and head, and, with
-merging, the comparison of all pairs of tokens. Norms, softmax and GELU do not count.
+Only matrix products count: patch embedding, qkv, attention, projections, MLP and head, and, with
+merging, the comparison of all pairs of tokens.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from avit_jax.models import vit
 
 
-def computing(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
-    """Returns which tokens compute if halted tokens and finished images are removed.
+def is_computed(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
+    """Returns which tokens are computed if halted tokens and finished images are removed.
+
+    An image is finished once all of its prefix tokens have halted: its logits are final.
 
     Args:
       active: `(L, B, N)` bool, as in `forward.Aux`.
       num_prefix_tokens: R.
 
     Returns:
-      `(L, B, N)` bool: the token is active, and a prefix token of its image is active. Once all
-      prefix tokens have halted, the logits of an image are final.
+      `(L, B, N)` bool: the token is active, and its image is not finished.
     """
     return active & active[:, :, :num_prefix_tokens].any(axis=-1, keepdims=True)
 
@@ -33,10 +34,10 @@ def computing(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
 def layer_macs(
     num_tokens: jax.typing.ArrayLike, model: "vit.AViT", is_last: jax.typing.ArrayLike = False
 ) -> Any:
-    """Returns the MACs of one layer on one image, a float or an array like `num_tokens`.
+    """Returns the MACs of one layer on one image, of the shape of `num_tokens` and `is_last`.
 
     Args:
-      num_tokens: tokens of the image, any shape.
+      num_tokens: number of tokens, any shape; arrays are floats, because int32 may overflow.
       model: for its sizes.
       is_last: whether it is the last layer, in which no tokens are compared.
     """
@@ -49,7 +50,7 @@ def layer_macs(
 
 
 def patch_depth(model: "vit.AViT", active: jax.Array) -> jax.Array:
-    """Returns the number of layers in which each patch token computes.
+    """Returns the number of layers in which each patch token is computed.
 
     Args:
       model: for its sizes.
@@ -58,7 +59,7 @@ def patch_depth(model: "vit.AViT", active: jax.Array) -> jax.Array:
     Returns:
       `(B, rows, columns)` int32.
     """
-    depth = computing(active, model.num_prefix_tokens).sum(axis=0)[:, model.num_prefix_tokens :]
+    depth = is_computed(active, model.num_prefix_tokens).sum(axis=0)[:, model.num_prefix_tokens :]
     return depth.reshape(-1, *model.grid)
 
 
@@ -74,7 +75,7 @@ def fixed_macs(model: "vit.AViT") -> float:
 
 def static_macs(model: "vit.AViT") -> float:
     """Returns the MACs of an image in the same network without halting, as a float."""
-    # In the last layer, no tokens are compared.
+    # Without halting, no layer compares tokens.
     return fixed_macs(model) + model.depth * float(layer_macs(model.num_tokens, model, True))
 
 
@@ -88,6 +89,6 @@ def image_macs(model: "vit.AViT", active: jax.Array) -> jax.Array:
     Returns:
       `(B,)` float32 MACs.
     """
-    num_tokens = computing(active, model.num_prefix_tokens).sum(axis=-1).astype(jnp.float32)
+    num_tokens = is_computed(active, model.num_prefix_tokens).sum(axis=-1).astype(jnp.float32)
     is_last = (jnp.arange(model.depth) == model.depth - 1)[:, None]
     return fixed_macs(model) + layer_macs(num_tokens, model, is_last).sum(axis=0)

@@ -1,7 +1,7 @@
 """The one forward pass over all layers. Axes as in `vit`.
 
-An executor runs a layer: `masked` on all tokens, `Bucketed` on the active ones. Whether tokens
-halt, how their outputs are averaged, and what the network reports does not depend on it.
+An executor runs a layer: `masked` on all tokens, `Bucketed` on the active ones. The executor
+affects neither which tokens halt, nor how outputs are averaged, nor the fields of `Aux`.
 """
 
 import dataclasses
@@ -30,10 +30,14 @@ def masked(
     inputs: Inputs,
     active: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Runs a layer on all tokens, with halted ones set to 0; see `ragged.transform`."""
+    """Runs a layer on all tokens, and sets halted ones to 0 before; arguments as
+    `ragged.transform`.
+
+    Outputs and values of halted tokens mean nothing.
+    """
     del values
-    # The gradient of a halted token passes through unchanged, as in the released code. None arrives
-    # here unless the prior looks at halted tokens.
+    # Straight-through: the gradient of halted tokens is not set to 0, as in the released code. It
+    # is 0 anyway, unless the "official" prior reads halted tokens.
     x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
     return layer(params, x, inputs, active)
 
@@ -56,9 +60,9 @@ class Bucketed:
 class Aux:
     """What the network computes besides the logits.
 
-    A network without halting reports score 0 and depth L. `adaptive.apply` removes halted tokens,
-    and stops images whose prefix tokens have all halted, because their logits are final. There,
-    `active` and `depth` say in which layers a token was computed.
+    Without halting, the score is 0, the depth is L and the ponder cost is L + 1. `adaptive.apply`
+    also stops all tokens of an image once its prefix tokens have halted, because its logits are
+    final. There, `active`, `depth` and `ponder_cost` reflect this earlier stop.
 
     Attributes:
       score: `(L, B, N)` halting scores, at least float32. Those of halted tokens mean nothing. With
@@ -93,7 +97,7 @@ class Carry:
     Attributes:
       x: `(B, N, D)` tokens.
       state: of halting, fields `(B, N)`.
-      readout: `(B, R, D)` outputs of the prefix tokens, averaged over layers so far.
+      readout: `(B, R, D)` weighted sum of the outputs of the prefix tokens over the layers so far.
       size: `(B, N)` number of patches that each token stands for; None without merging.
     """
 
@@ -128,7 +132,7 @@ def step(
 
     Args:
       block: the layer.
-      executor: `masked`, `Bucketed` or the like.
+      executor: `masked`, `Bucketed(plan)`, or a function with their signature.
       gate: gamma and beta.
       carry: from the layer before.
       params: of this layer.
@@ -138,7 +142,7 @@ def step(
       dropout_key: of this layer; only for `masked`.
 
     Returns:
-      The carry, and score and active `(B, N)` of this layer.
+      The carry, and score and active `(B, N)` of this layer; active at its input.
     """
     state, num_prefix_tokens = carry.state, carry.readout.shape[1]
     gamma, beta = jnp.asarray(gate[0]), jnp.asarray(gate[1])
@@ -165,7 +169,7 @@ def step(
     )
     if info is None:
         score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
-    else:  # it depends on redundancy, and the layer merges by it
+    else:  # with merging, the layer computes it
         score = values["score"]
     after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
     prefix = x[:, :num_prefix_tokens].astype(weight.dtype)
@@ -207,7 +211,7 @@ def run(
 
     Args:
       block: the layer.
-      executor: runs it.
+      executor: runs each layer.
       gate: gamma and beta; None for a network without halting, whose layers all run on all tokens.
       carry: from `start`.
       params: of all layers, stacked.
@@ -215,8 +219,8 @@ def run(
       image_index: `(B,)` indices in the global batch, for dropout; None in evaluation.
       dropout_key: None without dropout.
       remat: recomputes each layer in the backward pass.
-      stop_finished: whether all tokens of an image halt once its prefix tokens have. Its logits do
-        not change.
+      stop_finished: whether all tokens of an image halt once its prefix tokens have halted. Its
+        logits do not change.
 
     Returns:
       The carry, and score and active `(L, B, N)`. Without halting, the score is 0 and all tokens

@@ -40,8 +40,8 @@ class Halting(nn.Module):
 
         Args:
           tokens: `(..., N, D)` outputs of the layer.
-          state: from the call before; None after the first layer.
-          is_last: whether this is the last layer.
+          state: from the previous call; None in the first call.
+          is_last: whether this is the last layer. Only then do the weights sum to 1.
 
         Returns:
           The new state, the weight `(..., N)` of this output, and the score `(..., N)`.
@@ -51,8 +51,8 @@ class Halting(nn.Module):
         """
         if self.config.merge:
             raise ValueError(
-                "this layer does not merge tokens as AViT does: call the functions of "
-                "avit_jax.core.merging in your own model."
+                "this layer does not merge tokens: set merge=False, or call "
+                "avit_jax.core.merging in your model."
             )
         if state is None:
             state = halting.init(tokens.shape[:-1], jnp.result_type(tokens))

@@ -49,12 +49,13 @@ class AViT(nn.Module):
         Parameters and halting sums are always at least float32.
       remat: recomputes each layer in the backward pass, which needs less memory and one more
         forward pass.
-      removal: a plan by which training removes halted tokens, with the same gradients to rounding.
-        None: they are masked. The backward pass recomputes as `remat` does. Not for the "official"
-        prior, which looks at halted tokens. For inference, `adaptive.apply` removes more.
-      fused_attention: whether bfloat16 and float16 programs for NVIDIA GPUs compute attention by
-        cuDNN, with other last digits. None: if JAX runs on such a GPU. False: never, so that the
-        program does not need cuDNN. True: always, which needs cuDNN on this machine.
+      removal: plan of the buckets with which `__call__` removes halted tokens; None to mask them.
+        Gradients are equal up to rounding. The backward pass recomputes each layer, as with
+        `remat`. Not valid for the "official" prior, which reads halted tokens. For inference, use
+        `adaptive.apply`, which also stops finished images.
+      fused_attention: whether to use cuDNN's attention in bfloat16 and float16 on NVIDIA GPUs;
+        results are equal up to rounding. None: if JAX runs on a supported GPU. False: never.
+        True: always, which needs cuDNN on this machine.
 
     Example:
       model = deit_tiny()
@@ -113,7 +114,7 @@ class AViT(nn.Module):
         return self.width // self.num_heads if merges else 0
 
     @property
-    def block_sizes(self) -> dict[str, Any]:
+    def block_kwargs(self) -> dict[str, Any]:
         """Arguments of each layer's `Block`."""
         return {
             "width": self.width,
@@ -128,7 +129,7 @@ class AViT(nn.Module):
         }
 
     def check(self) -> None:
-        """Raises ValueError, saying what to change, where the sizes do not fit together."""
+        """Raises ValueError if the attributes are invalid; the message says what to change."""
         if len(self.pixels) != 2:
             raise ValueError(
                 f"image_size must be one number or (height, width); got {self.image_size}."
@@ -144,7 +145,8 @@ class AViT(nn.Module):
             raise ValueError(f"width {self.width} must be divisible by num_heads {self.num_heads}.")
         if self.mlp_width < 1:
             raise ValueError(
-                f"mlp_ratio {self.mlp_ratio} leaves the MLP no channel of {self.width}: raise it."
+                f"mlp_ratio {self.mlp_ratio} gives the MLP no hidden channel at width "
+                f"{self.width}: raise it."
             )
         for name in ("drop_path", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -161,8 +163,9 @@ class AViT(nn.Module):
             )
 
     def check_images(self, images: jax.Array) -> None:
-        """Raises ValueError, saying what is expected, if the images have another dtype or shape;
-        the batch may be symbolic.
+        """Raises ValueError if the images do not have the model's dtype or shape.
+
+        The batch may be symbolic.
         """
         dtype, shape = getattr(images, "dtype", None), getattr(images, "shape", None)
         if dtype is None or not isinstance(shape, tuple):
@@ -172,7 +175,7 @@ class AViT(nn.Module):
             )
         if str(dtype) not in _FLOATS:  # not np.issubdtype: other libraries have dtypes too
             raise ValueError(
-                f"images must be normalised floats ({', '.join(_FLOATS)}); got {dtype}. For "
+                f"images must be normalized floats ({', '.join(_FLOATS)}); got {dtype}. For "
                 "pixels from 0 to 255 call "
                 "avit_jax.data.augment.normalize(images, mean, std) first."
             )
@@ -200,7 +203,7 @@ class AViT(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
         )
-        self.layers = layers(**self.block_sizes)
+        self.layers = layers(**self.block_kwargs)
         if self.halting is not None:
             self.gate = halting_linen.Halting(self.halting)
         self.norm = block.LayerNorm(
@@ -235,7 +238,7 @@ class AViT(nn.Module):
         logits_dist = self.head_dist(prefix[:, 1])
         return (logits, logits_dist) if train else (logits + logits_dist) / 2
 
-    def draw_paths(self, image_index: jax.Array | None) -> jax.Array | None:
+    def draw_drop_path(self, image_index: jax.Array | None) -> jax.Array | None:
         """Draws drop-path factors `(L, B, 2)` of the two branches of each layer."""
         if image_index is None or not self.drop_path:
             return None
@@ -252,18 +255,21 @@ class AViT(nn.Module):
         image_index: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[Any, Aux]:
-        """Maps embedded tokens to logits and `Aux`; `adaptive` runs on it.
+        """Maps embedded tokens to logits and `Aux`; `adaptive.apply` calls it.
 
         Args:
           x: `(B, N, D)`.
           executor: how a layer runs, see `forward`.
-          exists: `(B,)` bool, images that do not exist cost nothing; only for inference with
-            halted tokens removed, where finished images cost nothing either. None for training and
-            masked inference.
+          exists: `(B,)` bool, False for padding images, whose tokens are inactive from the start.
+            If it is given, all tokens of an image also stop once its prefix tokens have halted.
+            None for training and masked inference.
           image_index: see `__call__`; None without dropout and drop path.
           train: see `__call__`.
+
+        Returns:
+          As `__call__`.
         """
-        cell = block.Block(**self.block_sizes, parent=None)
+        cell = block.Block(**self.block_kwargs, parent=None)
         carry = forward.start(cell, x, self.num_prefix_tokens)
         if exists is not None:
             active = carry.state.active & exists[:, None]
@@ -278,7 +284,7 @@ class AViT(nn.Module):
             carry,
             # Training with removal sums gradients over buckets, in the dtype of the parameters.
             params if self.removal else block.cast(params, self.dtype),
-            keep=self.draw_paths(image_index),
+            keep=self.draw_drop_path(image_index),
             image_index=image_index,
             dropout_key=self.make_rng("dropout") if noisy and self.dropout else None,
             remat=self.remat,

@@ -53,7 +53,7 @@ def eval_sums(
     rank = jnp.where(first, ~(logits < label_logits), ~(logits <= label_logits)).sum(
         axis=1
     )  # and nan is above all
-    ran = flops.computing(aux.active, model.num_prefix_tokens)
+    ran = flops.is_computed(aux.active, model.num_prefix_tokens)
     depth = ran.sum(axis=0)
     patches = depth[:, model.num_prefix_tokens :]
     each = {

@@ -181,7 +181,7 @@ def _gate(path: pathlib.Path, metadata: Mapping[str, str], depth: int) -> dict[s
             f"({errors.printable(errors.first_line(error))})."
         ) from error
     sizes = {key: getattr(gate, key) for key in ("gamma", "beta", "epsilon", "redundancy")}
-    useless = halting.find_fault(**sizes, num_layers=depth)
+    useless = halting.explain_useless_gate(**sizes, num_layers=depth)
     if useless:
         _logger.warning("%s: %s", errors.printable(str(path)), useless)
     return told

@@ -43,7 +43,7 @@ def run(rows: bench.Rows, sizes: bench.Sizes) -> None:
                 jax.device_get(made[label].result) for label in makers
             )
             computing = np.asarray(
-                flops.computing(jnp.asarray(masked_aux.active), model.num_prefix_tokens)
+                flops.is_computed(jnp.asarray(masked_aux.active), model.num_prefix_tokens)
             )
             rows(
                 **what,

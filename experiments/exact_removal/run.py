@@ -54,7 +54,7 @@ def main(_: list[str]) -> None:
                 removed(variables, pixels[::-1]),
             )
         )
-        computes = np.asarray(flops.computing(aux.active, model.num_prefix_tokens))
+        computes = np.asarray(flops.is_computed(aux.active, model.num_prefix_tokens))
         for other, active in ((ours, our_aux.active), (flipped[::-1], flipped_aux.active[:, ::-1])):
             difference = max(difference, float(np.abs(other - logits)[real].max()))
             unequal += int((active != computes)[:, real].any(axis=(0, 2)).sum())

@@ -47,7 +47,7 @@ def gather(config: ConfigDict, model: vit.AViT, params: Any, reader: loader.Read
     @jax.jit
     def run(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         logits, aux = adaptive.apply(model, {"params": params}, images)
-        ran = flops.computing(aux.active, model.num_prefix_tokens)
+        ran = flops.is_computed(aux.active, model.num_prefix_tokens)
         depth = flops.patch_depth(model, aux.active)
         return {
             "guess": logits.argmax(-1),

@@ -34,7 +34,7 @@ class LayerACT(vit.AViT):
         batch, num_tokens, _ = x.shape
         state, readout = halting.init((batch, 1)), jnp.zeros((batch, 1, self.width))
         gamma, beta = self.gate.gate()
-        layer = block.Block(**self.block_sizes, parent=None)
+        layer = block.Block(**self.block_kwargs, parent=None)
         scores, active = [], []
         for i in range(self.depth):
             params = jax.tree.map(lambda stacked, i=i: stacked[i], self.layers.variables["params"])

@@ -65,9 +65,9 @@ class Unrolled(vit.AViT):
         index = jnp.arange(len(images)) if image_index is None else image_index
         noisy = index if train else None
         layers = Layers(
-            block=block.Block(**self.block_sizes, parent=None),
+            block=block.Block(**self.block_kwargs, parent=None),
             params=self.layers.variables["params"],
-            keep=self.draw_paths(noisy),
+            keep=self.draw_drop_path(noisy),
             image_index=index,
             train=train,
         )

@@ -327,8 +327,8 @@ def test_flax_modules_equal_the_pure_functions(wrapper: str, learnable: bool) ->
         (dict(gamma=-1e38), "must be finite in float32"),
         (dict(merge=True, redundancy=1e39), "must be finite in float32"),
         (dict(beta=float("inf")), "gamma and beta must be finite"),
-        (dict(epsilon=1e-300), "float32 rounds it away"),
-        (dict(epsilon=1 - 1e-12), "float32 rounds it away"),
+        (dict(epsilon=1e-300), "too close to 0 or 1 for float32"),
+        (dict(epsilon=1 - 1e-12), "too close to 0 or 1 for float32"),
     ],
 )
 def test_a_gate_that_float32_cannot_hold(gate: dict, expected: str) -> None:
@@ -339,7 +339,7 @@ def test_a_gate_that_float32_cannot_hold(gate: dict, expected: str) -> None:
 @pytest.mark.parametrize(
     ("gate", "expected"),
     [
-        (dict(beta=-1e3), "no token can ever halt"),
+        (dict(beta=-1e3), "no token can halt before the last layer"),
         (dict(beta=1e3), "every image is finished after the first layer"),
         (dict(gamma=-1.0, beta=55.0), "every image is finished after the first layer"),
         (dict(gamma=0.0, beta=2.0, epsilon=0.5), "every image is finished after the first layer"),
@@ -369,7 +369,7 @@ def test_what_is_useless_by_the_paper_rule() -> None:
         for i in range(3):
             score = halting.score(tokens, gamma=1.0, beta=beta)
             state, _ = halting.accumulate(state, score, epsilon=0.01, is_last=i == 2)
-        useless = halting.find_fault(
+        useless = halting.explain_useless_gate(
             gamma=1.0, beta=beta, epsilon=0.01, redundancy=0.0, num_layers=3
         )
         assert bool(useless) == (int(state.depth[0, 1]) == 3 or int(state.depth[0, 0]) == 1), (

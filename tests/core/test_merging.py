@@ -90,7 +90,7 @@ _IMAGES = np.random.default_rng(0).standard_normal((6, 40, 32, 2)).astype(np.flo
 def _written_out(model: vit.AViT, params: Any) -> tuple[jax.Array, jax.Array]:
     """Logits and active tokens by the definition, token by token."""
     first = model.num_prefix_tokens  # patch
-    layer = block.Block(**model.block_sizes)
+    layer = block.Block(**model.block_kwargs)
     x = np.asarray(model.apply({"params": params}, _IMAGES, method="embed"))
     size, cumulative = np.ones(x.shape[:2], np.float32), np.zeros(x.shape[:2], np.float32)
     active, actives, readout = np.ones(x.shape[:2], bool), [], 0.0
@@ -173,7 +173,7 @@ def test_comparing_tokens_is_counted_in_all_layers_but_the_last() -> None:
 
 def test_a_key_of_size_two_is_two_keys() -> None:
     model = _model()
-    layer = block.Block(**model.block_sizes)
+    layer = block.Block(**model.block_kwargs)
     variables = {"params": jax.tree.map(lambda stacked: stacked[0], _params(model)["layers"])}
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 3, 24)), jnp.float32)
     sizes = jnp.array([[1.0, 2.0, 1.0]])
@@ -184,13 +184,13 @@ def test_a_key_of_size_two_is_two_keys() -> None:
 
 def _step(model: vit.AViT, executor: Any, carry: Any, i: int, **gate_and_last: Any) -> Any:
     params = jax.tree.map(lambda stacked: stacked[i], _params(model)["layers"])
-    layer = block.Block(**model.block_sizes)
+    layer = block.Block(**model.block_kwargs)
     return forward.step(layer, executor, carry=carry, params=params, **gate_and_last)
 
 
 def _carry(model: vit.AViT) -> forward.Carry:
     x = model.apply({"params": _params(model)}, _IMAGES, method="embed")
-    return forward.start(block.Block(**model.block_sizes), x, model.num_prefix_tokens)
+    return forward.start(block.Block(**model.block_kwargs), x, model.num_prefix_tokens)
 
 
 def test_no_patch_is_lost() -> None:

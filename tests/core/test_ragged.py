@@ -159,7 +159,7 @@ def test_every_active_token_is_in_one_bucket_once(
             continue
         tokens = buckets.token[image, :count]
         assert count == active[image].sum() and (np.diff(tokens) > 0).all()
-        np.testing.assert_array_equal(buckets.place[image, tokens], np.arange(count))
+        np.testing.assert_array_equal(buckets.rank[image, tokens], np.arange(count))
         seen[image, tokens] += 1
     np.testing.assert_array_equal(seen, active)
     assert sorted(image for image in buckets.image.ravel() if image < batch) == list(range(batch))
@@ -177,7 +177,7 @@ def test_token_counts() -> None:
 
 @pytest.mark.parametrize(("batch", "group"), [(1, 1), (8, 8), (9, 5), (16, 8), (17, 6), (257, 8)])
 def test_groups_share_out_the_batch(batch: int, group: int) -> None:
-    assert Plan(bucket=8, token_multiple=8).evenly(batch).bucket == group
+    assert Plan(bucket=8, token_multiple=8).with_even_buckets(batch).bucket == group
 
 
 def test_training_plans_of_small_and_large_pictures() -> None:

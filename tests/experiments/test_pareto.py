@@ -158,7 +158,9 @@ def test_what_the_early_end_saves() -> None:
     assert measure.early_end(model, never, images) == pytest.approx(0.0, abs=1e-6)
     _, some = calibrate.with_gate(model, params, -2.0)
     active = model.apply({"params": some}, images)[1].active
-    beyond = (active & ~flops.computing(active, 1)).sum(axis=-1)  # tokens of images that have ended
+    beyond = (active & ~flops.is_computed(active, 1)).sum(
+        axis=-1
+    )  # tokens of images that have ended
     least = float((beyond * flops.layer_macs(1, model)).sum(axis=0).mean()) / flops.static_macs(
         model
     )

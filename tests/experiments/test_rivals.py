@@ -199,7 +199,7 @@ def test_the_ratio_loss_is_the_squared_distance_of_each_stage(
     active = jnp.broadcast_to(jnp.pad(stays, (1, 0), constant_values=True), (5, 17))
     x = _STATIC.apply({"params": params}, _IMAGES, method="embed")
     layers = unrolled.Layers(
-        unrolled.block.Block(**_STATIC.block_sizes, parent=None),
+        unrolled.block.Block(**_STATIC.block_kwargs, parent=None),
         params["layers"],
         None,
         jnp.arange(5),
@@ -295,7 +295,7 @@ def test_layer_act_halts_an_image_as_a_whole(params: Any) -> None:
     assert (aux.active == aux.active[:, :, :1]).all() and len(set(aux.depth[:, 0].tolist())) > 1
     # Graves' rule, written out for each image.
     x = _STATIC.apply({"params": params}, _IMAGES, method="embed")
-    block = unrolled.block.Block(**_STATIC.block_sizes, parent=None)
+    block = unrolled.block.Block(**_STATIC.block_kwargs, parent=None)
     layers = unrolled.Layers(block, params["layers"], None, jnp.arange(5), False)
     output, spent, depth = np.zeros((5, 1, 16)), np.zeros(5), np.zeros(5, int)
     for i in range(4):

@@ -72,7 +72,7 @@ def _check_same(model: vit.AViT, masked: Any, removed: Any, tolerance: float = 1
     np.testing.assert_allclose(
         got.class_output, aux.class_output, rtol=0, atol=tolerance * np.abs(aux.class_output).max()
     )
-    computing = flops.computing(aux.active, model.num_prefix_tokens)
+    computing = flops.is_computed(aux.active, model.num_prefix_tokens)
     np.testing.assert_array_equal(got.active, computing)
     np.testing.assert_array_equal(got.depth, computing.sum(axis=0))
     # What halts last decides when an image is finished: it ran as deep as the method says.
@@ -147,7 +147,7 @@ def test_bfloat16(redundancy: float) -> None:
     )
     assert logits.dtype == jnp.bfloat16
     assert got.score.dtype == got.class_output.dtype == jnp.float32
-    same = (got.active == flops.computing(aux.active, 1)).mean()
+    same = (got.active == flops.is_computed(aux.active, 1)).mean()
     assert same > 0.97
     difference = np.abs(np.asarray(logits, np.float32) - np.asarray(expected, np.float32))
     assert np.median(difference) < 0.02 * np.abs(expected).max()
@@ -257,7 +257,7 @@ def test_padding_of_the_default_plan_is_small(
         low, high = (low, mean) if ratio > budget else (mean, high)
     assert ratio == pytest.approx(budget, abs=0.01)
     size = plan.chunk_size(batch)
-    plan = plan.evenly(size)
+    plan = plan.with_even_buckets(size)
     chunks = [active[:, start : start + size] for start in range(0, batch, size)]
     assert macs * batch / sum(_padded_by_hand(model, chunk, plan) for chunk in chunks) >= bound
 
@@ -288,7 +288,7 @@ def test_each_device_its_own_images(plan: Plan) -> None:
     logits, aux = jax.device_get(run(variables, images.reshape(devices, 3, *images.shape[1:])))
     expected, masked = _masked(model)(variables, images)
     np.testing.assert_allclose(logits.reshape(len(images), -1), expected, rtol=0, atol=1e-5)
-    computing = flops.computing(masked.active, 2)
+    computing = flops.is_computed(masked.active, 2)
     np.testing.assert_array_equal(aux.depth.reshape(len(images), -1), computing.sum(axis=0))
 
 

@@ -51,7 +51,7 @@ def _expected(
     params: dict, images: np.ndarray, model: vit.AViT = _MODEL
 ) -> tuple[np.ndarray, np.ndarray]:
     logits, aux = model.apply({"params": params}, augment.normalize(images, **_COLORS))
-    depth = flops.computing(aux.active, model.num_prefix_tokens).sum(axis=0)[
+    depth = flops.is_computed(aux.active, model.num_prefix_tokens).sum(axis=0)[
         :, model.num_prefix_tokens :
     ]
     return np.asarray(logits), np.asarray(depth).reshape(len(images), *model.grid)

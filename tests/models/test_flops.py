@@ -132,6 +132,6 @@ def test_computing_is_active_until_the_last_readout_token_halts(model: vit.AViT)
             + [model.depth] * (model.num_tokens - model.num_prefix_tokens)
         ]
     )
-    needed = flops.computing(_active(model, depth), model.num_prefix_tokens)
+    needed = flops.is_computed(_active(model, depth), model.num_prefix_tokens)
     assert needed[0].all()
     assert not needed[1:].any()

@@ -423,7 +423,7 @@ def test_presets_have_the_published_number_of_parameters(
         (dict(patch_size=5), r"patch_size 5 must divide the image size \(8, 12\)"),
         (dict(image_size=(8, 10)), r"patch_size 4 must divide the image size \(8, 10\)"),
         (dict(image_size=[8, 10]), r"patch_size 4 must divide the image size \(8, 10\)"),
-        (dict(mlp_ratio=0.01), r"mlp_ratio 0\.01 leaves the MLP no channel"),
+        (dict(mlp_ratio=0.01), r"mlp_ratio 0\.01 gives the MLP no hidden channel"),
         (
             dict(image_size=(8, 12, 1)),
             r"image_size must be one number or \(height, width\); got \(8, 12, 1\)",

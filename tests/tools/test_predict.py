@@ -90,7 +90,7 @@ def test_predictions_are_the_models_own(
     normal = (images / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
     logits, aux = model.apply({"params": params}, normal.astype(np.float32))
     probabilities = np.asarray(jax.nn.softmax(logits))
-    depth = np.asarray(flops.computing(aux.active, 1).sum(axis=0))[:, 1:]
+    depth = np.asarray(flops.is_computed(aux.active, 1).sum(axis=0))[:, 1:]
     assert len(np.unique(depth)) > 1
     for i, one in enumerate(predictions):
         assert one.top5 == [str(k) for k in np.argsort(-probabilities[i])]

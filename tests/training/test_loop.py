@@ -377,7 +377,7 @@ def test_evaluation_counts_every_image_once(batch_size: int, adaptive: bool, mon
     labels = np.array([record["label"] for record in evaluator.source.records])
     logits, aux = model.apply({"params": params}, (images / 255.0 - 0.3) / 0.36)
     assert removed.called == adaptive
-    depth = flops.computing(aux.active, 1).sum(axis=0)
+    depth = flops.is_computed(aux.active, 1).sum(axis=0)
     assert scalars["images"] == 360
     assert scalars["top1"] == pytest.approx(
         float((np.argmax(logits, -1) == labels).mean()), abs=0.003
