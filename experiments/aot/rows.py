@@ -62,6 +62,12 @@ def largest(model: str, topology: str, remat: bool) -> dict[str, object]:
     return {"largest_batch": best}
 
 
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+
+
 def _columns(rows: dict[str, dict[str, object]], columns: tuple[str, ...], least: str) -> list[str]:
     """One table, of the rows that have a certain column."""
     keys = sorted(key for key, row in rows.items() if least in row)
@@ -72,8 +78,7 @@ def _columns(rows: dict[str, dict[str, object]], columns: tuple[str, ...], least
     lines.append("|---" * (len(columns) + 2) + "|")
     for key in keys:
         values = [rows[key].get(name, "") for name in columns]
-        shown = ["yes" if v is True else "no" if v is False else f"{v:.4g}" if v != "" else "" for v in values]
-        lines.append(f"| {key} | {rows[key]['batch']} | " + " | ".join(shown) + " |")
+        lines.append(f"| {key} | {rows[key]['batch']} | " + " | ".join(map(_shown, values)) + " |")
     return [*lines, ""]
 
 
