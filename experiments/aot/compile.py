@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import tempfile
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ from avit_jax.inference import adaptive
 from avit_jax.models import flops, vit
 from avit_jax.training import build, train_step
 from avit_jax.utils import errors
-from experiments.aot import gpu
+from experiments.aot import dump, gpu, hlo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,19 @@ def _model(config: ConfigDict, topology: str) -> vit.AViT:
     return model.clone(fused_attention=True) if topology == gpu.NAME else model
 
 
-def compile_training(config: ConfigDict, topology: str) -> dict[str, Any]:
+def compile_training(config: ConfigDict, topology: str, *, static: bool = False) -> dict[str, Any]:
     """Compiles the `pmap` training step of a recipe for all devices of a topology; the batch is
     spread over them.
+
+    Args:
+      config: the recipe.
+      topology: see `devices`.
+      static: of the network without halting.
     """
     on = devices(topology)
     model, (tx, _) = _model(config, topology), build.optimizer(config)
+    if static:
+        model = model.clone(halting=None)
     new_state = functools.partial(
         build.new_state, model, tx, seed=0, ema=config.optimizer.ema_decay > 0
     )
@@ -149,16 +157,23 @@ def _compile(
         "memory_gib": chip.memory * share,
         "devices": len(on),
     }
-    try:
-        compiled = lowered.compile(compiler_options=gpu.OPTIONS if topology == gpu.NAME else None)
-    except jax.errors.JaxRuntimeError as error:
-        return row | {
-            "fits": False,
-            "error": errors.first_line(error),
-            "compile_seconds": time.perf_counter() - started,
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        options = gpu.OPTIONS | dump.options(folder) if topology == gpu.NAME else None
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            return row | {
+                "fits": False,
+                "error": errors.first_line(error),
+                "compile_seconds": time.perf_counter() - started,
+            }
+        row["compile_seconds"] = time.perf_counter() - started
+        if topology == gpu.NAME:
+            counted = gpu.count(compiled, model, folder)
+        else:
+            cycles = hlo.Program(compiled.as_text()).estimated_cycles(model.depth)
+            counted = {"estimated_megacycles": cycles / 1e6}
     memory = compiled.memory_analysis()
-    counted = gpu.count(compiled, model) if topology == gpu.NAME else {}
     used = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -170,7 +185,6 @@ def _compile(
         | counted
         | {
             "fits": used <= chip.memory * share * 2**30,
-            "compile_seconds": time.perf_counter() - started,
             "argument_mib": memory.argument_size_in_bytes / 2**20,
             "temporary_mib": memory.temp_size_in_bytes / 2**20,
             "output_mib": memory.output_size_in_bytes / 2**20,

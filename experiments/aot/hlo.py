@@ -32,6 +32,8 @@ _INSTRUCTION = re.compile(
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_RUNS = ("while", "conditional", "call", "async-start")
 _FREE = (
     "parameter",
     "get-tuple-element",
@@ -133,6 +135,36 @@ class Program:
         """One turn of each loop that the compiler knows to run so many times."""
         whiles = [x for of in self._computations.values() for x in of.values() if x.op == "while"]
         return [self._count(x.called()[0]) for x in whiles if _trips(x) == trips]
+
+    def is_open(self, loop: str) -> bool:
+        """Whether the compiler does not know how many turns a loop takes."""
+        return not any(
+            _TRIPS.search(of[loop].line) for of in self._computations.values() if loop in of
+        )
+
+    def estimated_cycles(self, trips: int) -> int:
+        """Of one run of a program for a TPU: the sum of what the compiler says of each instruction.
+
+        Of a conditional the longest branch counts. The compiler does not say how many turns a loop
+        takes.
+
+        Args:
+          trips: turns of each loop.
+        """
+        return self._cycles(self._entry, trips)
+
+    def _cycles(self, computation: str, trips: int) -> int:
+        cycles = 0
+        for x in self._computations[computation].values():
+            called = [self._cycles(name, trips) for name in x.called()] if x.op in _RUNS else [0]
+            found = _CYCLES.search(x.line)
+            cycles += int(found[1]) if found else 0
+            cycles += (
+                max(called)
+                if x.op == "conditional"
+                else sum(called) * (trips if x.op == "while" else 1)
+            )
+        return cycles
 
     def _count(self, computation: str) -> Count:
         instructions = self._computations[computation]

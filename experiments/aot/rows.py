@@ -7,7 +7,7 @@ from experiments.aot import compile as aot
 from experiments.aot import gpu
 
 _RECIPES = {"deit_tiny": deit_tiny, "deit_small": deit_small, "deit_base": deit_base}
-_INFERENCE_BATCH = {gpu.NAME: 256}  # of others 64
+_GPU_BATCH = 256  # of training and of inference
 _FIRST = 64  # images per device of the first compile of a search
 _COLUMNS = (
     "fits",
@@ -18,7 +18,10 @@ _COLUMNS = (
     "memory_gib",
     "roofline_ms",
 )
-_COLUMNS += ("layer_mb", "layer_kernels", "layer_casts", "layer_branches", "program_mb")
+_TPU_COLUMNS = ("estimated_megacycles",)
+_GPU_COLUMNS = ("layer_mb", "layer_kernels", "layer_casts", "layer_branches", "program_mb")
+_GPU_COLUMNS += ("host_conditionals", "host_loops", "most_registers", "spill_bytes")
+_UNITS = {"mib": "MiB", "gib": "GiB", "mb": "MB"}
 
 
 def _recipe(model: str, dtype: str) -> ConfigDict:
@@ -29,16 +32,18 @@ def _recipe(model: str, dtype: str) -> ConfigDict:
 
 
 def compile_one(program: str, model: str, dtype: str, topology: str) -> dict[str, object]:
-    """One row of the table: the recipe's batch per device for training, 64 images (256 on a GPU)
-    for inference.
+    """One row of the table: on a GPU 256 images, else 64 for inference and the recipe's batch per
+    device for training.
     """
-    config = _recipe(model, dtype)
-    if program != "training":
-        config.eval.batch_size = batch = _INFERENCE_BATCH.get(topology, 64)
+    config, is_gpu = _recipe(model, dtype), topology == gpu.NAME
+    if not program.endswith("training"):
+        config.eval.batch_size = batch = _GPU_BATCH if is_gpu else 64
         return aot.compile_inference(config, topology, program) | {"batch": batch}
-    per_device = config.train.batch_size // 8
+    per_device = _GPU_BATCH if is_gpu else config.train.batch_size // 8
     config.train.batch_size = per_device * len(aot.devices(topology))
-    return aot.compile_training(config, topology) | {"batch": per_device}
+    return aot.compile_training(config, topology, static=program == "static training") | {
+        "batch": per_device
+    }
 
 
 def largest(model: str, topology: str, remat: bool) -> dict[str, object]:
@@ -69,28 +74,35 @@ def largest(model: str, topology: str, remat: bool) -> dict[str, object]:
     return {"largest_batch": best}
 
 
-def table(rows: dict[str, dict[str, object]]) -> str:
-    """All rows in Markdown."""
-    keys = sorted(key for key, row in rows.items() if "fits" in row)
-    lines = [
-        "| program, model, dtype, topology | batch per device | "
-        + " | ".join(_COLUMNS)
-        .replace("_", " ")
-        .replace("mib", "MiB")
-        .replace("gib", "GiB")
-        .replace("mb", "MB")
-        + " |"
-    ]
-    lines.append("|---" * (len(_COLUMNS) + 2) + "|")
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+
+
+def _columns(rows: dict[str, dict[str, object]], columns: tuple[str, ...], least: str) -> list[str]:
+    """One table, of the rows that have a certain column."""
+    keys = sorted(key for key, row in rows.items() if least in row)
+    if not keys:
+        return []
+    heads = [" ".join(_UNITS.get(word, word) for word in name.split("_")) for name in columns]
+    lines = [f"| program, model, dtype, topology | batch per device | {' | '.join(heads)} |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
     for key in keys:
-        values = [rows[key].get(name, "") for name in _COLUMNS]
-        shown = [
-            "yes" if v is True else "no" if v is False else f"{v:.4g}" if v != "" else ""
-            for v in values
-        ]
-        lines.append(f"| {key} | {rows[key]['batch']} | " + " | ".join(shown) + " |")
+        values = [rows[key].get(name, "") for name in columns]
+        lines.append(f"| {key} | {rows[key]['batch']} | " + " | ".join(map(_shown, values)) + " |")
+    return [*lines, ""]
+
+
+def table(rows: dict[str, dict[str, object]]) -> str:
+    """All rows in Markdown: memory, then what is counted of programs for a GPU, then what is
+    estimated for a TPU.
+    """
+    lines = _columns(rows, _COLUMNS, "fits")
+    lines += _columns(rows, _GPU_COLUMNS, "layer_mb")
+    lines += _columns(rows, _TPU_COLUMNS, "estimated_megacycles")
     versions = sorted({str(row["jax"]) for row in rows.values() if "jax" in row})
-    lines += ["", f"Compiled with JAX {' and '.join(versions)}."] if versions else []
+    lines += [f"Compiled with JAX {' and '.join(versions)}."] if versions else []
     searched = sorted(key for key, row in rows.items() if "largest_batch" in row)
     if searched:
         lines += [

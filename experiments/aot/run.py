@@ -2,16 +2,25 @@
 
 pip install '.[tpu,gpu_compiler]'
 JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot
-JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot --topologies=h100 --dtypes=bfloat16 \
-  --programs=static,masked,inference,training
+JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot --topologies=h100 \
+  --dtypes=bfloat16 --programs="static,masked,inference,training,static training"
 
-Writes result.json and table.md; what is in result.json already is not compiled again. `roofline ms`
-is an estimate and no
-measurement: the static network's MACs (three times, for training; four with rematerialisation) at
-the published bfloat16 peak. For the H100 it also counts what one turn of the loop over layers does
-(of training forward and backward together): megabytes that kernels move, kernels, kernels that cast
-parameters, conditionals; and the megabytes of the whole program. Nothing is run, so nothing is
-known of the real speed, nor of the numbers that come out.
+Writes result.json and table.md. It does not compile again what result.json already has. Nothing is
+run, so nothing is known of the real speed, nor of the numbers that come out.
+
+`roofline ms` is an estimate: the static network's MACs (three times, for training; four with
+rematerialisation) at the published bfloat16 peak.
+Columns for the H100; a layer is one turn of the loop over layers, in training forward and backward:
+  layer MB, program MB: bytes that kernels read and write, in a layer and in the whole program.
+  layer kernels: their number.
+  layer casts: those that cast a parameter.
+  layer branches: conditionals.
+  host conditionals, host loops: those of the whole program at which the host waits for the GPU.
+  most registers: of XLA's own kernels, the most that a thread of one needs. Needs ptxas.
+  spill bytes: what a thread stores to memory or loads from it for want of registers, the sum over
+    these kernels. Needs ptxas.
+Column for TPUs: `estimated megacycles` is the sum of the compiler's own estimates. It was never
+compared with a TPU, and is there to compare programs. A conditional counts as its longest branch.
 """
 
 import functools
@@ -33,7 +42,7 @@ _TOPOLOGIES = flags.DEFINE_list(
 _MODELS = flags.DEFINE_list("models", ["deit_tiny", "deit_small"], "recipes in configs/")
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of the computation")
 _PROGRAMS = flags.DEFINE_list(
-    "programs", ["training", "inference"], "of training, inference, masked, static"
+    "programs", ["training", "inference"], "of training, static training, inference, masked, static"
 )
 _LARGEST = flags.DEFINE_bool(
     "largest", False, "searches the largest batch per device of training, with and without remat"
