@@ -70,7 +70,7 @@ def test_a_name_is_as_good_as_a_file(hub: None) -> None:
 
 @pytest.mark.parametrize("name", ["some/other", "nonsense name", "../../etc"])
 def test_a_name_that_is_not_there(hub: None, name: str) -> None:
-    with pytest.raises(errors.UserError, match=f"hf-hub:{name} cannot be fetched") as told:
+    with pytest.raises(errors.UserError, match=f"hf-hub:{name} cannot be downloaded") as told:
         weight_files.read(f"hf-hub:{name}")
     assert "\n" not in str(told.value)
 

@@ -75,7 +75,7 @@ def test_position_embeddings_for_another_image_size() -> None:
     file = weight_files.read(_DATA / "timm.safetensors")
     logits = _logits(file, _model(image_size=(24, 40)), _EXPECTED["large_images"])
     np.testing.assert_allclose(logits, _EXPECTED["larger"], atol=1e-5)
-    with pytest.raises(errors.UserError, match="5 patches are not of a square"):
+    with pytest.raises(errors.UserError, match="5 patches, which do not form a square"):
         weight_files.fit(file.tensors | {"pos_embed": np.zeros((1, 6, 12))}, _model())
 
 
@@ -155,8 +155,8 @@ def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:
     model = _model(norm_eps=1e-5)
     weight_files.write(tmp_path / "model.safetensors", weight_files.fit(_tensors(), model), model)
     for changes, told in (
-        ({}, "norm_eps of 1e-05"),
-        ({"norm_eps": 1e-5, "num_heads": 2}, "num_heads of 3"),
+        ({}, "norm_eps=1e-05"),
+        ({"norm_eps": 1e-5, "num_heads": 2}, "num_heads=3"),
     ):
         with pytest.raises(errors.UserError, match=told):
             weight_files.load(tmp_path / "model.safetensors", _model(**changes))
@@ -275,7 +275,7 @@ def _tensors(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
     [
         ({"norm__bias": None}, r"norm\.bias is missing"),
         ({"blocks__1__mlp__fc2__weight": None}, r"blocks\.1\.mlp\.fc2\.weight is missing"),
-        ({"extra": np.zeros(1, np.float32)}, "extra is surplus"),
+        ({"extra": np.zeros(1, np.float32)}, "extra is unexpected"),
         (
             {"blocks__0__mlp__fc1__weight": np.zeros((12, 48), np.float32)},
             r"fc1\.weight is \(12, 48\) and not \(48, 12\)",
@@ -297,7 +297,7 @@ def test_misfits_are_all_named(changes: dict[str, np.ndarray | None], told: str)
 def test_a_distilled_file_and_a_plain_model() -> None:
     tensors = weight_files.read(_DATA / "distilled.pth").tensors
     with pytest.raises(
-        errors.UserError, match=r"dist_token is surplus, head_dist\.bias is surplus"
+        errors.UserError, match=r"dist_token is unexpected, head_dist\.bias is unexpected"
     ):
         weight_files.fit(tensors, _model())
 
@@ -400,11 +400,11 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         ("gate's channel", "gate makes no sense"),
         ("deep gate", "gate makes no sense"),
         ("eps", "makes no sense"),
-        ("config's heads", "does not tell layer_norm_eps"),
+        ("config's heads", "does not give layer_norm_eps"),
         ("config's image size", "by zero"),
         ("config's activation", "its hidden_act is relu"),
         ("no config", r"config\.json is missing"),
-        ("config", "does not tell layer_norm_eps"),
+        ("config", "does not give layer_norm_eps"),
         ("config's eps", "makes no sense"),
         ("layer", "no whole vision transformer: key is missing"),
         ("npz of objects", "cannot be read"),
@@ -469,7 +469,7 @@ def test_a_gate_in_a_name_that_is_no_number(tmp_path: pathlib.Path) -> None:
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys, pathlib; sys.modules['torch'] = None\n"
-        "from avit_jax import weight_files\n"
+        "from avit_jax.weights import weight_files\n"
         f"print(len(weight_files.read(pathlib.Path({str(_DATA / 'tiny-10-30.pth')!r})).tensors))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
