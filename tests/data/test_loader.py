@@ -12,7 +12,7 @@ import fixtures
 import jax
 import numpy as np
 import pytest
-import test_pictures
+import test_image_files
 from PIL import Image
 
 from avit_jax.data import loader, sources, transforms
@@ -202,13 +202,15 @@ def test_a_split_without_labels_is_refused() -> None:
     source = dataclasses.replace(
         _numbered(4), records=[{"image": np.zeros((2, 2, 3), np.uint8), "label": -1}]
     )
-    with pytest.raises(errors.UserError, match="record 0 of numbers has the label -1, of no class"):
+    with pytest.raises(
+        errors.UserError, match="record 0 of numbers has the label -1, which is no class"
+    ):
         loader.Reader(source=source, transform=_as_it_is, skip_bad=True)(0)
 
 
 def test_a_source_of_nothing_but_bad_records() -> None:
     source = _numbered(4, lambda i: True)
-    with pytest.raises(errors.UserError, match="not one record of numbers can be read"):
+    with pytest.raises(errors.UserError, match="no record of numbers can be read"):
         loader.Reader(source=source, transform=_as_it_is, skip_bad=True)(0)
 
 
@@ -232,7 +234,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: pathlib.Path) -> None:
 def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
     (tmp_path / "train/any").mkdir(parents=True)
     good = [i % 11 == 4 for i in range(220)]  # 20 good ones, spread out
-    bad = iter(test_pictures.malformed())
+    bad = iter(test_image_files.malformed())
     for i, is_good in enumerate(good):
         noise = np.random.default_rng(i).integers(0, 256, (1 + i % 30, 40, 3), dtype=np.uint8)
         path = (
@@ -245,12 +247,12 @@ def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
     reader = loader.Reader(source=source, transform=transform)
     for i, is_good in enumerate(good):
         if is_good:
-            assert isinstance(reader.decoded(i)["image"], Image.Image)
+            assert isinstance(reader.decode(i)["image"], Image.Image)
         else:
             with pytest.raises(
-                errors.UserError, match=rf"^cannot read .*/{i:03}\.[a-z]+: .+; mend or remove it"
+                errors.UserError, match=rf"^cannot read .*/{i:03}\.[a-z]+: .+; fix or remove it"
             ):
-                reader.decoded(i)
+                reader.decode(i)
     # In one epoch every record is asked for once, and each bad one leads on to the next good one.
     to_the_next = [next(k for k in range(220) if good[(i + k) % 220]) for i in range(220)]
     reader = loader.Reader(source=source, transform=transform, skip_bad=True)
@@ -264,7 +266,7 @@ def test_a_worker_that_has_been_killed_is_told() -> None:
         yield {}
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
 
-    told = loader._of_workers(batches())
+    told = loader._from_workers(batches())
     assert next(told) == {}
     with pytest.raises(errors.UserError, match=r"exit code -9.*lower --config\.data\.num_workers"):
         next(told)

@@ -15,7 +15,7 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from avit_jax.data import loader, pictures, sources, transforms
+from avit_jax.data import image_files, loader, sources, transforms
 from avit_jax.utils import errors
 
 
@@ -166,7 +166,7 @@ def test_real_data_set(data_dir: str, name: str, classes: int, splits: tuple[str
     for source in (train, test):
         record = source.records[len(source.records) - 1]
         assert 0 <= record["label"] < classes
-        picture = pictures.decode(record["image"])
+        picture = image_files.decode(record["image"])
         for out in (
             transforms.Train(image_size=(224, 224), magnitude=9.0)(
                 picture, np.random.default_rng(0)
@@ -214,14 +214,14 @@ def test_folder(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
         ("train/cat/a.WebP", 0), ("train/cat/b.png", 0),
         ("train/dog/1.JPG", 1), ("train/dog/2.jpeg", 1), ("linked", 1), ("linked", 2),
     ]  # fmt: skip
-    assert "6 pictures of 3 classes, 4 other files ignored" in caplog.text
-    assert source.where(2, source.records[2]) == str(folder / "train/dog/1.JPG")
+    assert "6 images of 3 classes, 4 other files ignored" in caplog.text
+    assert source.describe(2, source.records[2]) == str(folder / "train/dog/1.JPG")
     sources.check_fit(source, num_classes=3, channels=3)
 
 
 @pytest.mark.parametrize(
     ("split", "expected"),
-    [("val", "cannot read .*val.*No such file"), ("empty", "no pictures in .*empty")],
+    [("val", "cannot read .*val.*No such file"), ("empty", "no images in .*empty")],
 )
 def test_folder_without_pictures(folder: pathlib.Path, split: str, expected: str) -> None:
     (folder / "empty/cat").mkdir(parents=True)
@@ -259,7 +259,7 @@ def test_what_is_no_picture_is_left_out_and_counted(
         source = sources.load("folder", split="train", data_dir=str(folder), image_size=(8, 8))
     assert source.label_names == ["cat", "dog", "fox"]
     assert [len(source.records[i]) for i in range(len(source.records))] == [3] * 6
-    assert "6 pictures of 3 classes, 12 other files ignored" in caplog.text
+    assert "6 images of 3 classes, 12 other files ignored" in caplog.text
 
 
 def test_classes_of_training_and_evaluation_have_to_be_the_same(folder: pathlib.Path) -> None:

@@ -208,7 +208,7 @@ def test_bad_files_are_refused_in_one_sentence(
         serving.load(bad)
     assert "\n" not in str(refused.value) and str(bad) in str(refused.value)
     told = {
-        "calls": "calls what no network of ours does: a_strangers",
+        "calls": "calls functions that no exported network needs: a_strangers",
         "bomb": "compressed",
         "other weights": "its weights",
     }
@@ -359,6 +359,6 @@ def test_programs_that_would_fail_at_the_call(
         return
     with pytest.raises(
         serving.BadArtifact,
-        match="does not run" if name == "another body" else "does not go from pictures",
+        match="does not run" if name == "another body" else "does not map images",
     ):
         serving.load(path)

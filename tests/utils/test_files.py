@@ -28,7 +28,7 @@ def test_links_and_devices_stay_what_they_are(tmp_path: pathlib.Path) -> None:
         tmp_path / "folder/file"
     ).read_text() == "through it"
     command = (
-        "from avit_jax import files; print('table', flush=True); files.write('/dev/stdout', "
+        "from avit_jax.utils import files; print('table', flush=True); files.write('/dev/stdout', "
         "'lines')"
     )
     with (tmp_path / "out").open("w") as out:
