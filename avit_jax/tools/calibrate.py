@@ -122,5 +122,5 @@ def from_checkpoint(
     options = {"gamma": params["gate"]["gamma"], "beta": params["gate"]["beta"]}
     if model.halting.merge:
         options |= {"merge": True, "redundancy": f"{model.halting.redundancy:.6g}"}
-    text = " ".join(f"--config.halting.{key}={value}" for key, value in options.items())
+    text = " ".join(f"--config.halting.{key}={value!s}" for key, value in options.items())
     _logger.info("wrote %s; if the gate is no parameter of a recipe, set %s", out, text)

@@ -157,17 +157,17 @@ def _compare(
 def _check_supported(
     config: pathlib.Path, sections: list[dict[str, Any]], architecture: str
 ) -> None:
-    for section in sections:
-        for key, values in _SUPPORTED.items():
-            if section.get(key) is not None and section[key] not in values:
-                raise errors.UserError(
-                    f"{config} describes a network that is not supported: its {key} is "
-                    f"{_text(section[key])}."
-                )
+    unsupported = {
+        key: section[key]
+        for section in sections
+        for key, values in _SUPPORTED.items()
+        if section.get(key) is not None and section[key] not in values
+    }
     if "quickgelu" in architecture:
+        unsupported["architecture"] = architecture
+    for key, value in unsupported.items():
         raise errors.UserError(
-            f"{config} describes a network that is not supported: its architecture is "
-            f"{_text(architecture)}."
+            f"{config} describes a network that is not supported: its {key} is {_text(value)}."
         )
     if architecture and not architecture.startswith(_FAMILIES):
         message = "%s has the architecture %s; its tensors are read as a vision transformer's"

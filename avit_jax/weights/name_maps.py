@@ -37,6 +37,9 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     Raises:
       ValueError: tensors are missing or unexpected; the message names all of them.
+
+    Example:
+      params = from_torch({name: x.numpy() for name, x in module.state_dict().items()})
     """
     num_layers = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
     layout = _layout(num_layers, distilled="dist_token" in state_dict)

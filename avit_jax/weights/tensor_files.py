@@ -154,10 +154,6 @@ def _read_safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
         return {name: np.asarray(file.get_tensor(name)) for name in names}, file.metadata() or {}
 
 
-def _read_torch(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
-    return torch_pickle.read(path), {}
-
-
 def _read_npz(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     with zipfile.ZipFile(path) as archive:
         file_limits.check_archive(archive)
@@ -171,7 +167,7 @@ def _read_npz(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
 
 
 _READERS = {
-    **dict.fromkeys((".pth", ".pt", ".bin"), _read_torch),
+    **dict.fromkeys((".pth", ".pt", ".bin"), lambda path: (torch_pickle.read(path), {})),
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
 }

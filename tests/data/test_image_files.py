@@ -1,4 +1,4 @@
-"""Encoded pictures of anyone's making: right RGB, or a sentence that names what is wrong."""
+"""Untrusted image files become the right RGB image, or raise one sentence that names the fault."""
 
 import io
 import struct
@@ -21,7 +21,7 @@ def encoded(picture: Image.Image, kind: str = "png", **options: object) -> bytes
 
 
 def halves() -> Image.Image:
-    """Red left, blue right; 20 x 10 pixels."""
+    """Returns an image of 20 x 10 pixels, red on the left and blue on the right."""
     picture = Image.new("RGB", (20, 10), RED)
     picture.paste(BLUE, (10, 0, 20, 10))
     return picture
@@ -137,7 +137,7 @@ def test_first_frame_of_an_animation() -> None:
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """The start of a picture that claims to be huge."""
+    """Returns the start of a PNG that claims to be huge."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(bytes(1000))
     chunks = [
@@ -155,7 +155,7 @@ def test_absurd_sizes_are_refused_before_they_are_decoded() -> None:
 
 
 def malformed() -> list[bytes]:
-    """200 files that are no picture, or only a part of one."""
+    """Yields 200 files that are no image, or only a part of one."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
     files = [
         b"",
@@ -217,7 +217,7 @@ def test_damaged_bytes_never_raise_anything_else() -> None:
 
 
 def _written(depth: int, colour: int, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of 8 or 16 bits, written by hand; values `(H, W)` or `(H, W, channels)`."""
+    """Returns a PNG of 8 or 16 bits per channel from values `(H, W)` or `(H, W, channels)`."""
     rows = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", *values.shape[1::-1], depth, colour, 0, 0, 0)
     chunks = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))

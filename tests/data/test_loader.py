@@ -1,4 +1,4 @@
-"""Batches: which images, in which order, where."""
+"""Content, order and placement of batches."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ from avit_jax.utils import errors
 
 
 def _numbered(count: int, torn: Callable[[int], bool] = lambda i: False) -> sources.Source:
-    """Images whose label is their place; some cannot be decoded."""
+    """Returns images whose label is their number; some cannot be decoded."""
     records = [
         {"image": b"torn" if torn(i) else np.full((2, 3, 1), i % 256, np.uint8), "label": i}
         for i in range(count)
@@ -33,7 +33,7 @@ def _as_it_is(image: np.ndarray, *_: np.random.Generator) -> np.ndarray:
 
 
 def _with_draw(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """All pixels but the first are random."""
+    """Replaces all pixels but the first by random ones."""
     drawn = rng.integers(256, size=image.shape, dtype=np.uint8)
     drawn[0, 0] = image[0, 0]
     return drawn
@@ -261,15 +261,15 @@ def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
     batches.close()
 
 
-def test_a_worker_that_has_been_killed_is_told() -> None:
+def test_a_worker_that_has_been_killed_is_reported() -> None:
     def batches() -> Iterator[loader.Batch]:
         yield {}
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
 
-    told = loader._from_workers(batches())
-    assert next(told) == {}
+    read = loader._from_workers(batches())
+    assert next(read) == {}
     with pytest.raises(errors.UserError, match=r"exit code -9.*lower --config\.data\.num_workers"):
-        next(told)
+        next(read)
 
 
 # Killed and resumed
@@ -301,9 +301,7 @@ if __name__ == "__main__":
 def _digests(
     folder: pathlib.Path, *, start: int, workers: int, steps: int, kill_after: int | None = None
 ) -> dict[int, str]:
-    """Digests of the batches by step, from a process that is killed once it has told `kill_after`
-    of them.
-    """
+    """Returns the digests of batches by step, from a process that is killed after `kill_after` of them."""
     command = [
         sys.executable,
         str(folder / "script.py"),
@@ -313,17 +311,17 @@ def _digests(
         str(steps),
     ]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    told = {}
+    digests = {}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     ) as process:
         for line in process.stdout:
             step, digest = line.split()
-            told[int(step)] = digest
-            if len(told) == kill_after:
+            digests[int(step)] = digest
+            if len(digests) == kill_after:
                 os.killpg(process.pid, signal.SIGKILL)  # with its workers
                 break
-    return told
+    return digests
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Where images come from."""
+"""Sources of images."""
 
 import dataclasses
 import functools
@@ -83,9 +83,7 @@ def test_data_set_that_does_not_exist(tmp_path: pathlib.Path, name: str) -> None
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a data set "tiny_pictures" of tensorflow-datasets: PNG pictures, the i-th of shade
-    10 * i and label i % 3.
-    """
+    """Prepares a TFDS data set `tiny_pictures`: PNG number i has the grey value 10 * i and label i % 3."""
     import tensorflow_datasets as tfds
 
     class TinyPictures(tfds.core.GeneratorBasedBuilder):
@@ -141,7 +139,7 @@ def test_split_that_does_not_exist(tiny: str, split: str) -> None:
 
 @pytest.fixture
 def data_dir() -> str:
-    """Folder of the real data sets, where there is one."""
+    """Returns the folder of the real data sets, or skips."""
     if "AVIT_DATA_DIR" not in os.environ:
         pytest.skip(
             "set AVIT_DATA_DIR to a folder with imagenet2012 and cifar10, prepared in "
@@ -183,7 +181,7 @@ def test_real_data_set(data_dir: str, name: str, classes: int, splits: tuple[str
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Pictures of cats and dogs, with what else lies about in such folders."""
+    """Makes a folder of cat and dog images, with other files among them."""
     for name in (
         "train/dog/1.JPG",
         "train/dog/2.jpeg",

@@ -1,6 +1,4 @@
-"""Predictions of pictures: the numbers of the model itself, as table, JSON lines and pictures; and
-what cannot be read.
-"""
+"""Predictions: the numbers of the model itself as a table, JSON lines and figures; unusable inputs."""
 
 import itertools
 import json
@@ -47,7 +45,7 @@ def _config() -> ConfigDict:
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Twenty good pictures, oblong ones among them, one that is torn and one that is none."""
+    """Makes twenty readable images of several aspect ratios, a truncated one, and a text file."""
     rng = np.random.default_rng(0)
     root = tmp_path / "pictures"
     (root / "more").mkdir(parents=True)
@@ -138,7 +136,7 @@ def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(
     assert one.image.shape == (16, 16, 1) and one.depth.shape == (4, 4)
 
 
-def test_a_network_used_otherwise_than_trained_is_told(
+def test_a_network_used_otherwise_than_trained_is_reported(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = _config()
@@ -164,13 +162,13 @@ def test_linked_folders_are_looked_into_once(folder: pathlib.Path, tmp_path: pat
 
 
 def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
-    for paths, told in (
+    for paths, message in (
         ([], "name images"),
         ([""], "is empty"),
         ([tmp_path], "no image in"),
         ([tmp_path / "no.png"], r"no image .*no\.png"),
     ):
-        with pytest.raises(errors.UserError, match=told):
+        with pytest.raises(errors.UserError, match=message):
             list(predict.predict(_config(), _WEIGHTS, paths))
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(errors.UserError, match="none of the images can be read"):

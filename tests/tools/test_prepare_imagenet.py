@@ -1,4 +1,4 @@
-"""ImageNet from its tars, against what tensorflow-datasets' own writer makes of the same pictures."""
+"""Compares the prepared ImageNet with the output of tensorflow-datasets' own writer."""
 
 import io
 import pathlib

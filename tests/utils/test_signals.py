@@ -1,6 +1,4 @@
-"""Ctrl-C is heard at any moment: in a callback of a library, in C++, and while it matters what is
-kept.
-"""
+"""Ctrl-C takes effect in callbacks of libraries, in C++, and while results are saved."""
 
 import os
 import pathlib

@@ -1,6 +1,4 @@
-"""The `config.json` beside a weight file: what it adds is used, and what contradicts the tensors is
-refused or reported.
-"""
+"""`config.json`: its extra sizes are used; sizes that contradict the tensors are refused or reported."""
 
 import json
 import pathlib
@@ -72,7 +70,7 @@ def test_what_hugging_face_tells_is_used(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"hidden_size": 999}, "width=999, and the tensors have 12"),
         ({"num_hidden_layers": 99}, "depth=99, and the tensors have 2"),
@@ -105,15 +103,15 @@ def test_what_hugging_face_tells_is_used(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_a_config_of_hugging_face_that_contradicts_the_tensors(
-    tmp_path: pathlib.Path, changes: dict[str, object], told: str
+    tmp_path: pathlib.Path, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(errors.UserError, match=told):
+    with pytest.raises(errors.UserError, match=message):
         _read(tmp_path, "vit/model.safetensors", _HUGGING_FACE | changes)
 
 
 @pytest.mark.parametrize("section", ["", "model_args"])
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"global_pool": "avg"}, "its global_pool is avg"),
         ({"global_pool": "\x1b[2J\ud800"}, r"its global_pool is \\x1b\[2J\\ud800"),
@@ -142,14 +140,14 @@ def test_a_config_of_hugging_face_that_contradicts_the_tensors(
     ],
 )
 def test_a_config_of_timm_that_contradicts_the_tensors(
-    tmp_path: pathlib.Path, section: str, changes: dict[str, object], told: str
+    tmp_path: pathlib.Path, section: str, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(errors.UserError, match=told):
+    with pytest.raises(errors.UserError, match=message):
         _read(tmp_path, "timm.safetensors", _timm(section, **changes))
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         (
             _timm("pretrained_cfg", input_size=[3, 224, 224], num_classes=1000),
@@ -167,11 +165,14 @@ def test_a_config_of_timm_that_contradicts_the_tensors(
     ],
 )
 def test_where_a_network_comes_from_is_only_reported(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, config: dict[str, object], told: str
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    config: dict[str, object],
+    message: str,
 ) -> None:
     file = _read(tmp_path, "timm.safetensors", config)
-    assert bool(caplog.records) == bool(told)
-    assert re.search(told, caplog.text)
+    assert bool(caplog.records) == bool(message)
+    assert re.search(message, caplog.text)
     assert file.num_heads in (None, 3)
 
 

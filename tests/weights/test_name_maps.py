@@ -25,14 +25,14 @@ _SIZES = dict(
 
 
 def _params(**changes) -> dict:
-    """Random numbers in the shape of the model's parameters."""
+    """Returns random parameters with the shapes of the model."""
     model, rng = vit.AViT(**(_SIZES | changes)), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 12, 2)))["params"]
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
 def _state_dict(dtype: type = np.float32) -> dict[str, np.ndarray]:
-    """Random weights by the names and shapes of timm."""
+    """Returns random weights with the names and shapes of timm."""
     shapes = {
         "cls_token": (1, 1, 8),
         "pos_embed": (1, 7, 8),
@@ -107,7 +107,7 @@ def test_dtype_is_kept() -> None:
     assert {array.dtype for array in theirs.values()} == {np.dtype(np.float16)}
 
 
-def test_missing_and_unexpected_names_are_told() -> None:
+def test_missing_and_unexpected_names_are_reported() -> None:
     state_dict = _state_dict()
     del state_dict["blocks.1.mlp.fc1.bias"], state_dict["norm.weight"]
     state_dict |= {"fc_norm.weight": np.zeros(8), "blocks.0.ls1.gamma": np.zeros(8)}

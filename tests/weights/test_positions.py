@@ -1,6 +1,4 @@
-"""Position embeddings: those that fit stay as they are, others are resized from the grid that is
-told, set or assumed.
-"""
+"""Position embeddings: unchanged if they fit, otherwise resized from a given or an assumed grid."""
 
 import logging
 import pathlib
@@ -50,12 +48,15 @@ def test_embeddings_that_fit_are_never_resized(
     model, path = _model(*grid, distilled=distilled), tmp_path / "x.safetensors"
     expected = _file(path, model)
     np.testing.assert_array_equal(weight_files.load(path, model)["pos_embed"], expected)
-    told = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     if grid in ((2, 8), (1, 4), (9, 16)):  # the number of patches is a square's too
-        assert len(told) == 1 and f"assumed to be {grid[0]} x {grid[1]}, as in the model" in told[0]
-        assert "--config.init_grid" in told[0]
+        assert (
+            len(messages) == 1
+            and f"assumed to be {grid[0]} x {grid[1]}, as in the model" in messages[0]
+        )
+        assert "--config.init_grid" in messages[0]
     else:
-        assert not told
+        assert not messages
 
 
 def test_a_grid_that_is_assumed_is_reported_and_one_that_is_set_is_not(
