@@ -4,6 +4,8 @@ what differs.
 
 import json
 import math
+import pathlib
+import runpy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -108,6 +110,15 @@ def default() -> ConfigDict:
         "budget": 0.0,
     }
     return ConfigDict({"seed": 0, **start, **_input(), **_network(), **_training()}).lock()
+
+
+def recipe(file: str, name: str) -> ConfigDict:
+    """Returns the config of the recipe `name` in the folder of `file`.
+
+    Recipes call this instead of an import, because their package has two names: `configs` in a
+    clone, and `avit_jax.configs` in an installation.
+    """
+    return runpy.run_path(str(pathlib.Path(file).with_name(f"{name}.py")))["get_config"]()
 
 
 def _input() -> dict[str, dict[str, Any]]:

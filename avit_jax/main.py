@@ -122,7 +122,7 @@ def _parse(argv: list[str]) -> list[str]:
     except BrokenPipeError:  # of --help
         raise
     except Exception as error:
-        errors.stop(errors.sentence(error))
+        errors.stop(errors.innermost_message(error))
     return [argv[0], *rest]
 
 
@@ -182,7 +182,7 @@ def _run(argv: list[str], workdir: str) -> None:
         predictions = predict.predict(_CONFIG.value, _CHECKPOINT.value or workdir, argv[1:])
         if distributed.is_first():
             with _interruptible(predictions) as shown:
-                predict.tell(
+                predict.report(
                     shown,
                     num_layers=_CONFIG.value.model.depth,
                     jsonl=_JSONL.value,
@@ -214,7 +214,7 @@ def _interruptible(predictions: Iterator[object]) -> Iterator[Iterator[object]]:
             if asked:
                 raise KeyboardInterrupt
 
-    with signals.heard(act):
+    with signals.listen(act):
         yield shown()
 
 

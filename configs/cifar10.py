@@ -1,12 +1,13 @@
-"""A small A-ViT on CIFAR-10: 32 x 32 pixels, 64 patch tokens of 4 x 4.
+"""A small A-ViT on CIFAR-10: images of 32 x 32 pixels, 64 patch tokens of 4 x 4.
 
 python -m avit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 
-The data set has to be prepared once (see the README).
-Hardware: two CPU cores, some hours. Expected: unknown, as nobody has trained the 60 epochs.
-Measured with these losses and this gate (docs/study.md): 67.40% top-1 at 0.61 of the static
-network's MACs, after 1,000 steps from a static parent of 68.80% with milder augmentation
-(`paper_recipe`). The static network gets 70.28% in the same steps (`static_not_distilled`, seed 0).
+The data set needs one preparation (see the README).
+Hardware: two CPU cores, some hours.
+Expected: unknown, as nobody has trained the 60 epochs. The study measured these losses and this
+gate with milder augmentation (docs/study.md, `paper_recipe`): 67.40% top-1 at a MACs ratio of 0.61,
+after 1,000 steps from a static parent of 68.80%. The static network gets 70.28% in the same number
+of steps (`static_not_distilled`, seed 0).
 """
 
 from ml_collections import ConfigDict

@@ -1,19 +1,22 @@
-"""A-ViT-T on ImageNet-1k: DeiT-T fine-tuned for 100 epochs, with the paper's losses.
+"""A-ViT-T on ImageNet-1k: DeiT-T fine-tuned for 100 epochs with the paper's losses.
 
 python -m avit_jax.main --config=configs/deit_tiny.py --workdir=runs/deit_tiny \
   --config.init=hf-hub:timm/deit_tiny_patch16_224.fb_in1k
 
---config.init may be a file too (see the README); without it training starts from random weights.
+--config.init may also be a file (see the README). Without it, training starts from random weights.
+
 The prior and its weight, 0.1, are the paper's. The gate is that of the released code, which was
 chosen for DeiT's weights. The released code has its own prior with weight 1e-3
 (--config.loss.prior_mode=official --config.loss.prior_weight=1e-3). We compared them on CIFAR-10
-with this gate, for 250 steps (experiments/pareto/recipes.json). Weight 0.1 gave 63.3% top-1 at 0.63
-of the MACs. Weight 1e-3 gave 68.5% with the paper's prior and 68.6% with the released one, both at
-0.95. The parent has 69.7%.
-Hardware: meant for 8 accelerators, 64 images each. Expected: unknown, as nobody has trained it. The
-  prior aims at a depth of 8
-of 12 layers, about 0.67 of the MACs: 0.84 GMACs, of DeiT-T's 1.25. The paper reports 71.0% at 0.8
-  GMACs with other settings.
+with this gate, for 250 steps, from a parent of 69.7% top-1 (experiments/pareto/recipes.json):
+  paper's prior, weight 0.1: 63.3% at a MACs ratio of 0.63.
+  paper's prior, weight 1e-3: 68.5% at 0.95.
+  released prior, weight 1e-3: 68.6% at 0.95.
+
+Hardware: meant for 8 accelerators, 64 images each.
+Expected: unknown, as nobody has trained it. The target depth of the prior is 8 of 12 layers, a MACs
+ratio of about 0.67: 0.84 GMACs of DeiT-T's 1.25. The paper reports 71.0% at 0.8 GMACs with other
+settings.
 """
 
 from ml_collections import ConfigDict

@@ -112,8 +112,8 @@ def calibrate(
     share = lambda shift: macs(shift) / avit_jax.flops.static_macs(model)  # noqa: E731
     try:
         return {
-            budget: calibrate_lib.find_shift(share, budget, start=0.0, tolerance=0.004)
+            budget: calibrate_lib.find_bias(share, budget, start=0.0, tolerance=0.004)
             for budget in budgets
         }
-    except calibrate_lib.OutOfReach as error:
+    except calibrate_lib.BudgetOutOfReach as error:
         raise errors.UserError(str(error)) from error

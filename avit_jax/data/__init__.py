@@ -1,1 +1,1 @@
-"""The way of an image: source -> host transforms -> loader -> device augmentation."""
+"""The path of an image: source -> host transform -> loader -> augmentation on the device."""

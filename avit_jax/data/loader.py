@@ -1,9 +1,11 @@
-"""Batches for this process's devices; where a batch lies follows from the global step alone.
+"""Batches for the devices of this process. The content of a batch depends on the step alone.
 
-A batch is a dict of arrays with the axes `(local devices, images a device, ...)`: `image` uint8
-`(H, W, C)`, `label` int32, `skipped` int32, how many records could not be read before one could,
-and `index` int32, the place of each image in the global batch; in evaluation also `weight` float32,
-0 for padding and for what could not be read.
+A batch is a dict of arrays with the axes `(local devices, images per device, ...)`:
+  image: uint8 `(H, W, C)`.
+  label: int32.
+  skipped: int32, records that could not be read before this one.
+  index: int32, index of the image in the global batch.
+  weight: float32, only in evaluation: 0 for padding and for unreadable records, otherwise 1.
 """
 
 import dataclasses
@@ -22,28 +24,28 @@ import jax
 import numpy as np
 from flax import jax_utils
 
-from avit_jax.data import pictures, sources
+from avit_jax.data import image_files, sources
 from avit_jax.utils import errors
 
 Batch = dict[str, Any]
-Decoded = Callable[[int], sources.Record]  # the record of a number, decoded
+Decode = Callable[[int], sources.Record]  # maps the number of a record to its decoded content
 _PREFETCH = 2  # batches on the devices ahead of the step
 _logger = logging.getLogger(__name__)
 
 
 class _Unreadable(Exception):
-    """A record that cannot be read or decoded; which, and why."""
+    """A record cannot be read or decoded; the message names the record and the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Reads, decodes and transforms records of a source.
+    """Reads, decodes and transforms the records of a source.
 
     Attributes:
-      source: images.
-      transform: host transform, of an image and, in training, a random generator.
-      skip_bad: where a record cannot be read, the next one takes its place, and a warning names it;
-        else it is an error.
+      source: the images.
+      transform: host transform of an image and, in training, a random generator.
+      skip_bad: whether the next record replaces an unreadable one, with a warning. Otherwise an
+        unreadable record is an error.
     """
 
     source: sources.Source
@@ -51,52 +53,51 @@ class Reader:
     skip_bad: bool = False
 
     def __call__(self, i: int) -> sources.Record:
-        """The i-th record, transformed, with `skipped`; raises errors.UserError naming a record
-        that cannot be read.
-        """
-        return self.apply(self.decoded(i))
+        """Returns the i-th record, transformed, with the entry `skipped`.
 
-    def decoded(self, i: int) -> sources.Record:
-        """The i-th record before its transform, the image a picture or an array."""
+        Raises:
+          errors.UserError: the record cannot be read.
+        """
+        return self.apply(self.decode(i))
+
+    def decode(self, i: int) -> sources.Record:
+        """Returns the i-th record before its transform; the image is a Pillow image or an array."""
         length = len(self.source.records)
         for skipped in range(length):
             try:
-                return self._decoded((i + skipped) % length) | {"skipped": np.int32(skipped)}
+                return self._decode((i + skipped) % length) | {"skipped": np.int32(skipped)}
             except _Unreadable as error:
                 if not self.skip_bad:
                     raise errors.UserError(
-                        f"cannot read {error}; mend or remove it, or set "
+                        f"cannot read {error}; fix or remove it, or set "
                         "--config.data.bad_records=skip."
                     ) from error
                 _logger.warning("skipped %s", error)
-        raise errors.UserError(f"not one record of {self.source.name} can be read.")
+        raise errors.UserError(
+            f"no record of {self.source.name} can be read: fix its files, or name another data set."
+        )
 
     def apply(self, record: sources.Record, *rng: np.random.Generator) -> sources.Record:
-        """A decoded record, transformed."""
+        """Returns a decoded record, transformed."""
         return record | {"image": self.transform(record["image"], *rng)}
 
-    def _decoded(self, i: int) -> sources.Record:
+    def _decode(self, i: int) -> sources.Record:
         record: sources.Record = {}
         try:
             record = self.source.records[i]
-        except (
-            Exception
-        ) as error:  # a file that is gone, or whatever array_record says of a damaged shard
-            raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
-        if not 0 <= record["label"] < len(self.source.label_names):
+        except Exception as error:  # a file is gone, or array_record reports a damaged shard
+            raise _Unreadable(f"{self.source.describe(i, record)}: {error}") from error
+        label, image = record["label"], record["image"]
+        if not 0 <= label < len(self.source.label_names):
             raise errors.UserError(
-                f"{self.source.where(i, record)} has the label {record['label']}, of no class: "
-                "name a split that has labels."
+                f"{self.source.describe(i, record)} has the label {label}, which is no class: name "
+                "a split that has labels."
             )
         try:
-            image = (
-                record["image"]
-                if isinstance(record["image"], np.ndarray)
-                else pictures.decode(record["image"])
-            )
-            return {"image": image, "label": np.int32(record["label"])}
-        except pictures.BadPicture as error:
-            raise _Unreadable(f"{self.source.where(i, record)}: {error}") from error
+            image = image if isinstance(image, np.ndarray) else image_files.decode(image)
+        except image_files.BadImage as error:
+            raise _Unreadable(f"{self.source.describe(i, record)}: {error}") from error
+        return {"image": image, "label": np.int32(label)}
 
 
 def train_batches(
@@ -109,111 +110,101 @@ def train_batches(
     num_workers: int = 0,
     repeats: int = 1,
 ) -> Iterator[Batch]:
-    """Endless training batches from `start_step` on, shuffled anew each epoch.
+    """Yields endless training batches from `start_step` on; each epoch has a new random order.
 
-    The same batches, whatever the number of threads, workers or processes: the random generator of
-    a host transform is seeded by the place of the image in the endless sequence.
+    The number of threads, workers or processes does not change the batches. The index of an image
+    in the endless sequence seeds its host transform.
 
     Args:
-      reader: with a transform that takes a random generator.
-      batch_size: global batch, over all processes.
+      reader: its transform takes a random generator.
+      batch_size: images of the global batch, over all processes.
       seed: of the order and of the transforms.
-      start_step: number of batches that have been taken before.
-      num_threads: that read and transform, in this process or in each worker.
-      num_workers: processes that read and transform; 0: this one. Needs parsed absl flags.
-      repeats: copies of an image that follow each other, each transformed by itself; an epoch stays
-        as long as the source, so it takes one of `repeats` images. DeiT's repeated augmentation: 3.
+      start_step: number of earlier batches.
+      num_threads: threads that read and transform, in this process or in each worker.
+      num_workers: processes that read and transform; 0 uses this process. Needs parsed absl flags.
+      repeats: consecutive copies of an image, each with its own transform. An epoch has as many
+        images as the source. So it contains one of `repeats` images. DeiT's repeated augmentation:
+        3.
     """
     length = len(reader.source.records)
     order = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
 
-    def read(place: int, decoded: Decoded) -> sources.Record:
-        epoch, i = divmod(place, length)
-        rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
-        return reader.apply(decoded(order[epoch * length + i // repeats]), rng)
+    def read(position: int, decode: Decode) -> sources.Record:
+        epoch, i = divmod(position, length)
+        rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
+        return reader.apply(decode(order[epoch * length + i // repeats]), rng)
 
-    return _on_devices(
-        reader, read, range(start_step, sys.maxsize), batch_size, num_threads, num_workers
-    )
+    steps = range(start_step, sys.maxsize)
+    return _on_devices(reader, read, steps, batch_size, num_threads, num_workers)
 
 
 def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterator[Batch]:
-    """Batches that hold every image exactly once, in order; the last is filled up with images of
-    weight 0.
+    """Yields batches that contain every image once, in order.
+
+    Images of weight 0 fill the last batch.
 
     Args:
-      reader: with a transform of a record alone.
-      batch_size: global batch, over all processes.
-      num_threads: that read and transform.
+      reader: its transform takes an image alone.
+      batch_size: images of the global batch, over all processes.
+      num_threads: threads that read and transform.
     """
     length = len(reader.source.records)
 
-    def read(place: int, decoded: Decoded) -> sources.Record:
-        record = reader.apply(decoded(min(place, length - 1)))
-        return record | {"weight": np.float32(place < length and not record["skipped"])}
+    def read(position: int, decode: Decode) -> sources.Record:
+        record = reader.apply(decode(min(position, length - 1)))
+        return record | {"weight": np.float32(position < length and not record["skipped"])}
 
-    return _on_devices(
-        reader, read, range(-(-length // batch_size)), batch_size, num_threads, num_workers=0
-    )
+    steps = range(-(-length // batch_size))
+    return _on_devices(reader, read, steps, batch_size, num_threads, num_workers=0)
 
 
 def _on_devices(
     reader: Reader,
-    read: Callable[[int, Decoded], sources.Record],
+    read: Callable[[int, Decode], sources.Record],
     steps: range,
     batch_size: int,
     num_threads: int,
     num_workers: int,
 ) -> Iterator[Batch]:
-    """Batches of what `read` makes of the places in the endless sequence; each process takes its
-    part of a batch.
-    """
+    """Yields this process's part of each batch; `read` maps positions to records."""
     devices = jax.local_device_count()
-    index = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())[
-        jax.process_index()
-    ]
+    parts = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())
+    index = parts[jax.process_index()]
 
     def batch(step: int) -> Batch:
-        # A whole batch at once: grain's own work on each image is not small beside Pillow's.
-        decoded = functools.lru_cache(maxsize=1)(
-            reader.decoded
-        )  # copies of an image follow each other
-        records = [read(step * batch_size + int(i), decoded) | {"index": i} for i in index]
+        # grain gets whole batches, because its overhead per element is large beside Pillow's work.
+        decode = functools.lru_cache(maxsize=1)(reader.decode)  # copies of an image are consecutive
+        records = [read(step * batch_size + int(i), decode) | {"index": i} for i in index]
         stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
         return {key: x.reshape(devices, -1, *x.shape[1:]) for key, x in stacked.items()}
 
-    # Whole batches are buffered, so only so many that no thread has to wait for another.
+    # The buffer holds whole batches; this is the smallest one in which no thread waits.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_serve
-        )
-    return jax_utils.prefetch_to_device(
-        _of_workers(iter(batches)) if num_workers else iter(batches), _PREFETCH
-    )
+        workers = grain.MultiprocessingOptions(num_workers=num_workers)
+        batches = _from_workers(iter(batches.mp_prefetch(workers, worker_init_fn=_start_worker)))
+    return jax_utils.prefetch_to_device(iter(batches), _PREFETCH)
 
 
-def _of_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
-    except RuntimeError as error:  # grain's, where one has been killed
+    except RuntimeError as error:  # grain's, if a worker was killed
         raise errors.UserError(
-            f"a process that reads the training data has ended ({errors.first_line(error)}): most "
-            "often the memory, or "
-            "/dev/shm, is too small for so many; lower --config.data.num_workers, or set it to 0."
+            f"a process that reads the training data has died ({errors.first_line(error)}): most "
+            "often the memory or /dev/shm is too small for so many; lower "
+            "--config.data.num_workers, or set it to 0."
         ) from error
 
 
-def _serve(*_: int) -> None:
-    """A worker lives as long as the training process, which ends it, whatever signals are sent to
-    the whole group.
-    """
+def _start_worker(*_: int) -> None:
+    """Ties the life of a worker to the training process, whatever signals its group receives."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_the_parent() -> None:
+def _exit_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Where images come from: random access to records `{"image", "label"}`, with label names."""
+"""Data sets: random access to records `{"image", "label"}`, with the names of the classes."""
 
 import dataclasses
 import errno
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from avit_jax.data import pictures
+from avit_jax.data import image_files
 from avit_jax.utils import errors
 
 Record = dict[str, Any]
@@ -25,10 +25,10 @@ class Source:
 
     Attributes:
       name: of the data set and the split, for messages.
-      records: random access; each record holds `image`, a uint8 array `(H, W, C)` or an encoded
-        picture, `label`, an int, and `file_name` where there is one.
-      label_names: one name a class.
-      channels: of the decoded images; encoded pictures become RGB.
+      records: random access. A record holds `image`, a uint8 array `(H, W, C)` or the bytes of an
+        image file; `label`, an int; and `file_name` if there is a file.
+      label_names: one name per class.
+      channels: of the decoded images; image files become RGB.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Source:
     channels: int = 3
 
     def fingerprint(self) -> str:
-        """SHA-256 of its length and the names of its classes; of files also of their names and
-        classes, wherever they lie.
+        """Returns the SHA-256 of the number of records and the names of classes.
+
+        For image files it also covers the names and classes of the files, but not their folder.
         """
         files = isinstance(self.records, _Files)
         paths = [pathlib.PurePath(path).parts[-2:] for path in self.records.paths] if files else []
-        return hashlib.sha256(
-            json.dumps([len(self.records), self.label_names, paths]).encode()
-        ).hexdigest()
+        content = json.dumps([len(self.records), self.label_names, paths])
+        return hashlib.sha256(content.encode()).hexdigest()
 
-    def where(self, i: int, record: Record) -> str:
-        """What a message calls the i-th record."""
+    def describe(self, i: int, record: Record) -> str:
+        """Returns the name of the i-th record for messages."""
         name = record.get("file_name", f"record {i} of {self.name}")
         return name.decode() if isinstance(name, bytes) else name
 
@@ -56,18 +56,17 @@ def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -
     """Opens a split of a data set.
 
     Args:
-      name: "digits", "folder", or a data set of tensorflow-datasets that has been prepared in
-        array_record format.
-      split: "train" or "test" for the digits, a folder in `data_dir` for "folder", else a TFDS
+      name: "digits", "folder", or a data set that tensorflow-datasets has prepared in the format
+        array_record.
+      split: "train" or "test" of the digits, a folder in `data_dir` for "folder", otherwise a TFDS
         split, with slices such as "train[:99%]".
-      data_dir: the folder, or where TFDS data sets lie; empty for TFDS's own default.
-      image_size: (height, width) that the digits are enlarged to; other pictures are resized by the
-        host transforms.
+      data_dir: the folder, or where TFDS data sets are; empty for TFDS's default.
+      image_size: (height, width) of the enlarged digits; host transforms resize other images.
 
     Raises:
-      errors.UserError: no such split, or the data set is not prepared.
+      errors.UserError: there is no such split, or the data set is not prepared.
     """
-    pictures.forget_warnings()
+    image_files.reset_warnings()
     if name == "digits":
         return _digits(split, image_size)
     if name == "folder":
@@ -78,14 +77,15 @@ def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -
 def check_same_classes(train: Source, evaluation: Source) -> None:
     """Raises errors.UserError unless label k means the same class in both."""
     if train.label_names != evaluation.label_names:
-        odd = sorted(set(train.label_names) ^ set(evaluation.label_names))
+        differing = sorted(set(train.label_names) ^ set(evaluation.label_names))
         raise errors.UserError(
-            f"{train.name} and {evaluation.name} differ in their classes: {', '.join(odd[:5])}."
+            f"{train.name} and {evaluation.name} differ in their classes: "
+            f"{', '.join(differing[:5])}."
         )
 
 
 def check_fit(source: Source, *, num_classes: int, channels: int) -> None:
-    """Raises errors.UserError unless the data set has the classes and the channels of the model."""
+    """Raises errors.UserError unless the model has the classes and channels of the data set."""
     if len(source.label_names) != num_classes:
         raise errors.UserError(
             f"the data set has {len(source.label_names)} classes but the model {num_classes}: "
@@ -99,8 +99,9 @@ def check_fit(source: Source, *, num_classes: int, channels: int) -> None:
 
 
 def _digits(split: str, image_size: tuple[int, int]) -> Source:
-    """scikit-learn's 1,797 handwritten 8x8 digits, enlarged bilinearly; the last 360 are the test
-    split.
+    """Opens scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, enlarged bilinearly.
+
+    The last 360 are the test split.
     """
     import sklearn.datasets
     from PIL import Image
@@ -114,27 +115,18 @@ def _digits(split: str, image_size: tuple[int, int]) -> Source:
     height, width = image_size
 
     def enlarge(pixels: np.ndarray) -> np.ndarray:
-        picture = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
-        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))[..., None]
+        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))[..., None]
 
     chosen = zip(bunch.images[splits[split]], bunch.target[splits[split]], strict=True)
     records = [{"image": enlarge(pixels), "label": int(label)} for pixels, label in chosen]
-    return Source(
-        f'the digits, split "{split}"',
-        records,
-        [str(name) for name in bunch.target_names],
-        channels=1,
-    )
+    names = [str(name) for name in bunch.target_names]
+    return Source(f'the digits, split "{split}"', records, names, channels=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files(Sequence[Record]):
-    """Picture files, read when they are asked for.
-
-    Attributes:
-      paths: of the files.
-      labels: one a file.
-    """
+    """Records of image files; a file is read when its record is accessed."""
 
     paths: list[str]
     labels: list[int]
@@ -143,73 +135,55 @@ class _Files(Sequence[Record]):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Record:
-        return {
-            "image": pathlib.Path(self.paths[i]).read_bytes(),
-            "label": self.labels[i],
-            "file_name": self.paths[i],
-        }
+        path = self.paths[i]
+        image = pathlib.Path(path).read_bytes()
+        return {"image": image, "label": self.labels[i], "file_name": path}
 
 
 def _folder(root: pathlib.Path, split: str) -> Source:
-    """Pictures `root/split/class/*` whose name ends as a picture's does; classes and files in
-    alphabetical order.
-    """
+    """Opens the image files `root/split/class/*`; classes and files are in alphabetical order."""
     folder = root / split
     paths, labels = [], []
     try:
-        entries = [entry for entry in list(os.scandir(folder)) if not entry.name.startswith(".")]
-        names = sorted(entry.name for entry in entries if _is_class(entry, folder))
-        ignored = sum(
-            entry.is_symlink() and entry.name not in names and not _is(entry.is_file)
-            for entry in entries
-        )
-        for label, name in enumerate(names):
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        classes = sorted(entry.name for entry in entries if _is_class(entry, folder))
+        broken = [entry for entry in entries if entry.is_symlink() and entry.name not in classes]
+        ignored = sum(not _is(entry.is_file) for entry in broken)
+        for label, name in enumerate(classes):
             entries = list(os.scandir(folder / name))
-            found = sorted(entry.path for entry in entries if _is_picture(entry))
+            found = sorted(entry.path for entry in entries if _is_image(entry))
             ignored += len(entries) - len(found)
             paths += found
             labels += [label] * len(found)
     except OSError as error:
         raise errors.UserError(
             f'cannot read "{error.filename}": {error.strerror}; set --config.data.dir to the '
-            "folder that holds "
-            "<split>/<class>/<picture>, and --config.data.train_split and eval_split to its parts "
-            "(which take no slices)."
+            "folder that holds <split>/<class>/<image>, and --config.data.train_split and "
+            "eval_split to its parts (which take no slices)."
         ) from error
     if not paths:
         raise errors.UserError(
-            f'no pictures in "{folder}": they belong into one folder a class, and their names end '
-            "in "
-            f"{', '.join(pictures.ENDINGS)}."
+            f'no images in "{folder}": put them into one folder per class, under names that end in '
+            f"{', '.join(image_files.ENDINGS)}."
         )
-    _logger.info(
-        "%s: %d pictures of %d classes, %d other files ignored",
-        folder,
-        len(paths),
-        len(names),
-        ignored,
-    )
-    return Source(f'"{folder}"', _Files(paths, labels), names)
+    message = "%s: %d images of %d classes, %d other files ignored"
+    _logger.info(message, folder, len(paths), len(classes), ignored)
+    return Source(f'"{folder}"', _Files(paths, labels), classes)
 
 
-def _is_picture(entry: os.DirEntry) -> bool:
-    return (
-        entry.name.lower().endswith(pictures.ENDINGS)
-        and not entry.name.startswith(".")
-        and _is(entry.is_file)
-    )
+def _is_image(entry: os.DirEntry) -> bool:
+    has_ending = entry.name.lower().endswith(image_files.ENDINGS)
+    return has_ending and not entry.name.startswith(".") and _is(entry.is_file)
 
 
 def _is_class(entry: os.DirEntry, folder: pathlib.Path) -> bool:
-    """Whether an entry of the folder is a folder, and no link back to this one or to one above."""
-    back = entry.is_symlink() and pathlib.Path(os.path.realpath(folder)).is_relative_to(
-        os.path.realpath(entry.path)
-    )
-    return not back and _is(entry.is_dir)
+    """Returns whether an entry is a folder, and not a link to `folder` or to a parent of it."""
+    target, here = (pathlib.Path(os.path.realpath(path)) for path in (entry.path, folder))
+    return not (entry.is_symlink() and here.is_relative_to(target)) and _is(entry.is_dir)
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    """What `os.DirEntry` says; False for a link that leads in circles."""
+    """Calls a method of `os.DirEntry`; returns False for a link that leads in circles."""
     try:
         return kind()
     except OSError as error:
@@ -219,36 +193,32 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
-    """A prepared array_record data set, pictures left encoded."""
+    """Opens a prepared array_record data set; its images stay encoded."""
     import tensorflow_datasets as tfds
 
     where = f'in "{data_dir}"' if data_dir else "in ~/tensorflow_datasets"
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         prepared = builder.data_path.exists()
-    except (
-        Exception
-    ) as error:  # of a wrong name, of a builder that wants TensorFlow, of a damaged description
+    except Exception as error:  # an unknown name, a missing TensorFlow, a damaged description
         raise errors.UserError(
             f'tensorflow-datasets cannot open "{name}": {errors.first_line(error)}'
         ) from error
     if not prepared:
         how = (
-            "`python -m avit_jax.tools.prepare_imagenet imagenet2012`"
-            if name == "imagenet2012"
-            else f"`tfds.builder('{name}', data_dir={data_dir or None!r}, "
-            "file_format='array_record').download_and_prepare()` "
-            "in Python"
+            f"`tfds.builder('{name}', data_dir={data_dir or None!r}, "
+            "file_format='array_record').download_and_prepare()` in Python"
         )
+        if name == "imagenet2012":
+            how = "`python -m avit_jax.tools.prepare_imagenet imagenet2012`"
         raise errors.UserError(
-            f'the data set "{name}" is not prepared {where}: prepare it once with {how} '
-            "(or set --config.data.dir to where it lies), or try --config=configs/digits.py, "
-            "which needs no download."
+            f'the data set "{name}" is not prepared {where}: prepare it once with {how} (or set '
+            "--config.data.dir to its folder), or try --config=configs/digits.py, which needs no "
+            "download."
         )
     features = builder.info.features
-    if not {"image", "label"} <= set(features) or not isinstance(
-        features["label"], tfds.features.ClassLabel
-    ):
+    named = {"image", "label"} <= set(features)
+    if not named or not isinstance(features["label"], tfds.features.ClassLabel):
         raise errors.UserError(
             f'"{name}" has no image with one label: its records hold {", ".join(sorted(features))}.'
         )
@@ -256,7 +226,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         if not len(records):
             raise ValueError("it is empty")
-    except Exception as error:  # of a wrong split or slice, of files in another format
+    except Exception as error:  # an unknown split or slice, files in another format
         raise errors.UserError(
             f'cannot read the split "{split}" of "{name}" {where}: {errors.first_line(error)}'
         ) from error

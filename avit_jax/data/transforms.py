@@ -1,5 +1,6 @@
-"""Host transforms: decoded picture in, uint8 image of one size out; arrays, which have that size
-already, pass as they are.
+"""Host transforms: map a decoded image to a uint8 array of one size.
+
+Arrays already have that size; they are returned unchanged.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from avit_jax.data import randaugment
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 _CROP_ATTEMPTS = 10
-_MAX_OBLONG = 100  # longer over shorter side
+_MAX_ASPECT = 100  # longer over shorter side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,9 @@ class Train:
 
     Attributes:
       image_size: (height, width) of the result.
-      crop_scale: least and largest share of the picture's area that a crop takes; DeiT: (0.08, 1).
+      crop_scale: least and largest fraction of the image's area in a crop; DeiT: (0.08, 1).
       flip: probability of a horizontal flip.
-      magnitude: of RandAugment, from 0, which leaves it out, to 10; DeiT: 9.
+      magnitude: of RandAugment, from 0 (off) to 10; DeiT: 9.
       deviation: of the magnitude; DeiT: 0.5.
     """
 
@@ -33,76 +34,70 @@ class Train:
     magnitude: float = 0.0
     deviation: float = 0.5
 
-    def __call__(self, picture: Image.Image | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 `(H, W, 3)` from an RGB picture; all random numbers are the generator's."""
-        if isinstance(picture, np.ndarray):
-            return picture
+    def __call__(self, image: Image.Image | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns uint8 `(H, W, 3)` from an RGB image; `rng` gives all random numbers."""
+        if isinstance(image, np.ndarray):
+            return image
         height, width = self.image_size
-        box = _random_box(picture.width, picture.height, self.crop_scale, rng)
-        picture = picture.crop(box).resize((width, height), Image.Resampling.BICUBIC)
+        box = _random_box(image.width, image.height, self.crop_scale, rng)
+        image = image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
         if rng.random() < self.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.magnitude > 0:
-            picture = randaugment.rand_augment(
-                picture, rng, magnitude=self.magnitude, deviation=self.deviation
+            image = randaugment.rand_augment(
+                image, rng, magnitude=self.magnitude, deviation=self.deviation
             )
-        return np.asarray(picture)
+        return np.asarray(image)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """The centre of a picture.
+    """Resize and centre crop.
 
     Attributes:
       image_size: (height, width) of the result.
-      crop_ratio: share of the resized picture's shorter side that is seen; DeiT: 0.875, 224 of 256
+      crop_ratio: visible fraction of the resized image's shorter side; DeiT: 0.875, 224 of 256
         pixels.
     """
 
     image_size: tuple[int, int]
     crop_ratio: float
 
-    def __call__(self, picture: Image.Image | np.ndarray) -> np.ndarray:
-        """uint8 `(H, W, 3)` from an RGB picture."""
-        if isinstance(picture, np.ndarray):
-            return picture
-        picture = _without_ends(picture)
+    def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """Returns uint8 `(H, W, 3)` from an RGB image."""
+        if isinstance(image, np.ndarray):
+            return image
+        image = _without_ends(image)
         height, width = self.image_size
-        if (
-            width * picture.height > height * picture.width
-        ):  # relative to the crop the picture is high: its width decides
-            size = (
-                int(width / self.crop_ratio),
-                int(int(width / self.crop_ratio) * picture.height / picture.width),
-            )
+        if width * image.height > height * image.width:  # the width limits the crop
+            size = int(width / self.crop_ratio)
+            size = (size, int(size * image.height / image.width))
         else:
-            size = (
-                int(int(height / self.crop_ratio) * picture.width / picture.height),
-                int(height / self.crop_ratio),
-            )
-        resized = picture.resize(size, Image.Resampling.BICUBIC)
-        left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-        return np.asarray(resized.crop((left, top, left + width, top + height)))
+            size = int(height / self.crop_ratio)
+            size = (int(size * image.width / image.height), size)
+        return np.asarray(_center(image.resize(size, Image.Resampling.BICUBIC), width, height))
 
 
-def _without_ends(picture: Image.Image) -> Image.Image:
-    """Cuts off the ends, which no crop sees, of a strip that would fill the memory when it is
-    enlarged.
-    """
-    width, height = (min(side, _MAX_OBLONG * min(picture.size)) for side in picture.size)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return (
-        picture.crop((left, top, left + width, top + height))
-        if (width, height) != picture.size
-        else picture
-    )
+def _center(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """Crops the ends of an extremely long image, which would exceed the memory when enlarged."""
+    width, height = (min(side, _MAX_ASPECT * min(image.size)) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _random_box(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Box (left, top, right, bottom) of random area and shape; the largest central one of an
-    allowed shape if none fits.
+    """Returns a (left, top, right, bottom) box of random area and aspect ratio.
+
+    If no attempt fits into the image, the box is the largest central one of an allowed ratio.
     """
     log_ratio = np.log(_CROP_RATIO)
     for _ in range(_CROP_ATTEMPTS):

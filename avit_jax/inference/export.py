@@ -1,4 +1,4 @@
-"""Exports a trained network as one file that runs without this package: see `serving`."""
+"""Exports a trained network as one file that `serving` runs without the rest of this package."""
 
 import io
 import json
@@ -35,39 +35,25 @@ def write(
     batch: int = 0,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
-    """Writes inference with removal of halted tokens, from uint8 pictures to logits and depths.
+    """Writes adaptive inference as a program from uint8 images to logits and depths.
 
     Args:
-      path: of the file; takes about as many bytes as the parameters.
-      params: of the model.
+      path: of the file, which is about as large as the parameters.
+      params: parameters of the model, of a dtype that NumPy knows.
       model: with or without halting.
-      mean: of the pixels from 0 to 1, by channel.
-      std: likewise.
-      label_names: of the classes.
-      batch: images at once; 0 for any number.
-      platforms: where it is to run, in JAX's names.
+      mean: of pixels from 0 to 1, per channel.
+      std: standard deviation, likewise.
+      label_names: names of the classes.
+      batch: images per call; 0 allows any number.
+      platforms: JAX's names of the platforms that run the program.
+
+    Raises:
+      ValueError: the parameters have another dtype.
     """
     leaves, tree = jax.tree.flatten(jax.device_get(params))
-    if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 is none of NumPy's
-        raise ValueError(
-            "the parameters of a network that is written must be of a dtype of NumPy's, such as "
-            "float32."
-        )
-    apply = adaptive.make_apply(
-        model.clone(fused_attention=False)
-    )  # the file is to run without cuDNN
-
-    def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, aux = apply(
-            {"params": jax.tree.unflatten(tree, leaves)}, augment.normalize(images, mean, std)
-        )
-        return logits, flops.patch_depth(model, aux.active)
-
-    size = batch or jax.export.symbolic_shape("b")[0]
-    images = jax.ShapeDtypeStruct((size, *model.pixels, model.channels), np.uint8)
-    program = jax.export.export(jax.jit(run), platforms=platforms)(
-        jax.tree.map(_shape, leaves), images
-    )
+    if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 has the kind "V"
+        raise ValueError("convert the parameters to a dtype of NumPy's, such as float32.")
+    program = _program(leaves, tree, model, mean, std, batch, platforms)
     metadata = {
         "kind": serving.KIND,
         "image_size": model.pixels,
@@ -81,9 +67,8 @@ def write(
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
-    weights = io.BytesIO()
+    weights, content = io.BytesIO(), io.BytesIO()
     np.savez(weights, **{str(i): leaf for i, leaf in enumerate(leaves)})
-    content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("metadata.json", json.dumps(metadata))
         archive.writestr("program", bytes(program.serialize()))
@@ -91,22 +76,46 @@ def write(
     files.write(path, content.getvalue())
 
 
+def _program(
+    leaves: list[np.ndarray],
+    tree: jax.tree_util.PyTreeDef,
+    model: vit.AViT,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch: int,
+    platforms: Sequence[str],
+) -> jax.export.Exported:
+    """Exports (leaves of the parameters, images) -> (logits, depths)."""
+    apply = adaptive.make_apply(model.clone(fused_attention=False))  # the file must not need cuDNN
+
+    def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": jax.tree.unflatten(tree, leaves)}
+        logits, aux = apply(variables, augment.normalize(images, tuple(mean), tuple(std)))
+        return logits, flops.patch_depth(model, aux.active)
+
+    size = batch or jax.export.symbolic_shape("b")[0]
+    images = jax.ShapeDtypeStruct((size, *model.pixels, model.channels), np.uint8)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    return jax.export.export(jax.jit(run), platforms=platforms)(shapes, images)
+
+
 def from_checkpoint(
     path: epath.PathLike, config: ConfigDict, checkpoint: epath.PathLike, *, batch: int = 0
 ) -> None:
-    """Writes a network that has been trained: its weights alone if the path ends in .safetensors;
-    as `write` does if in .avit.
+    """Exports a trained network.
 
     Args:
-      path: of the file.
-      config: the recipe the network was trained with.
-      checkpoint: workdir of a run, of which `config.eval.checkpoint` is taken, or a weight file.
+      path: of the file. The ending .avit gives a program, see `write`; .safetensors gives the
+        weights alone.
+      config: the recipe of the network.
+      checkpoint: workdir of a run, whose `config.eval.checkpoint` is used, or a weight file.
       batch: as in `write`.
 
     Raises:
-      errors.UserError: the checkpoint cannot be used, or the file has the name of another kind.
+      errors.UserError: the checkpoint is unusable, or the path has another ending.
     """
-    if not str(path).lower().endswith((".avit", ".safetensors")):
+    ending = str(path).lower()
+    if not ending.endswith((".avit", ".safetensors")):
         raise errors.UserError(
             "the file must be name.avit for a program, or name.safetensors for weights; got "
             f"{path}."
@@ -116,20 +125,9 @@ def from_checkpoint(
     params, names = restore.trained(config, model, checkpoint)
     if not distributed.is_first():
         return
-    if str(path).lower().endswith(".safetensors"):
+    if ending.endswith(".safetensors"):
         weight_files.write(path, params, model)
     else:
-        write(
-            path,
-            params,
-            model,
-            mean=config.data.mean,
-            std=config.data.std,
-            label_names=names,
-            batch=batch,
-        )
+        colors = {"mean": config.data.mean, "std": config.data.std}
+        write(path, params, model, label_names=names, batch=batch, **colors)
     _logger.info("wrote %s", path)
-
-
-def _shape(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

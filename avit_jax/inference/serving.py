@@ -1,10 +1,9 @@
-"""Runs an exported network: pictures in, logits and depths out.
+"""Runs an exported network: images in, logits and depths out.
 
-Needs JAX, NumPy and flatbuffers, and nothing else of this package: the file may be copied to where
-it is wanted.
+Needs JAX, NumPy and flatbuffers only. You may copy this module to another machine.
 
-A file is a program: it computes what its author wrote. So take files from those only whose programs
-  you would run.
+An exported file is a program: it computes what its author wrote. Run files of authors whose
+programs you would run.
 
 Example:
   network = load("deit_tiny.avit")
@@ -25,11 +24,11 @@ import jax
 import numpy as np
 
 KIND = "avit_jax network, version 1"
-_CALLS = {"shape_assertion"}  # of a batch of any size
+_ALLOWED_CALLS = {"shape_assertion"}  # checks a batch of any size
 
 
 class BadArtifact(ValueError):
-    """A file that is not an exported network, or is damaged; the message is one sentence."""
+    """A file is not an exported network, or is damaged; the message is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,9 @@ class Network:
     """An exported network.
 
     Attributes:
-      metadata: `image_size` (height, width), `channels`, `batch` (0: any), `num_classes`,
-        `label_names` (empty where they are not known), `mean`, `std` and `halting` (None without
-        it), for information: they are part of the program.
+      metadata: `image_size` (height, width), `channels`, `batch` (0: any), `num_classes` and
+        `label_names` (empty if unknown). Also `mean`, `std` and `halting` (None without halting),
+        for information: the program contains them.
       shape: of the images; the first entry is a number, or a symbol for any number.
     """
 
@@ -49,37 +48,37 @@ class Network:
     _weights: list[jax.Array] = dataclasses.field(repr=False)
 
     def __call__(self, images: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Classifies pictures; compiles at the first call of each batch size.
+        """Classifies images; the first call of each batch size compiles.
 
         Args:
           images: `(B, H, W, C)` uint8, resized and cropped to `image_size`.
 
         Returns:
           Logits `(B, num_classes)`, and `(B, rows, columns)` int32, the layers that each patch
-          token has used.
+          token used.
 
         Raises:
-          ValueError: the images are of another dtype or shape.
+          ValueError: the images have another dtype or shape.
         """
-        images = images if hasattr(images, "dtype") else np.asarray(images)
+        array: Any = images if hasattr(images, "dtype") else np.asarray(images)
         batch, *expected = self.shape
-        fits = images.ndim == 4 and images.shape[1:] == tuple(expected)
-        fits = fits and (len(images) == batch if isinstance(batch, int) else len(images) > 0)
-        if images.dtype != np.uint8 or not fits:
+        fits = array.ndim == 4 and array.shape[1:] == tuple(expected)
+        fits = fits and (len(array) == batch if isinstance(batch, int) else len(array) > 0)
+        if array.dtype != np.uint8 or not fits:
             wanted = ", ".join(map(str, self.shape))
             raise ValueError(
-                f"images must be ({wanted}) of uint8; got {images.shape} of {images.dtype}."
+                f"images must be ({wanted}) of uint8; got {array.shape} of {array.dtype}."
             )
-        return self._run(self._weights, images)
+        return self._run(self._weights, array)
 
 
 def load(path: os.PathLike | str) -> Network:
-    """Reads an exported network onto the default device.
+    """Loads an exported network onto the default device.
 
     Raises:
-      BadArtifact: it is none, or damaged, or contradicts itself, or does not run on this kind of
-        device or under this version of JAX.
-      OSError: it cannot be read.
+      BadArtifact: the file is no exported network, is damaged, contradicts itself, or does not run
+        on this device or with this version of JAX.
+      OSError: the file cannot be read.
       ImportError: flatbuffers is not installed.
     """
     with open(path, "rb") as file:
@@ -95,10 +94,9 @@ def load(path: os.PathLike | str) -> Network:
     if here not in program.platforms:
         raise BadArtifact(f"{path} runs on {', '.join(program.platforms)}, and not on {here}.")
     run, images = jax.jit(program.call), program.in_avals[-1]
-    try:  # all but compiling it
-        run.lower(
-            weights, jax.ShapeDtypeStruct((metadata["batch"] or 1, *images.shape[1:]), images.dtype)
-        )
+    shape = (metadata["batch"] or 1, *images.shape[1:])
+    try:  # everything but compiling
+        run.lower(weights, jax.ShapeDtypeStruct(shape, images.dtype))
     except Exception as error:
         raise BadArtifact(f"{path} does not run ({_first_line(error)}).") from error
     return Network(metadata=metadata, shape=images.shape, _run=run, _weights=weights)
@@ -109,29 +107,28 @@ def _first_line(error: Exception) -> str:
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, Any], jax.export.Exported, list[jax.Array]]:
-    """The parts of a file; raises anything where one of them is not as `export` writes it."""
-    with zipfile.ZipFile(file) as archive:  # checks a sum of each part
-        _check_stored(archive)
+    """Reads the parts of a file; raises anything if one is not as `export` writes it."""
+    with zipfile.ZipFile(file) as archive:  # compares checksums
+        _check_archive(archive)
         metadata = json.loads(archive.read("metadata.json"))
         if metadata["kind"] != KIND:
-            raise ValueError("it is of another version")
+            raise ValueError(f"its kind is not {KIND!r}")
         program = jax.export.deserialize(bytearray(archive.read("program")))
         weights = io.BytesIO(archive.read("weights.npz"))
     with zipfile.ZipFile(weights) as archive:
-        _check_stored(archive)
+        _check_archive(archive)
     weights.seek(0)
     with np.load(weights, allow_pickle=False) as arrays:
         arrays = [arrays[str(i)] for i in range(len(arrays.files))]
     *expected, _ = program.in_avals
     if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in expected]:
-        raise ValueError("its weights are not those that its program asks for")
+        raise ValueError("its weights do not have the shapes and dtypes of its program")
     if not all(np.isfinite(x).all() for x in arrays):
         raise ValueError("its weights hold NaN or infinity")
-    calls = set(re.findall(r"custom_call @?\"?([\w.$-]+)", program.mlir_module())) - _CALLS
-    if calls:
-        raise ValueError(
-            f"its program calls what no network of ours does: {', '.join(sorted(calls))}"
-        )
+    calls = set(re.findall(r"custom_call @?\"?([\w.$-]+)", program.mlir_module()))
+    if calls - _ALLOWED_CALLS:
+        unknown = ", ".join(sorted(calls - _ALLOWED_CALLS))
+        raise ValueError(f"its program calls functions that no exported network needs: {unknown}")
     _check_program(program, len(arrays))
     _check_metadata(metadata, program)
     return metadata, program, jax.device_put(arrays)
@@ -141,63 +138,53 @@ def _check_program(program: jax.export.Exported, num_weights: int) -> None:
     """Raises ValueError unless the program maps weights and images to logits and depths."""
     images, outputs = program.in_avals[-1], program.out_avals
     trees = jax.tree.structure((([0] * num_weights, 0), {})), jax.tree.structure((0, 0))
-    fits = (program.in_tree, program.out_tree, program.nr_devices) == (*trees, 1)
-    fits = fits and len(images.shape) == 4 and images.dtype == np.uint8
-    fits = fits and all(isinstance(size, int) and size > 0 for size in images.shape[1:])
     fits = (
-        fits
+        (program.in_tree, program.out_tree, program.nr_devices) == (*trees, 1)
+        and len(images.shape) == 4
+        and images.dtype == np.uint8
+        and all(isinstance(size, int) and size > 0 for size in images.shape[1:])
         and [len(x.shape) for x in outputs] == [2, 3]
         and {x.shape[0] for x in outputs} == {images.shape[0]}
+        and np.dtype(outputs[0].dtype).kind in "fV"  # bfloat16 has the kind "V"
+        and outputs[1].dtype == np.int32
     )
-    fits = (
-        fits and np.dtype(outputs[0].dtype).kind in "fV" and outputs[1].dtype == np.int32
-    )  # "V": bfloat16
     if not fits:
-        raise ValueError("its program does not go from pictures to logits and depths")
+        raise ValueError("its program does not map images to logits and depths")
 
 
 def _check_metadata(metadata: dict[str, Any], program: jax.export.Exported) -> None:
-    """Raises ValueError, naming the entry, where the metadata lacks what users read, or contradicts
-    the program.
-    """
-    (batch, *sides, channels), (_, num_classes) = (
-        program.in_avals[-1].shape,
-        program.out_avals[0].shape,
-    )
+    """Raises ValueError if the metadata lacks an entry or contradicts the program."""
+    batch, *sides, channels = program.in_avals[-1].shape
+    num_classes = program.out_avals[0].shape[1]
     expected = {
         "image_size": sides,
         "channels": channels,
         "batch": batch if isinstance(batch, int) else 0,
         "num_classes": num_classes,
     }
+    # JSON tells 1 from True and 1.0.
+    valid = {key: json.dumps(metadata.get(key)) == json.dumps(expected[key]) for key in expected}
     names = metadata.get("label_names")
-    right = {key: _same(metadata.get(key), value) for key, value in expected.items()} | {
-        "label_names": isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-        and len(names) in (0, num_classes),
-        "halting": "halting" in metadata and isinstance(metadata["halting"], dict | None),
-    }
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    valid["label_names"] = are_names and len(names) in (0, num_classes)
+    valid["halting"] = "halting" in metadata and isinstance(metadata["halting"], dict | None)
     for key in ("mean", "std"):
-        values = metadata.get(key)
-        right[key] = isinstance(values, list) and len(values) in (1, channels)
-        right[key] = right[key] and all(_is_number(x) and (key == "mean" or x > 0) for x in values)
-    wrong = [key for key, fits in right.items() if not fits]
+        values: Any = metadata.get(key)
+        valid[key] = isinstance(values, list) and len(values) in (1, channels)
+        valid[key] = valid[key] and all(map(_is_number, values))
+        valid[key] = valid[key] and (key == "mean" or min(values) > 0)
+    wrong = [key for key, fits in valid.items() if not fits]
     if wrong:
         raise ValueError(f"its metadata does not fit its program: {', '.join(wrong)}")
-
-
-def _same(value: Any, expected: Any) -> bool:
-    """Whether two values are equal, without True for 1 or 1.0 for 1."""
-    return json.dumps(value) == json.dumps(expected)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_stored(archive: zipfile.ZipFile) -> None:
-    """What is compressed, or is there several times, may be of any size when it is read."""
+def _check_archive(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError if a part may be larger than the file: compressed, or overlapping."""
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
         raise ValueError("it is compressed")
     if sum(entry.file_size for entry in archive.infolist()) > archive.start_dir:
-        raise ValueError("its parts lie over each other")
+        raise ValueError("its parts overlap")

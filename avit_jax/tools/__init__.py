@@ -1,1 +1,1 @@
-"""What the command line does beside training and evaluation."""
+"""Modes of the command line besides training and evaluation."""

@@ -1,6 +1,4 @@
-"""One trained network at many budgets: the shift of the gate at which it takes a given share of the
-static network's MACs.
-"""
+"""One trained network at many budgets: moves the gate bias so that inference meets a MACs ratio."""
 
 import dataclasses
 import logging
@@ -18,48 +16,49 @@ from avit_jax.utils import errors
 from avit_jax.weights import weight_files
 
 _logger = logging.getLogger(__name__)
-_FARTHEST = 1000.0  # shift that no gate needs
-_FINEST = 1e-4  # a shift smaller than this is none
-_NEAR = 0.005  # a budget missed by less is met
+_MAX_BIAS = 1000.0  # no gate needs a larger one
+_BIAS_TOLERANCE = 1e-4
+_RATIO_TOLERANCE = 0.005  # a budget is met if the MACs ratio differs by less
 
 
-class OutOfReach(ValueError):
-    """No shift of the gate brings the network to the budget."""
+class BudgetOutOfReach(ValueError):
+    """No gate bias brings the network to the budget."""
 
 
-def find_shift(
+def find_bias(
     cost: Callable[[float], float], budget: float, *, start: float, tolerance: float = 0.002
 ) -> float:
-    """The shift beta of a gate that brings its network to a budget, by bisection.
+    """Finds the gate bias beta for which a network meets a budget, by bisection.
 
     Args:
-      cost: beta to the share of the static network's MACs, from 0 to 1; falls as beta rises.
-      budget: the share that is wanted.
-      start: beta to search from.
-      tolerance: of the share.
+      cost: maps beta to the MACs ratio, from 0 to 1. The ratio falls as beta rises.
+      budget: the MACs ratio that is wanted.
+      start: beta to start from.
+      tolerance: of the MACs ratio.
 
     Returns:
-      Beta. Where the cost jumps over the budget, the last beta before, at which it is still above.
+      Beta. If the cost jumps over the budget, the last beta before the jump, whose cost is above
+      the budget.
 
     Raises:
-      OutOfReach: no beta comes near: the network cannot be that cheap, or that costly.
+      BudgetOutOfReach: no beta comes near, because the network cannot be so cheap, or so expensive.
     """
     low, high, step = start, start, 0.5
     ratio = cost(start)
     if abs(ratio - budget) <= tolerance:
         return start
-    dear = ratio > budget
-    while (ratio > budget) == dear:  # doubles its steps until the budget lies between low and high
-        low, high = (high, high + step) if dear else (low - step, low)
-        if max(abs(low), abs(high)) > _FARTHEST:
-            raise OutOfReach(
-                f"no gate shift brings the network to {budget} of the static MACs: it stays at "
-                f"{ratio:.3f}."
+    rises = ratio > budget  # whether beta must rise
+    while (ratio > budget) == rises:  # doubles the step until low and high enclose the budget
+        low, high = (high, high + step) if rises else (low - step, low)
+        if max(abs(low), abs(high)) > _MAX_BIAS:
+            raise BudgetOutOfReach(
+                f"no gate bias brings the MACs ratio to {budget}, as it stays at {ratio:.3f}: set "
+                "another budget."
             )
-        ratio, step = cost(high if dear else low), 2 * step
+        ratio, step = cost(high if rises else low), 2 * step
         if abs(ratio - budget) <= tolerance:
-            return high if dear else low
-    while high - low > _FINEST:
+            return high if rises else low
+    while high - low > _BIAS_TOLERANCE:
         middle = (low + high) / 2
         ratio = cost(middle)
         if abs(ratio - budget) <= tolerance:
@@ -68,9 +67,10 @@ def find_shift(
     return low
 
 
-def with_gate(model: vit.AViT, params: Any, beta: float) -> tuple[vit.AViT, Any]:
-    """The network with a gate whose shift is a parameter, so that another one compiles nothing
-    anew, and its parameters.
+def with_bias(model: vit.AViT, params: Any, beta: float) -> tuple[vit.AViT, Any]:
+    """Returns the network and its parameters with another gate bias.
+
+    The bias becomes a parameter, so that the next bias needs no compilation.
     """
     learnable = model.clone(halting=dataclasses.replace(model.halting, learnable=True))
     gamma = params["gate"]["gamma"] if "gate" in params else model.halting.gamma
@@ -80,60 +80,47 @@ def with_gate(model: vit.AViT, params: Any, beta: float) -> tuple[vit.AViT, Any]
 def from_checkpoint(
     out: epath.PathLike, config: ConfigDict, checkpoint: epath.PathLike, budget: float
 ) -> None:
-    """Writes a weight file of a trained network whose gate is shifted to a budget on
-    `config.data.eval_split`.
+    """Writes a weight file whose gate bias meets a budget on `config.data.eval_split`.
 
     Args:
-      out: file to write, safetensors; the gate is in its metadata.
-      config: of the run; name pictures as `data.eval_split` that it is not judged by in the end.
+      out: the safetensors file to write; its metadata contains the gate.
+      config: the recipe of the run. As `data.eval_split`, name images that do not measure the final
+        accuracy.
       checkpoint: workdir of the run, or a weight file.
-      budget: share of the static network's MACs.
+      budget: MACs ratio.
 
     Raises:
-      errors.UserError: it cannot be read, does not halt, or cannot come to the budget.
+      errors.UserError: the checkpoint cannot be read, does not halt, or cannot meet the budget.
     """
     config_lib.check(config)
     trained = build.model(config).clone(removal=None)
     if trained.halting is None:
         raise errors.UserError(
-            "a network without halting costs what it costs: set --config.halting.enabled=True."
+            "a network without halting has a fixed cost: set --config.halting.enabled=True."
         )
     params, _ = restore.trained(config, trained, checkpoint)
     start = float(params["gate"]["beta"]) if "gate" in params else trained.halting.beta
-    evaluator = evaluate.Evaluator(config, with_gate(trained, params, start)[0])
+    evaluator = evaluate.Evaluator(config, with_bias(trained, params, start)[0])
     ratios: dict[float, float] = {}
 
     def cost(beta: float) -> float:
-        values = evaluator.measure(with_gate(trained, params, beta)[1])
-        _logger.info(
-            "beta %.4f: %.4f of the static MACs, top-1 %.2f%%",
-            beta,
-            values["macs_ratio"],
-            100 * values["top1"],
-        )
-        ratios[beta] = values["macs_ratio"]
+        values = evaluator.measure(with_bias(trained, params, beta)[1])
+        ratios[beta], top1 = values["macs_ratio"], 100 * values["top1"]
+        _logger.info("beta %.4f: MACs ratio %.4f, top-1 %.2f%%", beta, ratios[beta], top1)
         return ratios[beta]
 
     try:
-        beta = find_shift(cost, budget, start=start)
-    except OutOfReach as error:
+        beta = find_bias(cost, budget, start=start)
+    except BudgetOutOfReach as error:
         raise errors.UserError(str(error)) from error
-    model, shifted = with_gate(trained, params, beta)
-    if abs(ratios[beta] - budget) > _NEAR:
-        _logger.warning(
-            "no gate shift comes to %g of the static MACs, at which the cost jumps: it is %.3f",
-            budget,
-            ratios[beta],
-        )
+    model, params = with_bias(trained, params, beta)
+    if abs(ratios[beta] - budget) > _RATIO_TOLERANCE:
+        message = "no gate bias meets the MACs ratio %g, where the cost jumps: the ratio is %.3f"
+        _logger.warning(message, budget, ratios[beta])
     if distributed.is_first():
-        weight_files.write(out, shifted, model)
-    gate = shifted["gate"]
-    merges = (
-        f" --config.halting.merge=True --config.halting.redundancy={model.halting.redundancy:.6g}"
-        * model.halting.merge
-    )
-    _logger.info(
-        "wrote %s; where the gate is no parameter, it is used with --config.halting.gamma=%s "
-        "--config.halting.beta=%s%s",
-        *(out, gate["gamma"], gate["beta"], merges),
-    )
+        weight_files.write(out, params, model)
+    options = {"gamma": params["gate"]["gamma"], "beta": params["gate"]["beta"]}
+    if model.halting.merge:
+        options |= {"merge": True, "redundancy": f"{model.halting.redundancy:.6g}"}
+    text = " ".join(f"--config.halting.{key}={value!s}" for key, value in options.items())
+    _logger.info("wrote %s; if the gate is no parameter of a recipe, set %s", out, text)

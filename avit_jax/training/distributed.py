@@ -266,7 +266,7 @@ class Stop:
         if not self._several:
             self._catch(signal.SIGTERM)
         # Python's handler waits for the main thread, which may be compiling; this thread does not.
-        self._thread = signals.heard(lambda number: self._act(number, self._in_thread))
+        self._thread = signals.listen(lambda number: self._act(number, self._in_thread))
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -90,7 +90,7 @@ def begin(
 def _adopted(config: ConfigDict, model: vit.AViT) -> dict[str, Any]:
     """The parameters that `config.init` names."""
     how = {"new_head": config.init_new_head, "grid": config.init_grid}
-    return weight_files.adopt(weights_of(config.init), model, name=config.init, **how)
+    return weight_files.to_params(weights_of(config.init), model, name=config.init, **how)
 
 
 def changed_class(past: dict[str, Any], label_names: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""Errors, files, signals and pictures."""
+"""Errors, files, signals and figures."""

@@ -1,6 +1,4 @@
-"""The one exception that means: the user can mend this; and what is shown of those of other
-libraries.
-"""
+"""The exception for mistakes that a user can fix, and the display of errors on a terminal."""
 
 import contextlib
 import functools
@@ -12,16 +10,28 @@ import unicodedata
 from collections.abc import Callable
 from typing import NoReturn
 
+# Control characters, lone surrogates, and separators of lines and paragraphs.
+_UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
+# Characters that reorder the text around them.
+_DIRECTIONS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+
 
 class UserError(Exception):
-    """A mistake outside the program; its message is one sentence that says what to do, and is all
-    that is shown.
+    """A mistake outside of the program. The user sees the message alone.
+
+    The message is one sentence that says what to do.
     """
 
 
 def stop(message: object, *, at_once: bool = False, status: int = 2) -> NoReturn:
-    """Ends the program with one sentence and an exit status; at once: nothing is waited for."""
-    with contextlib.suppress(OSError):  # nobody reads it
+    """Ends the program with one sentence on stderr.
+
+    Args:
+      message: the sentence.
+      at_once: whether the process ends without waiting for threads or exit handlers.
+      status: exit status.
+    """
+    with contextlib.suppress(OSError):  # stderr may be closed
         print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     if at_once:
         with contextlib.suppress(OSError):
@@ -30,24 +40,8 @@ def stop(message: object, *, at_once: bool = False, status: int = 2) -> NoReturn
     sys.exit(status)
 
 
-_UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, lone surrogates, separators of lines
-_DIRECTIONS = {
-    "LRE",
-    "RLE",
-    "PDF",
-    "LRO",
-    "RLO",
-    "LRI",
-    "RLI",
-    "FSI",
-    "PDI",
-}  # reorder what is around them
-
-
 def printable(text: str) -> str:
-    r"""The text with control characters and lone surrogates as escapes such as `\x1b`, so that it
-    is safe on a terminal.
-    """
+    r"""Returns text that is safe on a terminal: escapes control characters, as in `\x1b`."""
     if text.isprintable():
         return text
     return "".join(
@@ -60,16 +54,14 @@ def printable(text: str) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Formats messages so that they are safe on a terminal, one line each."""
+    """Formats each message as one line that is safe on a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
 
-def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """A main function whose `UserError`, or output that cannot be written, ends the program as
-    `stop` does.
-    """
+def exit_on_user_error(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """Wraps a main function: a `UserError`, or a failure to write output, ends it with `stop`."""
 
     @functools.wraps(main)
     def run(argv: list[str]) -> None:
@@ -82,20 +74,18 @@ def told(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
-    if isinstance(error, KeyError) and error.args:  # its message is the key alone
+    """Returns the first line of an error's message, or the name of its type."""
+    if isinstance(error, KeyError) and error.args:  # the message of a KeyError is the key alone
         return f"{error.args[0]} is missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def sentence(error: Exception) -> str:
-    """What an error of absl, of ml_collections or of a recipe says, out of the errors and traces
-    that are wrapped around it.
-    """
+def innermost_message(error: Exception) -> str:
+    """Returns what absl, ml_collections or a recipe reports, without wrapped errors and traces."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
     text = re.sub(r"Traceback .*\n( .*\n)*", "", text)
     text = re.sub(r"(?s)^.*(?=\[Errno )", "", text).replace("\nDid you", ". Did you")
-    unknown_key = re.match(r"'\w+'(\.|$)", text)
-    return f"unknown configuration key {text}" if unknown_key else text
+    is_unknown_key = re.match(r"'\w+'(\.|$)", text)
+    return f"unknown configuration key {text}" if is_unknown_key else text

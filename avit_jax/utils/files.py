@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the paths that a user gives."""
+"""Files that are written completely or not at all, and paths that a user gives."""
 
 import os
 import re
@@ -9,11 +9,14 @@ from avit_jax.utils import errors, signals
 
 
 def resolve(path: str, option: str) -> str:
-    """Expands `~` in a path that a user gives; see `write` for the paths there are.
+    """Expands `~` in a path that a user gives.
+
+    Args:
+      path: a local path, or gs://...
+      option: where the user gave it, for messages.
 
     Raises:
-      errors.UserError: it is empty, or an address such as https://, which cannot be read or
-        written; `option` names it.
+      errors.UserError: the path is empty, or an unsupported address such as https://...
     """
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path)
     if not path.strip() or "\0" in path:
@@ -33,37 +36,35 @@ def resolve(path: str, option: str) -> str:
 
 
 def write(path: epath.PathLike, content: bytes | str) -> None:
-    """Writes a file; what was there before stays until the new content is complete.
+    """Writes a file; an existing file remains until the new content is complete.
 
     Args:
-      path: a local one, whose folder is made where it is missing, or of a bucket, where files come
-        into being whole anyway. A link stays one.
-      content: text is written as UTF-8.
+      path: a local path, whose missing folders are created, or a path in a bucket, where writes are
+        atomic anyway. If it is a link, the target is replaced.
+      content: text is encoded as UTF-8.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     path = epath.Path(path)
     content = content.encode() if isinstance(content, str) else content
+    is_descriptor = re.match(r"/dev/(stdout$|stderr$|fd/)|/proc/[^/]+/fd/", str(path))
     if "://" in str(path):
         path.write_bytes(content)
-    elif re.match(r"/dev/(stdout$|stderr$|fd/)|/proc/[^/]+/fd/", str(path)) or (
-        path.exists() and not os.path.isfile(path)
-    ):
-        # Behind /dev/stdout there may be a file in which something is already. epath takes devices
-        # for files, hence os.path.
-        with path.open("ab") as file:
+    # os.path, because epath takes devices for files.
+    elif is_descriptor or (path.exists() and not os.path.isfile(path)):
+        with path.open("ab") as file:  # appends, because /dev/stdout may be a file with content
             file.write(content)
     else:
         path = epath.Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        signals.unfinished.add(str(whole))
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        signals.partial_files.add(str(partial))
         try:
-            whole.write_bytes(content)
-            whole.replace(path)
-        except BaseException:  # a full disk is not to stay full of halves
-            whole.unlink(missing_ok=True)
+            partial.write_bytes(content)
+            partial.replace(path)
+        except BaseException:  # otherwise a full disk would keep partial files
+            partial.unlink(missing_ok=True)
             raise
         finally:
-            signals.unfinished.discard(str(whole))
+            signals.partial_files.discard(str(partial))

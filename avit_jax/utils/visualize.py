@@ -1,14 +1,13 @@
-"""Pictures: where the network spends its thought."""
+"""Figures that show how many layers each token of an image uses."""
 
 import io
+from typing import Any
 
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
 from avit_jax.utils import files
-
-_COLORS = "viridis"
 
 
 def depth_figure(
@@ -21,20 +20,19 @@ def depth_figure(
     score: np.ndarray,
     caption: str,
 ) -> Figure:
-    """Images beside the depth of their tokens, above the histogram of depths and the mean score by
-    layer.
+    """Draws images beside the depth of their tokens, and statistics of the whole data set below.
 
     Args:
       images: `(n, H, W, C)` uint8, grey or RGB.
       depth: `(n, rows, columns)` layers used by each patch token.
-      num_layers: L, the top of the colour scale.
-      titles: of the images.
-      patch_depth: `(L,)` share of patch tokens that halt at each layer, over the whole data set.
-      score: `(L,)` mean halting score of each layer, over the whole data set.
-      caption: a line above all.
+      num_layers: L, the maximum of the colour scale.
+      titles: one per image.
+      patch_depth: `(L,)` fraction of patch tokens that halt at each layer, over the data set.
+      score: `(L,)` mean halting score of each layer, over the data set.
+      caption: a line above everything.
 
     Returns:
-      A figure; `write` writes it.
+      A figure for `write`.
     """
     per_row = min(4, len(images))
     rows = -(-len(images) // per_row)
@@ -45,20 +43,14 @@ def depth_figure(
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (image, depths, title) in enumerate(zip(images, depth, titles, strict=True)):
-        left, right = axes[i // per_row, 2 * (i % per_row) :][:2]
-        left.imshow(image, cmap="gray", vmin=0, vmax=255)
-        left.set_title(title, fontsize=9, parse_math=False)
-        drawn = right.imshow(depths, cmap=_COLORS, vmin=1, vmax=num_layers)
-        right.set_title(f"depth {depths.mean():.1f}", fontsize=9)
-    top.colorbar(
-        drawn, ax=axes, label="layers used", shrink=0.8, ticks=np.arange(1, num_layers + 1)
-    )
+        pair = axes[i // per_row, 2 * (i % per_row) :][:2]
+        mapped = _draw(pair, image, depths, num_layers, title, f"depth {depths.mean():.1f}", 9)
     layers = np.arange(1, num_layers + 1)
+    top.colorbar(mapped, ax=axes, label="layers used", shrink=0.8, ticks=layers)
     histogram, scores = bottom.subplots(1, 2)
     histogram.bar(layers, patch_depth, color="tab:blue")
-    histogram.set(
-        xlabel="layer at which a patch token halts", ylabel="share of patch tokens", xticks=layers
-    )
+    histogram.set(xlabel="layer at which a patch token halts", xticks=layers)
+    histogram.set(ylabel="share of patch tokens")
     scores.plot(layers, score, marker="o", color="tab:orange")
     scores.set(xlabel="layer", ylabel="mean halting score", xticks=layers)
     scores.set_ylim(bottom=0.0)
@@ -66,33 +58,45 @@ def depth_figure(
 
 
 def depth_map(image: np.ndarray, depth: np.ndarray, *, num_layers: int, title: str) -> Figure:
-    """One image beside the depth of its tokens.
+    """Draws one image beside the depth of its tokens.
 
     Args:
       image: `(H, W, C)` uint8, grey or RGB.
       depth: `(rows, columns)` layers used by each patch token.
-      num_layers: L, the top of the colour scale.
+      num_layers: L, the maximum of the colour scale.
       title: of the image.
     """
     width = 3.5 * min(max(image.shape[1] / image.shape[0], 0.4), 2.5)
     figure = Figure(figsize=(2 * width + 1.2, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.imshow(image, cmap="gray", vmin=0, vmax=255)
-    left.set_title(title, fontsize=10, parse_math=False)
-    drawn = right.imshow(
-        depth, cmap=_COLORS, vmin=1, vmax=num_layers, extent=(0, image.shape[1], image.shape[0], 0)
-    )
-    right.set_title(f"depth {depth.mean():.1f} of {num_layers}", fontsize=10)
-    for axis in (left, right):
+    pair = figure.subplots(1, 2)
+    depth_title = f"depth {depth.mean():.1f} of {num_layers}"
+    mapped = _draw(pair, image, depth, num_layers, title, depth_title, 10)
+    for axis in pair:
         axis.set_axis_off()
-    figure.colorbar(
-        drawn, ax=right, label="layers used", ticks=np.arange(1, num_layers + 1), shrink=0.8
-    )
+    layers = np.arange(1, num_layers + 1)
+    figure.colorbar(mapped, ax=pair[1], label="layers used", ticks=layers, shrink=0.8)
     return figure
 
 
+def _draw(
+    axes: np.ndarray,
+    image: np.ndarray,
+    depth: np.ndarray,
+    num_layers: int,
+    title: str,
+    depth_title: str,
+    size: int,
+) -> Any:
+    """Draws an image and its depth on two axes; returns what a colour bar needs."""
+    axes[0].imshow(image, cmap="gray", vmin=0, vmax=255)
+    axes[0].set_title(title, fontsize=size, parse_math=False)
+    axes[1].set_title(depth_title, fontsize=size)
+    extent = (0, image.shape[1], image.shape[0], 0)
+    return axes[1].imshow(depth, cmap="viridis", vmin=1, vmax=num_layers, extent=extent)
+
+
 def write(figure: Figure, path: epath.PathLike, *, dpi: int = 150) -> None:
-    """Writes a figure as PNG; to a bucket too, where Matplotlib by itself cannot."""
+    """Writes a figure as PNG, also to a bucket, where Matplotlib cannot write."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi)
     files.write(path, content.getvalue())

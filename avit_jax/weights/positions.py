@@ -1,6 +1,4 @@
-"""Position embeddings of a weight file: which grid of patches they belong to, and how they are
-resized to another one.
-"""
+"""Position embeddings of a weight file: finds their grid of patches, and resizes them."""
 
 import logging
 import math
@@ -18,65 +16,57 @@ def fit_positions(
     grid: tuple[int, int],
     num_prefix_tokens: int,
     *,
-    before: tuple[int, int] | None,
+    old_grid: tuple[int, int] | None,
     name: str,
 ) -> np.ndarray:
-    """Position embeddings for a model: unchanged if they fit, else resized; a warning names a grid
-    that is only assumed.
+    """Returns position embeddings for a model: unchanged if they fit, resized otherwise.
+
+    If the grid of the file is unknown, it is assumed to be the model's or a square. A warning
+    reports such an assumption if another grid is possible.
 
     Args:
-      embedding: `(1, R + n, D)` of the file.
-      grid: rows and columns of patches of the model.
-      num_prefix_tokens: R, of tokens that are no patches and keep theirs.
-      before: rows and columns of patches in the file; None if nothing tells them.
+      embedding: `(1, R + n, D)`, of the file.
+      grid: (rows, columns) of patches of the model.
+      num_prefix_tokens: R; their embeddings do not change.
+      old_grid: (rows, columns) of patches of the file; None if unknown.
       name: of the file.
 
     Returns:
       `(1, R + rows * columns, D)`.
 
     Raises:
-      errors.UserError: the embeddings are of another grid than `before`, or of none that can be
-        assumed.
+      errors.UserError: the embeddings do not have the grid `old_grid`, or no grid can be assumed.
     """
     count = embedding.shape[1]
-    patches, wanted = count - num_prefix_tokens, math.prod(grid)
-    side = math.isqrt(max(0, patches))
-    told, is_square = before, patches == side**2 > 0
-    if told is None and patches == wanted:
-        before = grid
+    num_patches, wanted = count - num_prefix_tokens, math.prod(grid)
+    side = math.isqrt(max(0, num_patches))
+    is_square = num_patches == side**2 > 0
+    assumption = "%s does not give the grid of its %d patches: it is assumed to be %s; if not, %s"
+    if old_grid is None and num_patches == wanted:
         if is_square and grid[0] != grid[1]:
-            _warn_of_assumption(
-                name, patches, f"{_text(grid)}, as in the model, and not {side} x {side}"
-            )
-    elif told is None and is_square and count != wanted:
-        before = (side, side)
-        _warn_of_assumption(name, patches, f"{_text(before)}, and is resized to {_text(grid)}")
-    if before is not None and math.prod(before) == patches:
-        return (
-            embedding
-            if before == grid
-            else resize_positions(embedding, grid, num_prefix_tokens, before=before)
-        )
-    if patches > 0 and count in ((math.prod(told),) if told else (wanted, math.isqrt(count) ** 2)):
+            assumed = f"{_text(grid)}, as in the model, and not {side} x {side}"
+            _logger.warning(assumption, errors.printable(name), num_patches, assumed, _SET)
+        return embedding
+    if old_grid is None and is_square and count != wanted:
+        assumed = f"{side} x {side}, and is resized to {_text(grid)}"
+        _logger.warning(assumption, errors.printable(name), num_patches, assumed, _SET)
+        old_grid = (side, side)
+    if old_grid == grid and num_patches == wanted:
+        return embedding
+    if old_grid is not None and math.prod(old_grid) == num_patches:
+        return resize_positions(embedding, grid, num_prefix_tokens, old_grid=old_grid)
+    # Counts that are a whole grid if the prefix tokens have no embeddings.
+    without_prefix = (math.prod(old_grid),) if old_grid else (wanted, math.isqrt(count) ** 2)
+    if num_patches > 0 and count in without_prefix:
         raise errors.UserError(
             f"{name} has {count} position embeddings, as many as a grid has patches: the class "
-            "token has none (timm's "
-            "no_embed_class). Put timm's config.json beside the file, or, if the file is of "
-            f"another grid, {_SET}."
+            "token has none (timm's no_embed_class). Put timm's config.json beside the file, or, "
+            f"if the file has another grid, {_SET}."
         )
-    of = _text(told) if told else "a square"
     raise errors.UserError(
-        f"{name} has position embeddings of {patches} patches, and {patches} patches are not of "
-        f"{of}: {_SET}."
+        f"{name} has position embeddings for {num_patches} patches, which do not form "
+        f"{_text(old_grid) if old_grid else 'a square'}: {_SET}."
     )
-
-
-def _warn_of_assumption(name: str, patches: int, grid: str) -> None:
-    message = (
-        "%s does not tell the grid of its %d patches: it is assumed to be %s; if it is "
-        "another one, %s"
-    )
-    _logger.warning(message, errors.printable(name), patches, grid, _SET)
 
 
 def _text(grid: tuple[int, int]) -> str:
@@ -84,30 +74,34 @@ def _text(grid: tuple[int, int]) -> str:
 
 
 def resize_positions(
-    embedding: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int, *, before: tuple[int, int]
+    embedding: np.ndarray,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    *,
+    old_grid: tuple[int, int],
 ) -> np.ndarray:
-    """Position embeddings for another number of patches, bicubic, as PyTorch's `interpolate` with
-    align_corners=False.
+    """Resizes position embeddings to another grid of patches.
+
+    The interpolation is bicubic, as PyTorch's `interpolate` with align_corners=False.
 
     Args:
       embedding: `(1, R + n, D)`.
-      grid: rows and columns of patches that are wanted.
-      num_prefix_tokens: R, of tokens that are no patches and keep theirs.
-      before: rows and columns that it has.
+      grid: (rows, columns) of the result.
+      num_prefix_tokens: R; their embeddings do not change.
+      old_grid: (rows, columns) of `embedding`.
 
     Returns:
       `(1, R + rows * columns, D)` float32.
     """
-    head, patches = embedding[0, :num_prefix_tokens], embedding[0, num_prefix_tokens:]
-    rows, columns = (_bicubic(side, size) for side, size in zip(before, grid, strict=True))
-    patches = np.einsum(
-        "ri,cj,ijd->rcd", rows, columns, patches.reshape(*before, -1).astype(np.float64)
-    )
-    return np.concatenate([head, patches.reshape(grid[0] * grid[1], -1)])[None].astype(np.float32)
+    prefix, patches = embedding[0, :num_prefix_tokens], embedding[0, num_prefix_tokens:]
+    rows, columns = (_bicubic(old, new) for old, new in zip(old_grid, grid, strict=True))
+    patches = patches.reshape(*old_grid, -1).astype(np.float64)
+    patches = np.einsum("ri,cj,ijd->rcd", rows, columns, patches)
+    return np.concatenate([prefix, patches.reshape(math.prod(grid), -1)])[None].astype(np.float32)
 
 
 def _bicubic(size: int, new_size: int) -> np.ndarray:
-    """`(new_size, size)` weights of cubic convolution with a = -0.75, the border repeated.
+    """Returns `(new_size, size)` weights of cubic convolution, a = -0.75; the border is repeated.
 
     Reference: Keys, Cubic convolution interpolation, 1981, equation 15.
     """
@@ -119,9 +113,6 @@ def _bicubic(size: int, new_size: int) -> np.ndarray:
         x = abs(center - (first + offset))
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-        np.add.at(
-            matrix,
-            (np.arange(new_size), np.clip(first + offset, 0, size - 1)),
-            np.where(x <= 1, near, far),
-        )
+        columns = np.clip(first + offset, 0, size - 1)
+        np.add.at(matrix, (np.arange(new_size), columns), np.where(x <= 1, near, far))
     return matrix

@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
 
         found, start = {}, 0.0
         for ratio in _RATIOS:
-            start = found[str(ratio)] = calibrate.find_shift(
+            start = found[str(ratio)] = calibrate.find_bias(
                 share, ratio, start=start, tolerance=0.006
             )
             print(where, name, ratio, start, flush=True)
@@ -55,4 +55,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(errors.told(main))
+    app.run(errors.exit_on_user_error(main))

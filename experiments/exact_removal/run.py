@@ -74,4 +74,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(errors.told(main))
+    app.run(errors.exit_on_user_error(main))

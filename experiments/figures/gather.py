@@ -89,11 +89,11 @@ def sweep(config: ConfigDict, params: Any, shifts: list[float]) -> list[dict[str
     gate = params.get("gate", {"gamma": model.halting.gamma, "beta": model.halting.beta})
     gamma, beta = float(gate["gamma"]), float(gate["beta"])
     evaluator = evaluate.Evaluator(
-        config, calibrate.with_gate(model, params, beta)[0]
+        config, calibrate.with_bias(model, params, beta)[0]
     )  # compiles once for all shifts
     rows = []
     for shift in tqdm(shifts, desc="gate shifts"):
-        _, shifted = calibrate.with_gate(model, params, beta + shift * gamma)
+        _, shifted = calibrate.with_bias(model, params, beta + shift * gamma)
         values = evaluator.measure(shifted)
         rows.append({"shift": shift, "top1": values["top1"], "macs_ratio": values["macs_ratio"]})
     return rows

@@ -212,19 +212,19 @@ def _calibrated(config: ConfigDict, model: vit.AViT, params: Any) -> list[dict[s
     held_out = config.copy_and_resolve_references()
     held_out.data.eval_split = arms.HELD_OUT
     start = float(params["gate"]["beta"])
-    network, _ = calibrate.with_gate(model, params, start)
+    network, _ = calibrate.with_bias(model, params, start)
     search, test = evaluate.Evaluator(held_out, network), evaluate.Evaluator(config, network)
 
     def at(evaluator: evaluate.Evaluator, beta: float) -> dict[str, float]:
-        return evaluator.measure(calibrate.with_gate(model, params, beta)[1])
+        return evaluator.measure(calibrate.with_bias(model, params, beta)[1])
 
     rows = []
     for budget in BUDGETS:
         try:
-            beta = calibrate.find_shift(
+            beta = calibrate.find_bias(
                 lambda beta: at(search, beta)["macs_ratio"], budget, start=start
             )
-        except calibrate.OutOfReach:
+        except calibrate.BudgetOutOfReach:
             continue
         values = at(test, beta)
         rows.append(

@@ -241,4 +241,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(errors.told(main))
+    app.run(errors.exit_on_user_error(main))

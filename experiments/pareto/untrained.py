@@ -49,7 +49,7 @@ def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) ->
       static: `(n,)` where the static network is right.
     """
     model = build.model(config).clone(removal=None)
-    gated = functools.partial(calibrate.with_gate, model, params)
+    gated = functools.partial(calibrate.with_bias, model, params)
     start = model.halting.beta
     fixed = tome.ToMe(**unrolled.attributes(model.clone(halting=None)), merges=merges)
     fixed_right, fixed_cost = paired.outcomes(config, fixed, params)
@@ -57,7 +57,7 @@ def compare(config: ConfigDict, params: Any, merges: int, static: np.ndarray) ->
     held_out.data.eval_split = arms.HELD_OUT
     search = evaluate.Evaluator(held_out, gated(start)[0])
     budget = float(fixed_cost.mean())
-    beta = calibrate.find_shift(
+    beta = calibrate.find_bias(
         lambda beta: search.measure(gated(beta)[1])["macs_ratio"],
         budget,
         start=start,
@@ -95,7 +95,7 @@ def gate(config: ConfigDict, params: Any) -> dict[str, float]:
       score before the last layer.
     """
     model = build.model(config).clone(removal=None)
-    model, gated = calibrate.with_gate(model, params, model.halting.beta)
+    model, gated = calibrate.with_bias(model, params, model.halting.beta)
     reader = evaluate.Evaluator(config, model).reader
     records = [reader(i) for i in range(_IMAGES)]
     images = augment.normalize(
@@ -134,4 +134,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(errors.told(main))
+    app.run(errors.exit_on_user_error(main))

@@ -128,4 +128,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(errors.told(main))
+    app.run(errors.exit_on_user_error(main))

@@ -1,5 +1,4 @@
-"""How the files in weights/ were made: random models of timm and transformers, and their own logits
-on random images.
+"""Makes the files in weights/: random models of timm and transformers, with their own logits.
 
 python tests/data/make_weights.py, with torch, timm, transformers and safetensors installed.
 """

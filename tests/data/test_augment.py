@@ -1,4 +1,4 @@
-"""Augmentation on the device against NumPy, pixel by pixel."""
+"""Compares augmentation on the device with NumPy, pixel by pixel."""
 
 import itertools
 
@@ -20,9 +20,7 @@ def images() -> np.ndarray:
 def _drawn(
     monkeypatch: pytest.MonkeyPatch, images: np.ndarray, draw: list[float], ranges: augment.Affine
 ) -> np.ndarray:
-    """The affine map when the random numbers, of rotation, shear, scale and the two moves, are
-    those of `draw`.
-    """
+    """Applies the affine map with given random numbers: rotation, shear, scale and two moves."""
     with monkeypatch.context() as patch:
         patch.setattr(jax.random, "uniform", lambda *_, **__: jnp.asarray(draw, jnp.float32))
         return np.asarray(
@@ -33,7 +31,7 @@ def _drawn(
 
 
 def _bilinear(image: np.ndarray, y: float, x: float) -> np.ndarray:
-    """Value at a point, pixels outside being 0."""
+    """Returns the value at a point; pixels from outside are 0."""
     total = np.zeros(image.shape[-1])
     for row, column in itertools.product(
         (int(np.floor(y)), int(np.floor(y)) + 1), (int(np.floor(x)), int(np.floor(x)) + 1)
@@ -126,7 +124,7 @@ _erase = jax.jit(augment.random_erase, static_argnums=3)
 
 
 def _boxes(erased: np.ndarray) -> np.ndarray:
-    """Top, bottom, left, right of what differs from 7 in each image; it has to be all of the box."""
+    """Returns top, bottom, left and right of the pixels that are not 7 in each image; they form a box."""
     boxes = []
     for image in erased:
         changed = (image != 7).any(-1)
@@ -185,7 +183,7 @@ def test_erasing_follows_from_key_and_index_alone() -> None:
 
 @pytest.fixture(scope="module")
 def pairs() -> tuple[np.ndarray, np.ndarray]:
-    """Eight images and their one-hot labels, all different."""
+    """Returns eight different images and their one-hot labels."""
     return np.random.default_rng(5).normal(size=(8, 9, 14, 3)).astype(np.float32), np.eye(
         10, dtype=np.float32
     )[[3, 1, 4, 9, 5, 2, 6, 0]]
@@ -199,9 +197,7 @@ def _mixed(
 
 
 def _own_share(images: np.ndarray, mixed: np.ndarray) -> np.ndarray:
-    """Share of the image itself in the mixed one, by pixel, from what differs between it and its
-    partner; the same in all.
-    """
+    """Returns the weight of the image itself in the mixed one, per pixel; it is the same in all images."""
     own, partner = images, images[::-1]
     share = (mixed - partner) / (own - partner)
     np.testing.assert_allclose(share, np.broadcast_to(share[:1, ..., :1], share.shape), atol=2e-2)

@@ -1,4 +1,4 @@
-"""Batches: which images, in which order, where."""
+"""Content, order and placement of batches."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ import fixtures
 import jax
 import numpy as np
 import pytest
-import test_pictures
+import test_image_files
 from PIL import Image
 
 from avit_jax.data import loader, sources, transforms
@@ -20,7 +20,7 @@ from avit_jax.utils import errors
 
 
 def _numbered(count: int, torn: Callable[[int], bool] = lambda i: False) -> sources.Source:
-    """Images whose label is their place; some cannot be decoded."""
+    """Returns images whose label is their number; some cannot be decoded."""
     records = [
         {"image": b"torn" if torn(i) else np.full((2, 3, 1), i % 256, np.uint8), "label": i}
         for i in range(count)
@@ -33,7 +33,7 @@ def _as_it_is(image: np.ndarray, *_: np.random.Generator) -> np.ndarray:
 
 
 def _with_draw(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """All pixels but the first are random."""
+    """Replaces all pixels but the first by random ones."""
     drawn = rng.integers(256, size=image.shape, dtype=np.uint8)
     drawn[0, 0] = image[0, 0]
     return drawn
@@ -202,13 +202,15 @@ def test_a_split_without_labels_is_refused() -> None:
     source = dataclasses.replace(
         _numbered(4), records=[{"image": np.zeros((2, 2, 3), np.uint8), "label": -1}]
     )
-    with pytest.raises(errors.UserError, match="record 0 of numbers has the label -1, of no class"):
+    with pytest.raises(
+        errors.UserError, match="record 0 of numbers has the label -1, which is no class"
+    ):
         loader.Reader(source=source, transform=_as_it_is, skip_bad=True)(0)
 
 
 def test_a_source_of_nothing_but_bad_records() -> None:
     source = _numbered(4, lambda i: True)
-    with pytest.raises(errors.UserError, match="not one record of numbers can be read"):
+    with pytest.raises(errors.UserError, match="no record of numbers can be read"):
         loader.Reader(source=source, transform=_as_it_is, skip_bad=True)(0)
 
 
@@ -232,7 +234,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: pathlib.Path) -> None:
 def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
     (tmp_path / "train/any").mkdir(parents=True)
     good = [i % 11 == 4 for i in range(220)]  # 20 good ones, spread out
-    bad = iter(test_pictures.malformed())
+    bad = iter(test_image_files.malformed())
     for i, is_good in enumerate(good):
         noise = np.random.default_rng(i).integers(0, 256, (1 + i % 30, 40, 3), dtype=np.uint8)
         path = (
@@ -245,12 +247,12 @@ def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
     reader = loader.Reader(source=source, transform=transform)
     for i, is_good in enumerate(good):
         if is_good:
-            assert isinstance(reader.decoded(i)["image"], Image.Image)
+            assert isinstance(reader.decode(i)["image"], Image.Image)
         else:
             with pytest.raises(
-                errors.UserError, match=rf"^cannot read .*/{i:03}\.[a-z]+: .+; mend or remove it"
+                errors.UserError, match=rf"^cannot read .*/{i:03}\.[a-z]+: .+; fix or remove it"
             ):
-                reader.decoded(i)
+                reader.decode(i)
     # In one epoch every record is asked for once, and each bad one leads on to the next good one.
     to_the_next = [next(k for k in range(220) if good[(i + k) % 220]) for i in range(220)]
     reader = loader.Reader(source=source, transform=transform, skip_bad=True)
@@ -259,15 +261,15 @@ def test_two_hundred_malformed_pictures(tmp_path: pathlib.Path) -> None:
     batches.close()
 
 
-def test_a_worker_that_has_been_killed_is_told() -> None:
+def test_a_worker_that_has_been_killed_is_reported() -> None:
     def batches() -> Iterator[loader.Batch]:
         yield {}
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
 
-    told = loader._of_workers(batches())
-    assert next(told) == {}
+    read = loader._from_workers(batches())
+    assert next(read) == {}
     with pytest.raises(errors.UserError, match=r"exit code -9.*lower --config\.data\.num_workers"):
-        next(told)
+        next(read)
 
 
 # Killed and resumed
@@ -299,9 +301,7 @@ if __name__ == "__main__":
 def _digests(
     folder: pathlib.Path, *, start: int, workers: int, steps: int, kill_after: int | None = None
 ) -> dict[int, str]:
-    """Digests of the batches by step, from a process that is killed once it has told `kill_after`
-    of them.
-    """
+    """Returns the digests of batches by step, from a process that is killed after `kill_after` of them."""
     command = [
         sys.executable,
         str(folder / "script.py"),
@@ -311,17 +311,17 @@ def _digests(
         str(steps),
     ]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    told = {}
+    digests = {}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     ) as process:
         for line in process.stdout:
             step, digest = line.split()
-            told[int(step)] = digest
-            if len(told) == kill_after:
+            digests[int(step)] = digest
+            if len(digests) == kill_after:
                 os.killpg(process.pid, signal.SIGKILL)  # with its workers
                 break
-    return told
+    return digests
 
 
 @pytest.mark.slow

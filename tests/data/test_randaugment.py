@@ -1,6 +1,4 @@
-"""RandAugment: each operation at its extremes, against Pillow's own functions or by counting
-pixels; and the draws.
-"""
+"""RandAugment: each operation at its extremes, against Pillow or by counting pixels; random draws."""
 
 import numpy as np
 import pytest
@@ -130,7 +128,7 @@ def test_shear(picture: Image.Image, name: str, strength: float, sign: int) -> N
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """What `rand_augment` asks the operations for."""
+    """Records the calls of the operations by `rand_augment`."""
     log: list[tuple] = []
 
     def spy(name: str) -> randaugment.Operation:

@@ -1,4 +1,4 @@
-"""Where images come from."""
+"""Sources of images."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from avit_jax.data import loader, pictures, sources, transforms
+from avit_jax.data import image_files, loader, sources, transforms
 from avit_jax.utils import errors
 
 
@@ -83,9 +83,7 @@ def test_data_set_that_does_not_exist(tmp_path: pathlib.Path, name: str) -> None
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a data set "tiny_pictures" of tensorflow-datasets: PNG pictures, the i-th of shade
-    10 * i and label i % 3.
-    """
+    """Prepares a TFDS data set `tiny_pictures`: PNG number i has the grey value 10 * i and label i % 3."""
     import tensorflow_datasets as tfds
 
     class TinyPictures(tfds.core.GeneratorBasedBuilder):
@@ -141,7 +139,7 @@ def test_split_that_does_not_exist(tiny: str, split: str) -> None:
 
 @pytest.fixture
 def data_dir() -> str:
-    """Folder of the real data sets, where there is one."""
+    """Returns the folder of the real data sets, or skips."""
     if "AVIT_DATA_DIR" not in os.environ:
         pytest.skip(
             "set AVIT_DATA_DIR to a folder with imagenet2012 and cifar10, prepared in "
@@ -166,7 +164,7 @@ def test_real_data_set(data_dir: str, name: str, classes: int, splits: tuple[str
     for source in (train, test):
         record = source.records[len(source.records) - 1]
         assert 0 <= record["label"] < classes
-        picture = pictures.decode(record["image"])
+        picture = image_files.decode(record["image"])
         for out in (
             transforms.Train(image_size=(224, 224), magnitude=9.0)(
                 picture, np.random.default_rng(0)
@@ -183,7 +181,7 @@ def test_real_data_set(data_dir: str, name: str, classes: int, splits: tuple[str
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Pictures of cats and dogs, with what else lies about in such folders."""
+    """Makes a folder of cat and dog images, with other files among them."""
     for name in (
         "train/dog/1.JPG",
         "train/dog/2.jpeg",
@@ -214,14 +212,14 @@ def test_folder(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
         ("train/cat/a.WebP", 0), ("train/cat/b.png", 0),
         ("train/dog/1.JPG", 1), ("train/dog/2.jpeg", 1), ("linked", 1), ("linked", 2),
     ]  # fmt: skip
-    assert "6 pictures of 3 classes, 4 other files ignored" in caplog.text
-    assert source.where(2, source.records[2]) == str(folder / "train/dog/1.JPG")
+    assert "6 images of 3 classes, 4 other files ignored" in caplog.text
+    assert source.describe(2, source.records[2]) == str(folder / "train/dog/1.JPG")
     sources.check_fit(source, num_classes=3, channels=3)
 
 
 @pytest.mark.parametrize(
     ("split", "expected"),
-    [("val", "cannot read .*val.*No such file"), ("empty", "no pictures in .*empty")],
+    [("val", "cannot read .*val.*No such file"), ("empty", "no images in .*empty")],
 )
 def test_folder_without_pictures(folder: pathlib.Path, split: str, expected: str) -> None:
     (folder / "empty/cat").mkdir(parents=True)
@@ -259,7 +257,7 @@ def test_what_is_no_picture_is_left_out_and_counted(
         source = sources.load("folder", split="train", data_dir=str(folder), image_size=(8, 8))
     assert source.label_names == ["cat", "dog", "fox"]
     assert [len(source.records[i]) for i in range(len(source.records))] == [3] * 6
-    assert "6 pictures of 3 classes, 12 other files ignored" in caplog.text
+    assert "6 images of 3 classes, 12 other files ignored" in caplog.text
 
 
 def test_classes_of_training_and_evaluation_have_to_be_the_same(folder: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ from avit_jax.data import transforms
 
 
 def _map(width: int, height: int) -> Image.Image:
-    """A picture whose red is the column and whose green is the row; both below 256."""
+    """Returns an image whose red is the column and whose green is the row; both are below 256."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
 

@@ -154,9 +154,9 @@ def test_what_the_early_end_saves() -> None:
     model = arms.network("avit_0.6", arms.config("avit_0.6", 0, data_dir="", parent=""))
     images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    _, never = calibrate.with_gate(model, params, -1e3)
+    _, never = calibrate.with_bias(model, params, -1e3)
     assert measure.early_end(model, never, images) == pytest.approx(0.0, abs=1e-6)
-    _, some = calibrate.with_gate(model, params, -2.0)
+    _, some = calibrate.with_bias(model, params, -2.0)
     active = model.apply({"params": some}, images)[1].active
     beyond = (active & ~flops.is_computed(active, 1)).sum(
         axis=-1

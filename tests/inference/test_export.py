@@ -1,6 +1,4 @@
-"""A network as one file: the same logits in a process that has JAX and the loader alone; bad files
-are refused.
-"""
+"""Exported networks: the same logits in a process with JAX and `serving` only; bad files are refused."""
 
 import dataclasses
 import io
@@ -209,12 +207,12 @@ def test_bad_files_are_refused_in_one_sentence(
     with pytest.raises(serving.BadArtifact) as refused:
         serving.load(bad)
     assert "\n" not in str(refused.value) and str(bad) in str(refused.value)
-    told = {
-        "calls": "calls what no network of ours does: a_strangers",
+    expected = {
+        "calls": "calls functions that no exported network needs: a_strangers",
         "bomb": "compressed",
         "other weights": "its weights",
     }
-    assert told.get(kind, "") in str(refused.value)
+    assert expected.get(kind, "") in str(refused.value)
 
 
 def test_weights_of_any_size_and_numpys_dtypes(
@@ -361,6 +359,6 @@ def test_programs_that_would_fail_at_the_call(
         return
     with pytest.raises(
         serving.BadArtifact,
-        match="does not run" if name == "another body" else "does not go from pictures",
+        match="does not run" if name == "another body" else "does not map images",
     ):
         serving.load(path)

@@ -1,4 +1,4 @@
-"""Landing on a budget: by the controller in training, and by the shift of the gate afterwards."""
+"""Budgets: the controller meets them in training, and the gate bias afterwards."""
 
 import json
 import math
@@ -28,19 +28,19 @@ def test_the_shift_is_found_from_anywhere(start: float, budget: float) -> None:
         asked.append(beta)
         return 0.2 + 0.8 / (1 + math.exp(min(beta + 5, 500)))
 
-    assert cost(calibrate.find_shift(cost, budget, start=start)) == pytest.approx(budget, abs=0.002)
+    assert cost(calibrate.find_bias(cost, budget, start=start)) == pytest.approx(budget, abs=0.002)
     assert len(asked) < 40
 
 
 def test_where_the_cost_jumps_the_shift_is_just_before_the_jump() -> None:
-    beta = calibrate.find_shift(lambda beta: 0.9 if beta < 1.2345 else 0.3, 0.6, start=0.0)
+    beta = calibrate.find_bias(lambda beta: 0.9 if beta < 1.2345 else 0.3, 0.6, start=0.0)
     assert 1.2345 - 2e-4 < beta < 1.2345
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.99])
-def test_a_budget_out_of_reach_is_told(budget: float) -> None:
-    with pytest.raises(ValueError, match=rf"to {budget} of the static MACs: it stays at 0\.\d"):
-        calibrate.find_shift(lambda beta: 0.9 if beta < 0 else 0.3, budget, start=0.1)
+def test_a_budget_out_of_reach_is_reported(budget: float) -> None:
+    with pytest.raises(ValueError, match=rf"the MACs ratio to {budget}, as it stays at 0\.\d"):
+        calibrate.find_bias(lambda beta: 0.9 if beta < 0 else 0.3, budget, start=0.1)
 
 
 def test_the_controller_moves_the_shift_and_nothing_else() -> None:
@@ -135,7 +135,7 @@ def test_one_run_serves_another_budget(
         assert ("gate" in params) == (config.budget > 0)
 
 
-def test_a_network_that_merges_is_told_with_what_it_merges_by(
+def test_a_network_that_merges_is_reported_with_what_it_merges_by(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="avit_jax")
@@ -151,14 +151,14 @@ def test_a_network_that_merges_is_told_with_what_it_merges_by(
         tmp_path / "cheap.safetensors", config, tmp_path / "dear.safetensors", 0.6
     )
     beta = weight_files.read(tmp_path / "cheap.safetensors").gate["beta"]
-    told = (
+    message = (
         f"gamma=1.0 --config.halting.beta={beta} --config.halting.merge=True "
         "--config.halting.redundancy=30"
     )
-    assert caplog.messages[-1].endswith(told)
+    assert caplog.messages[-1].endswith(message)
 
 
-def test_a_budget_that_is_jumped_over_is_told(
+def test_a_budget_that_is_jumped_over_is_reported(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config(**{"budget": 0.0})
@@ -173,22 +173,22 @@ def test_a_budget_that_is_jumped_over_is_told(
         ratios.append(cost(start))
         return start
 
-    monkeypatch.setattr(calibrate, "find_shift", first)
+    monkeypatch.setattr(calibrate, "find_bias", first)
     for budget in (0.2, 0.0):
         budget = budget or ratios[0]  # first one that it misses, then the very one
         caplog.clear()
         calibrate.from_checkpoint(
             tmp_path / "out.safetensors", config, tmp_path / "dear.safetensors", budget
         )
-        told = (
-            f"no gate shift comes to {budget:g} of the static MACs, at which the cost jumps: "
-            f"it is {ratios[0]:.3f}"
+        message = (
+            f"no gate bias meets the MACs ratio {budget:g}, where the cost jumps: the ratio is "
+            f"{ratios[0]:.3f}"
         )
-        assert (told in caplog.text) == (abs(ratios[0] - budget) > 0.005)
+        assert (message in caplog.text) == (abs(ratios[0] - budget) > 0.005)
 
 
 def test_what_cannot_be_calibrated_is_a_sentence(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(errors.UserError, match=r"no gate shift brings the network to 0\.01"):
+    with pytest.raises(errors.UserError, match=r"no gate bias brings the MACs ratio to 0\.01"):
         calibrate.from_checkpoint(tmp_path / "x.safetensors", _config(), run, 0.01)
     with pytest.raises(errors.UserError, match="a network without halting costs what it costs"):
         calibrate.from_checkpoint(

@@ -1,6 +1,4 @@
-"""Predictions of pictures: the numbers of the model itself, as table, JSON lines and pictures; and
-what cannot be read.
-"""
+"""Predictions: the numbers of the model itself as a table, JSON lines and figures; unusable inputs."""
 
 import itertools
 import json
@@ -17,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
-from avit_jax.data import pictures, transforms
+from avit_jax.data import image_files, transforms
 from avit_jax.inference import adaptive
 from avit_jax.models import flops
 from avit_jax.tools import predict
@@ -47,7 +45,7 @@ def _config() -> ConfigDict:
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Twenty good pictures, oblong ones among them, one that is torn and one that is none."""
+    """Makes twenty readable images of several aspect ratios, a truncated one, and a text file."""
     rng = np.random.default_rng(0)
     root = tmp_path / "pictures"
     (root / "more").mkdir(parents=True)
@@ -85,7 +83,7 @@ def test_predictions_are_the_models_own(
     params = weight_files.load(_WEIGHTS, model)
     transform = transforms.Evaluate(image_size=(16, 16), crop_ratio=config.data.crop_ratio)
     images = np.stack(
-        [transform(pictures.decode(pathlib.Path(one.path).read_bytes())) for one in predictions]
+        [transform(image_files.decode(pathlib.Path(one.path).read_bytes())) for one in predictions]
     )
     normal = (images / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
     logits, aux = model.apply({"params": params}, normal.astype(np.float32))
@@ -105,13 +103,13 @@ def test_table_lines_and_pictures(
     folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     predictions = predict.predict(_config(), _WEIGHTS, [folder])
-    count = predict.tell(
+    count = predict.report(
         predictions, num_layers=2, jsonl=tmp_path / "out.jsonl", folder=tmp_path / "drawn"
     )
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     head, *rows = capsys.readouterr().out.splitlines()
     assert count == len(lines) == len(rows) == len(list((tmp_path / "drawn").glob("*.png"))) == 17
-    assert head.split()[:3] == ["depth", "GMACs", "share"]
+    assert head.split()[:3] == ["depth", "GMACs", "ratio"]
     for line, row in zip(lines, rows, strict=True):
         assert f"{line['path']}: {line['top5'][0]} {line['probabilities'][0]:.1%}" in row
         assert line.keys() == {"path", "top5", "probabilities", "depth", "macs", "macs_ratio"}
@@ -124,7 +122,7 @@ def test_an_interruption_loses_no_line(folder: pathlib.Path, tmp_path: pathlib.P
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict.tell(interrupted(), num_layers=2, jsonl=tmp_path / "new/out.jsonl", folder=None)
+        predict.report(interrupted(), num_layers=2, jsonl=tmp_path / "new/out.jsonl", folder=None)
     assert len((tmp_path / "new/out.jsonl").read_text().splitlines()) == 3
 
 
@@ -138,7 +136,7 @@ def test_a_run_knows_the_names_of_its_classes_and_grey_pictures(
     assert one.image.shape == (16, 16, 1) and one.depth.shape == (4, 4)
 
 
-def test_a_network_used_otherwise_than_trained_is_told(
+def test_a_network_used_otherwise_than_trained_is_reported(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = _config()
@@ -164,17 +162,17 @@ def test_linked_folders_are_looked_into_once(folder: pathlib.Path, tmp_path: pat
 
 
 def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
-    for paths, told in (
-        ([], "name pictures"),
+    for paths, message in (
+        ([], "name images"),
         ([""], "is empty"),
-        ([tmp_path], "no picture in"),
-        ([tmp_path / "no.png"], r"no picture .*no\.png"),
+        ([tmp_path], "no image in"),
+        ([tmp_path / "no.png"], r"no image .*no\.png"),
     ):
-        with pytest.raises(errors.UserError, match=told):
+        with pytest.raises(errors.UserError, match=message):
             list(predict.predict(_config(), _WEIGHTS, paths))
     (tmp_path / "bad.png").write_bytes(b"bad")
-    with pytest.raises(errors.UserError, match="not one of the pictures could be read"):
-        predict.tell(
+    with pytest.raises(errors.UserError, match="none of the images can be read"):
+        predict.report(
             predict.predict(_config(), _WEIGHTS, [tmp_path / "bad.png"]),
             num_layers=2,
             jsonl=None,
@@ -187,7 +185,7 @@ def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:
 def test_pictures_do_not_have_four_channels(tmp_path: pathlib.Path) -> None:
     config = fixtures.small_config(**{"model.channels": 4, "data.mean": (0.5,), "data.std": (0.5,)})
     with pytest.raises(
-        errors.UserError, match="pictures have 1 or 3 channels, and the network has 4"
+        errors.UserError, match="images have 1 or 3 channels, and the network has 4"
     ):
         next(predict.predict(config, tmp_path, [tmp_path]))
 
@@ -206,5 +204,5 @@ def test_what_is_no_file_is_never_read(folder: pathlib.Path, tmp_path: pathlib.P
             ):
                 list(predict.predict(_config(), _WEIGHTS, [path]))
     for name in ("loop", "gone"):
-        with pytest.raises(errors.UserError, match=rf"there is no picture .*{name}\.png"):
+        with pytest.raises(errors.UserError, match=rf"there is no image .*{name}\.png"):
             list(predict.predict(_config(), _WEIGHTS, [folder / f"more/{name}.png"]))

@@ -1,4 +1,4 @@
-"""ImageNet from its tars, against what tensorflow-datasets' own writer makes of the same pictures."""
+"""Compares the prepared ImageNet with the output of tensorflow-datasets' own writer."""
 
 import io
 import pathlib
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avit_jax.data import pictures, sources
+from avit_jax.data import image_files, sources
 from avit_jax.tools import prepare_imagenet
 from avit_jax.utils import errors
 
@@ -111,7 +111,8 @@ def test_the_records_and_their_order_are_those_of_tfds(
                 assert Image.open(io.BytesIO(a["image"])).format == "JPEG"
                 assert Image.open(io.BytesIO(a["image"])).mode == "RGB"
                 rgb = [
-                    np.asarray(pictures.decode(record["image"])).astype(float) for record in (a, b)
+                    np.asarray(image_files.decode(record["image"])).astype(float)
+                    for record in (a, b)
                 ]
                 assert np.abs(rgb[0] - rgb[1]).max() < 6
             else:
@@ -124,7 +125,7 @@ def test_a_second_start_goes_on_and_a_third_is_refused(
     from tensorflow_datasets.core.utils import shard_utils
 
     monkeypatch.setattr(shard_utils.ShardConfig, "get_number_shards", lambda *_: 4)
-    read, left = prepare_imagenet.SplitWriter._picture, iter(range(9))
+    read, left = prepare_imagenet.SplitWriter._image, iter(range(9))
 
     def interrupted(*arguments: object) -> bytes:
         if next(left, None) is None:
@@ -132,7 +133,7 @@ def test_a_second_start_goes_on_and_a_third_is_refused(
         return read(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_imagenet.SplitWriter, "_picture", interrupted)
+        patch.setattr(prepare_imagenet.SplitWriter, "_image", interrupted)
         prepare_imagenet.imagenet2012(tars, tmp_path / "data")
     with pytest.raises(errors.UserError, match="not prepared"):
         sources.load(
@@ -165,7 +166,7 @@ def test_tars_that_are_missing_damaged_or_incomplete(
     for damaged in (b"no tar", whole[: len(whole) // 3]):
         train.write_bytes(damaged)
         with pytest.raises(
-            errors.UserError, match=r"cannot read .*train\.tar|holds \d pictures and not 8"
+            errors.UserError, match=r"cannot read .*train\.tar|holds \d images and not 8"
         ):
             prepare_imagenet.imagenet2012(tars, tmp_path / "data")
     train.write_bytes(whole)
@@ -182,7 +183,7 @@ def test_a_tar_of_more_pictures_than_there_are_labels(
     names = [f"ILSVRC2012_val_{i:08}.JPEG" for i in range(50_001)]
     (tars / "ILSVRC2012_img_val.tar").write_bytes(tar_of(dict.fromkeys(names, b"")))
     monkeypatch.setitem(prepare_imagenet._COUNTS, "validation", 50_000)
-    with pytest.raises(errors.UserError, match="holds 50001 pictures and not 50000"):
+    with pytest.raises(errors.UserError, match="holds 50001 images and not 50000"):
         prepare_imagenet.imagenet2012(tars, tmp_path / "data")
 
 
@@ -216,10 +217,10 @@ def test_left_over_files_do_not_get_into_the_data_set(
 def test_what_was_written_is_checked(
     tars: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, first = prepare_imagenet.SplitWriter._picture, iter([b"something else"])
+    read, first = prepare_imagenet.SplitWriter._image, iter([b"something else"])
     monkeypatch.setattr(
         prepare_imagenet.SplitWriter,
-        "_picture",
+        "_image",
         lambda *arguments: next(first, None) or read(*arguments),
     )
     with pytest.raises(
@@ -229,7 +230,7 @@ def test_what_was_written_is_checked(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("cifar10", "choose from"), ("imagenet2012", "5 pictures and not 50000")]
+    ("name", "words"), [("cifar10", "choose from"), ("imagenet2012", "5 images and not 50000")]
 )
 def test_command_line(tars: pathlib.Path, tmp_path: pathlib.Path, name: str, words: str) -> None:
     command = [

@@ -1,4 +1,4 @@
-"""What is printed is safe on a terminal, in any encoding."""
+"""Printed text is safe on a terminal, in any encoding."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A file is there whole, or as it was before."""
+"""A write completes, or leaves the previous file."""
 
 import os
 import pathlib

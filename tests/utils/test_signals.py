@@ -1,6 +1,4 @@
-"""Ctrl-C is heard at any moment: in a callback of a library, in C++, and while it matters what is
-kept.
-"""
+"""Ctrl-C takes effect in callbacks of libraries, in C++, and while results are saved."""
 
 import os
 import pathlib
@@ -142,8 +140,8 @@ def test_listeners_nest() -> None:
 
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
-        with signals.heard(lambda number: heard.append(("outer", number))):
-            with signals.heard(lambda number: heard.append(("inner", number))):
+        with signals.listen(lambda number: heard.append(("outer", number))):
+            with signals.listen(lambda number: heard.append(("inner", number))):
                 signal.raise_signal(signal.SIGUSR1)
                 wait_for([("inner", signal.SIGUSR1)])
             signal.raise_signal(signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""The depth figure holds what it is given, and can be written."""
+"""The figure shows the given values, and can be written."""
 
 import pathlib
 
@@ -32,7 +32,7 @@ def _figure(
 
 
 def _pictures(figure: Figure) -> list[Axes]:
-    """Axes with a picture, in reading order; the colour bar is none of them."""
+    """Returns the axes with an image, in reading order, without the colour bar."""
     return [axes for axes in figure.axes if axes.get_images()]
 
 

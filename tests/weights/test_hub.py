@@ -1,4 +1,4 @@
-"""Weights by their names on the Hugging Face hub: the real library against a hub of our own."""
+"""Weights by name from the Hugging Face hub: the real library against a local hub."""
 
 import http.server
 import logging
@@ -17,7 +17,7 @@ _FILES = {"/some/model/resolve/main/": pathlib.Path(__file__).parents[1] / "data
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download asks for."""
+    """Answers the requests of a download."""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -70,9 +70,9 @@ def test_a_name_is_as_good_as_a_file(hub: None) -> None:
 
 @pytest.mark.parametrize("name", ["some/other", "nonsense name", "../../etc"])
 def test_a_name_that_is_not_there(hub: None, name: str) -> None:
-    with pytest.raises(errors.UserError, match=f"hf-hub:{name} cannot be fetched") as told:
+    with pytest.raises(errors.UserError, match=f"hf-hub:{name} cannot be downloaded") as refused:
         weight_files.read(f"hf-hub:{name}")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_the_library_s_own_warnings_stay_away(hub: None, caplog: pytest.LogCaptureFixture) -> None:

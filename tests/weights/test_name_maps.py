@@ -25,14 +25,14 @@ _SIZES = dict(
 
 
 def _params(**changes) -> dict:
-    """Random numbers in the shape of the model's parameters."""
+    """Returns random parameters with the shapes of the model."""
     model, rng = vit.AViT(**(_SIZES | changes)), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 12, 2)))["params"]
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
 def _state_dict(dtype: type = np.float32) -> dict[str, np.ndarray]:
-    """Random weights by the names and shapes of timm."""
+    """Returns random weights with the names and shapes of timm."""
     shapes = {
         "cls_token": (1, 1, 8),
         "pos_embed": (1, 7, 8),
@@ -107,14 +107,14 @@ def test_dtype_is_kept() -> None:
     assert {array.dtype for array in theirs.values()} == {np.dtype(np.float16)}
 
 
-def test_missing_and_surplus_names_are_told() -> None:
+def test_missing_and_unexpected_names_are_reported() -> None:
     state_dict = _state_dict()
     del state_dict["blocks.1.mlp.fc1.bias"], state_dict["norm.weight"]
     state_dict |= {"fc_norm.weight": np.zeros(8), "blocks.0.ls1.gamma": np.zeros(8)}
     with pytest.raises(ValueError) as error:
         weights.from_torch(state_dict)
     assert "missing ['blocks.1.mlp.fc1.bias', 'norm.weight']" in str(error.value)
-    assert "surplus ['blocks.0.ls1.gamma', 'fc_norm.weight']" in str(error.value)
+    assert "unexpected ['blocks.0.ls1.gamma', 'fc_norm.weight']" in str(error.value)
 
 
 def test_something_else_altogether_is_refused() -> None:
@@ -122,17 +122,21 @@ def test_something_else_altogether_is_refused() -> None:
         weights.from_torch({})
 
 
-def test_import_is_light() -> None:
-    heavy = (
-        "torch",
-        "tensorflow",
-        "tensorflow_datasets",
-        "matplotlib",
-        "grain",
-        "sklearn",
-        "PIL",
-        "orbax",
-    )
-    code = f"import sys, avit_jax; print([name for name in {heavy} if name in sys.modules])"
+_HEAVY = ("torch", "tensorflow", "tensorflow_datasets", "matplotlib", "grain", "sklearn", "PIL")
+_HEAVY += ("orbax", "tensorboardX")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import avit_jax",
+        "from avit_jax import AViT, adaptive",
+        "import avit_jax.serving",
+        "import avit_jax.weights",
+        "from avit_jax.weights import weight_files",
+    ],
+)
+def test_imports_load_no_dependency_of_training(statement: str) -> None:
+    code = f"import sys; {statement}; print([name for name in {_HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

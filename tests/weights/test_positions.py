@@ -1,6 +1,4 @@
-"""Position embeddings: those that fit stay as they are, others are resized from the grid that is
-told, set or assumed.
-"""
+"""Position embeddings: unchanged if they fit, otherwise resized from a given or an assumed grid."""
 
 import logging
 import pathlib
@@ -50,12 +48,15 @@ def test_embeddings_that_fit_are_never_resized(
     model, path = _model(*grid, distilled=distilled), tmp_path / "x.safetensors"
     expected = _file(path, model)
     np.testing.assert_array_equal(weight_files.load(path, model)["pos_embed"], expected)
-    told = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     if grid in ((2, 8), (1, 4), (9, 16)):  # the number of patches is a square's too
-        assert len(told) == 1 and f"assumed to be {grid[0]} x {grid[1]}, as in the model" in told[0]
-        assert "--config.init_grid" in told[0]
+        assert (
+            len(messages) == 1
+            and f"assumed to be {grid[0]} x {grid[1]}, as in the model" in messages[0]
+        )
+        assert "--config.init_grid" in messages[0]
     else:
-        assert not told
+        assert not messages
 
 
 def test_a_grid_that_is_assumed_is_reported_and_one_that_is_set_is_not(
@@ -64,16 +65,16 @@ def test_a_grid_that_is_assumed_is_reported_and_one_that_is_set_is_not(
     path = tmp_path / "x.safetensors"
     embedding = _file(path, _model(4, 4))
     wide, large = _model(2, 8), _model(6, 3)
-    expected = positions.resize_positions(embedding, (6, 3), 1, before=(4, 4))
+    expected = positions.resize_positions(embedding, (6, 3), 1, old_grid=(4, 4))
     np.testing.assert_array_equal(weight_files.load(path, large)["pos_embed"], expected)
     assert (
-        "does not tell the grid of its 16 patches: it is assumed to be 4 x 4, and is resized to 6 "
+        "does not give the grid of its 16 patches: it is assumed to be 4 x 4, and is resized to 6 "
         "x 3" in caplog.text
     )
     caplog.clear()
-    expected = positions.resize_positions(embedding, (2, 8), 1, before=(4, 4))
+    expected = positions.resize_positions(embedding, (2, 8), 1, old_grid=(4, 4))
     np.testing.assert_array_equal(weight_files.load(path, wide, grid=(4, 4))["pos_embed"], expected)
-    expected = positions.resize_positions(embedding, (6, 3), 1, before=(2, 8))
+    expected = positions.resize_positions(embedding, (6, 3), 1, old_grid=(2, 8))
     np.testing.assert_array_equal(
         weight_files.load(path, large, grid=[2, 8])["pos_embed"], expected
     )
@@ -87,14 +88,14 @@ def test_a_grid_that_is_no_square_is_asked_for(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.safetensors"
     embedding = _file(path, _model(2, 5))
     with pytest.raises(
-        errors.UserError, match=r"10 patches are not of a square: set --config.init_grid"
+        errors.UserError, match=r"10 patches, which do not form a square: set --config.init_grid"
     ):
         weight_files.load(path, _model(3, 4))
-    expected = positions.resize_positions(embedding, (3, 4), 1, before=(2, 5))
+    expected = positions.resize_positions(embedding, (3, 4), 1, old_grid=(2, 5))
     np.testing.assert_array_equal(
         weight_files.load(path, _model(3, 4), grid=(2, 5))["pos_embed"], expected
     )
-    with pytest.raises(errors.UserError, match="10 patches are not of 3 x 4"):
+    with pytest.raises(errors.UserError, match="10 patches, which do not form 3 x 4"):
         weight_files.load(path, _model(3, 4), grid=(3, 4))
 
 
@@ -126,7 +127,7 @@ def test_without_a_class_position_the_grid_may_still_be_another_one(tmp_path: pa
     )  # 50 positions, as many as 5 x 10 patches
     loaded = weight_files.load(tmp_path / "x.safetensors", _model(5, 10), grid=(7, 7))["pos_embed"]
     np.testing.assert_array_equal(
-        loaded, positions.resize_positions(embedding, (5, 10), 1, before=(7, 7))
+        loaded, positions.resize_positions(embedding, (5, 10), 1, old_grid=(7, 7))
     )
 
 
@@ -144,19 +145,19 @@ def test_a_grid_that_contradicts_what_the_file_tells(tmp_path: pathlib.Path) -> 
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 32, 3)))["params"]
     weight_files.write(path, params, model)
     with pytest.raises(
-        errors.UserError, match=r"tells a grid of \(2, 8\), and config.init_grid is \(4, 4\)"
+        errors.UserError, match=r"gives the grid \(2, 8\), and config.init_grid is \(4, 4\)"
     ):
         weight_files.load(path, model, grid=(4, 4))
     tensors = safetensors.numpy.load_file(path)
     safetensors.numpy.save_file(tensors, path, {"grid": "3x5"})
-    with pytest.raises(errors.UserError, match="16 patches are not of 3 x 5"):
+    with pytest.raises(errors.UserError, match="16 patches, which do not form 3 x 5"):
         weight_files.load(path, model)
 
 
 def test_a_name_in_a_warning_is_harmless(caplog: pytest.LogCaptureFixture) -> None:
-    positions.fit_positions(np.zeros((1, 5, 3)), (1, 4), 1, before=None, name="a\x1b[2Jb\ud800")
+    positions.fit_positions(np.zeros((1, 5, 3)), (1, 4), 1, old_grid=None, name="a\x1b[2Jb\ud800")
     assert (
-        "a\\x1b[2Jb\\ud800 does not tell" in caplog.text
+        "a\\x1b[2Jb\\ud800 does not give" in caplog.text
         and caplog.records[0].levelno == logging.WARNING
     )
 
@@ -186,7 +187,7 @@ def test_position_embeddings_of_pictures_that_are_not_square(
         atol=0.05,
     )  # cubic, not linear
     with pytest.raises(errors.UserError, match="0 patches"):
-        positions.fit_positions(np.zeros((1, 1, 12)), (4, 4), 1, before=None, name="x")
+        positions.fit_positions(np.zeros((1, 1, 12)), (4, 4), 1, old_grid=None, name="x")
 
 
 @pytest.mark.parametrize("grid", [(4,), (1, 2, 2)])

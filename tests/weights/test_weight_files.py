@@ -1,6 +1,4 @@
-"""Weights of timm, DeiT, Hugging Face and AugReg agree with their own libraries' logits; ours go
-back; misfits are told.
-"""
+"""Weights of timm, DeiT, Hugging Face and AugReg: logits of their libraries, round trips, mismatches."""
 
 import dataclasses
 import json
@@ -75,7 +73,7 @@ def test_position_embeddings_for_another_image_size() -> None:
     file = weight_files.read(_DATA / "timm.safetensors")
     logits = _logits(file, _model(image_size=(24, 40)), _EXPECTED["large_images"])
     np.testing.assert_allclose(logits, _EXPECTED["larger"], atol=1e-5)
-    with pytest.raises(errors.UserError, match="5 patches are not of a square"):
+    with pytest.raises(errors.UserError, match="5 patches, which do not form a square"):
         weight_files.fit(file.tensors | {"pos_embed": np.zeros((1, 6, 12))}, _model())
 
 
@@ -154,11 +152,11 @@ def test_a_learnt_gate_comes_back_where_it_learns_and_else_a_warning_tells_of_it
 def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:
     model = _model(norm_eps=1e-5)
     weight_files.write(tmp_path / "model.safetensors", weight_files.fit(_tensors(), model), model)
-    for changes, told in (
-        ({}, "norm_eps of 1e-05"),
-        ({"norm_eps": 1e-5, "num_heads": 2}, "num_heads of 3"),
+    for changes, message in (
+        ({}, "norm_eps=1e-05"),
+        ({"norm_eps": 1e-5, "num_heads": 2}, "num_heads=3"),
     ):
-        with pytest.raises(errors.UserError, match=told):
+        with pytest.raises(errors.UserError, match=message):
             weight_files.load(tmp_path / "model.safetensors", _model(**changes))
     inferred, params = weight_files.infer(
         weight_files.read(tmp_path / "model.safetensors"), image_size=(16, 16), name="it"
@@ -167,7 +165,7 @@ def test_sizes_that_the_tensors_do_not_tell(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(params["head"]["kernel"], _tensors()["head.weight"].T)
 
 
-def test_a_file_of_another_network_is_told_by_what_it_lacks() -> None:
+def test_a_file_of_another_network_is_reported_by_what_it_lacks() -> None:
     with pytest.raises(errors.UserError, match=r"can be run: patch_embed\.proj\.weight is missing"):
         weight_files.infer(
             weight_files.WeightFile(tensors={"x": np.zeros(3)}), image_size=(16, 16), name="it"
@@ -192,7 +190,7 @@ def test_the_gate_of_a_released_file_is_in_its_name(caplog: pytest.LogCaptureFix
 
 
 def _as_augreg(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The names and layouts of big_vision and AugReg."""
+    """Returns the tensors as big_vision and AugReg name them."""
     there = {
         "cls": tensors["cls_token"],
         "Transformer/posembed_input/pos_embedding": tensors["pos_embed"],
@@ -271,11 +269,11 @@ def _tensors(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"norm__bias": None}, r"norm\.bias is missing"),
         ({"blocks__1__mlp__fc2__weight": None}, r"blocks\.1\.mlp\.fc2\.weight is missing"),
-        ({"extra": np.zeros(1, np.float32)}, "extra is surplus"),
+        ({"extra": np.zeros(1, np.float32)}, "extra is unexpected"),
         (
             {"blocks__0__mlp__fc1__weight": np.zeros((12, 48), np.float32)},
             r"fc1\.weight is \(12, 48\) and not \(48, 12\)",
@@ -288,8 +286,8 @@ def _tensors(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
         ({"pos_embed": np.zeros((1, 5, 13), np.float32)}, r"pos_embed is \(1, 5, 13\)"),
     ],
 )
-def test_misfits_are_all_named(changes: dict[str, np.ndarray | None], told: str) -> None:
-    with pytest.raises(errors.UserError, match=told) as refused:
+def test_misfits_are_all_named(changes: dict[str, np.ndarray | None], message: str) -> None:
+    with pytest.raises(errors.UserError, match=message) as refused:
         weight_files.fit(_tensors(**changes), _model())
     assert "\n" not in str(refused.value)
 
@@ -297,7 +295,7 @@ def test_misfits_are_all_named(changes: dict[str, np.ndarray | None], told: str)
 def test_a_distilled_file_and_a_plain_model() -> None:
     tensors = weight_files.read(_DATA / "distilled.pth").tensors
     with pytest.raises(
-        errors.UserError, match=r"dist_token is surplus, head_dist\.bias is surplus"
+        errors.UserError, match=r"dist_token is unexpected, head_dist\.bias is unexpected"
     ):
         weight_files.fit(tensors, _model())
 
@@ -316,7 +314,7 @@ def test_a_new_head_where_the_number_of_classes_differs() -> None:
 
 
 def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
-    """A file that cannot be used."""
+    """Writes a file that cannot be used."""
     path = tmp_path / "model.safetensors"
     data = (_DATA / "timm.safetensors").read_bytes()
     if kind == "truncated":
@@ -386,7 +384,7 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         ("missing", "there is no"),
         ("truncated", "cannot be read"),
@@ -400,11 +398,11 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         ("gate's channel", "gate makes no sense"),
         ("deep gate", "gate makes no sense"),
         ("eps", "makes no sense"),
-        ("config's heads", "does not tell layer_norm_eps"),
+        ("config's heads", "does not give layer_norm_eps"),
         ("config's image size", "by zero"),
         ("config's activation", "its hidden_act is relu"),
         ("no config", r"config\.json is missing"),
-        ("config", "does not tell layer_norm_eps"),
+        ("config", "does not give layer_norm_eps"),
         ("config's eps", "makes no sense"),
         ("layer", "no whole vision transformer: key is missing"),
         ("npz of objects", "cannot be read"),
@@ -413,8 +411,8 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         ("name", "no weight file by its name"),
     ],
 )
-def test_broken_files(tmp_path: pathlib.Path, kind: str, told: str) -> None:
-    with pytest.raises(errors.UserError, match=told) as refused:
+def test_broken_files(tmp_path: pathlib.Path, kind: str, message: str) -> None:
+    with pytest.raises(errors.UserError, match=message) as refused:
         weight_files.read(_broken(tmp_path, kind))
     assert "\n" not in str(refused.value)
 
@@ -429,7 +427,7 @@ def test_a_file_is_what_its_name_says(tmp_path: pathlib.Path, name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("gate", "told"),
+    ("gate", "message"),
     [
         ({"beta": 1e300}, None),
         ({"gamma": -1e39}, None),
@@ -448,16 +446,16 @@ def test_gates_with_which_no_token_differs(
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
     gate: dict[str, float],
-    told: str | None,
+    message: str | None,
 ) -> None:
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file(_tensors(), path, {"halting": json.dumps(gate)})
-    if told is None:
+    if message is None:
         with pytest.raises(errors.UserError, match=r"gate makes no sense .*float32"):
             weight_files.read(path)
         return
     weight_files.read(path)
-    assert told in caplog.text and bool(caplog.records) == bool(told)
+    assert message in caplog.text and bool(caplog.records) == bool(message)
 
 
 def test_a_gate_in_a_name_that_is_no_number(tmp_path: pathlib.Path) -> None:

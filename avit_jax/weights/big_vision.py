@@ -1,0 +1,93 @@
+"""Translates the tensors of big_vision and of AugReg to timm's names and layouts."""
+
+import numpy as np
+
+from avit_jax.weights.name_maps import Tensors
+
+_MAX_LAYERS = 1000
+
+
+def matches(tensors: Tensors) -> bool:
+    """Returns whether the names are those of big_vision or AugReg."""
+    return any(name.startswith("Transformer/") for name in tensors)
+
+
+def to_timm(tensors: Tensors) -> tuple[Tensors, int]:
+    """Translates names and layouts of the current big_vision, or of AugReg, to timm's.
+
+    The current big_vision adds position embeddings before it inserts the class token. The class
+    token gets a position embedding of zeros, which is equivalent.
+
+    Returns:
+      The tensors, and the number of heads.
+
+    Raises:
+      KeyError: a tensor is missing.
+      ValueError: a tensor has no place in timm's layout, or layers differ in their number of heads.
+    """
+    left = dict(tensors)  # used tensors are removed
+    _unstack(left)
+    result: Tensors = {"cls_token": left.pop("cls")}
+    if "pos_embedding" in left:
+        positions = left.pop("pos_embedding")
+        result["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
+    else:
+        result["pos_embed"] = left.pop("Transformer/posembed_input/pos_embedding")
+    result["patch_embed.proj.weight"] = left.pop("embedding/kernel").transpose(3, 2, 0, 1)
+    result["patch_embed.proj.bias"] = left.pop("embedding/bias")
+    if "head/kernel" in left:
+        _move(left, "head", result, "head")
+    _move(left, "Transformer/encoder_norm", result, "norm")
+    is_current = "Transformer/encoderblock_0/LayerNorm_1/scale" in left
+    start = "Transformer/encoderblock_"
+    head_shapes = set()
+    for i in range(len({name.split("/")[1] for name in left if name.startswith(start)})):
+        head_shapes |= _move_layer(left, f"{start}{i}", result, f"blocks.{i}", is_current)
+    if left:
+        raise ValueError(f"no place for {', '.join(sorted(left)[:3])}")
+    if len(head_shapes) != 1:
+        numbers = sorted({shape[0] for shape in head_shapes})
+        raise ValueError(
+            f"its attention has {' and '.join(map(str, numbers)) or 'no'} heads, and every layer "
+            "must have the same"
+        )
+    return result, head_shapes.pop()[0]
+
+
+def _move_layer(
+    source: Tensors, there: str, result: Tensors, here: str, is_current: bool
+) -> set[tuple[int, ...]]:
+    """Moves the tensors of a layer; returns the (heads, head width) of its attention."""
+    norm2, mlp, attention = ("1", "MlpBlock_0", "0") if is_current else ("2", "MlpBlock_3", "1")
+    _move(source, f"{there}/LayerNorm_0", result, f"{here}.norm1")
+    _move(source, f"{there}/LayerNorm_{norm2}", result, f"{here}.norm2")
+    _move(source, f"{there}/{mlp}/Dense_0", result, f"{here}.mlp.fc1")
+    _move(source, f"{there}/{mlp}/Dense_1", result, f"{here}.mlp.fc2")
+    there = f"{there}/MultiHeadDotProductAttention_{attention}"
+    out = source.pop(f"{there}/out/kernel")
+    width = out.shape[2]
+    kernels = [source.pop(f"{there}/{part}/kernel") for part in ("query", "key", "value")]
+    biases = [source.pop(f"{there}/{part}/bias") for part in ("query", "key", "value")]
+    result[f"{here}.attn.qkv.weight"] = np.concatenate([x.reshape(width, width).T for x in kernels])
+    result[f"{here}.attn.qkv.bias"] = np.concatenate([x.reshape(width) for x in biases])
+    result[f"{here}.attn.proj.weight"] = out.reshape(width, width).T
+    result[f"{here}.attn.proj.bias"] = source.pop(f"{there}/out/bias")
+    return {out.shape[:2], *(x.shape[1:] for x in kernels), *(x.shape for x in biases)}
+
+
+def _move(source: Tensors, there: str, result: Tensors, here: str) -> None:
+    """Moves the weight and bias of a linear layer or a norm; a kernel becomes (out, in)."""
+    weight = "scale" if "norm" in here else "kernel"
+    result[f"{here}.weight"] = source.pop(f"{there}/{weight}").T
+    result[f"{here}.bias"] = source.pop(f"{there}/bias")
+
+
+def _unstack(tensors: Tensors) -> None:
+    """Splits, in place, layers that big_vision's option `scan` stacks along the first axis."""
+    start = "Transformer/encoderblock/"
+    for name in [name for name in tensors if name.startswith(start)]:
+        stacked = tensors.pop(name)
+        if not 0 < len(stacked) <= _MAX_LAYERS:
+            raise ValueError(f"{name} is of {len(stacked)} layers")
+        for i, array in enumerate(stacked):
+            tensors[f"Transformer/encoderblock_{i}/{name.removeprefix(start)}"] = array

@@ -1,0 +1,68 @@
+"""Writes weight files as safetensors. See `weight_files`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from avit_jax.models import vit
+from avit_jax.utils import files
+from avit_jax.weights import config_json, hugging_face, name_maps
+from avit_jax.weights.reading import WeightFile, gate_fields
+
+
+def write(
+    path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, names: str = "timm"
+) -> None:
+    """Writes safetensors. The metadata holds the gate and the sizes that tensors do not show.
+
+    Args:
+      path: of the file.
+      params: parameters of the model.
+      model: gives the sizes.
+      names: "timm", or "huggingface", which also writes a `config.json` beside the file.
+
+    Raises:
+      ValueError: `names` has another value, or the path does not end in .safetensors.
+    """
+    import safetensors.numpy
+
+    if not str(path).lower().endswith(".safetensors"):
+        raise ValueError(f"the name of a weight file must end in .safetensors; got {path}.")
+    if names not in ("timm", "huggingface"):
+        raise ValueError(f'names must be "timm" or "huggingface"; got "{names}".')
+    path = epath.Path(path)
+    file = to_file(params, model)
+    tensors = file.tensors
+    metadata = {"format": "pt", "norm_eps": str(file.norm_eps), "num_heads": str(file.num_heads)}
+    metadata["grid"] = "x".join(map(str, file.grid))
+    if file.gate is not None:
+        metadata["halting"] = json.dumps(file.gate)
+    if names == "huggingface":
+        tensors = hugging_face.from_timm(tensors)
+        config = json.dumps(config_json.of_model(model), indent=2)
+        files.write(path.with_name("config.json"), config + "\n")
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    files.write(path, safetensors.numpy.save(contiguous, metadata))
+
+
+def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
+    """Returns the content of a file of these parameters; a learned gate becomes a fixed one."""
+    params = jax.device_get(params)
+    gate = None
+    if model.halting is not None:
+        # The shortest decimals that give the same float32, so that users can type them.
+        learned = params.get("gate", {}).items()
+        numbers = {name: float(str(np.float32(value))) for name, value in learned}
+        gate = gate_fields(model.halting) | numbers | {"learnable": False}
+    patch_shape = (model.patch_size, model.patch_size, model.channels)
+    return WeightFile(
+        tensors=name_maps.to_torch(params, patch_shape=patch_shape),
+        norm_eps=model.norm_eps,
+        num_heads=model.num_heads,
+        gate=gate,
+        grid=model.grid,
+    )

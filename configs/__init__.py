@@ -1,0 +1,1 @@
+"""Recipes: one config per file, with its command and its expected result."""
