@@ -164,7 +164,7 @@ def _check_metadata(metadata: dict[str, Any], program: jax.export.Exported) -> N
     }
     # JSON tells 1 from True and 1.0.
     valid = {key: json.dumps(metadata.get(key)) == json.dumps(expected[key]) for key in expected}
-    names = metadata.get("label_names")
+    names: Any = metadata.get("label_names")
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
     valid["label_names"] = are_names and len(names) in (0, num_classes)
     valid["halting"] = "halting" in metadata and isinstance(metadata["halting"], dict | None)
