@@ -1,6 +1,6 @@
-"""Batches for this process's devices; where a batch lies follows from the global step alone.
+"""Batches for this process; where a batch lies follows from the global step alone.
 
-A batch is a dict of arrays with the axes `(local devices, images a device, ...)`: `image` uint8
+A batch is a dict of arrays with the axes `(images of this process, ...)`: `image` uint8
 `(H, W, C)`, `label` int32, `skipped` int32, how many records could not be read before one could,
 and `index` int32, the place of each image in the global batch; in evaluation also `weight` float32,
 0 for padding and for what could not be read.
@@ -20,14 +20,12 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from flax import jax_utils
 
 from avit_jax.data import pictures, sources
 from avit_jax.utils import errors
 
 Batch = dict[str, Any]
 Decoded = Callable[[int], sources.Record]  # the record of a number, decoded
-_PREFETCH = 2  # batches on the devices ahead of the step
 _logger = logging.getLogger(__name__)
 
 
@@ -132,7 +130,7 @@ def train_batches(
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
         return reader.apply(decoded(order[epoch * length + i // repeats]), rng)
 
-    return _on_devices(
+    return _batches(
         reader, read, range(start_step, sys.maxsize), batch_size, num_threads, num_workers
     )
 
@@ -152,12 +150,12 @@ def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterat
         record = reader.apply(decoded(min(place, length - 1)))
         return record | {"weight": np.float32(place < length and not record["skipped"])}
 
-    return _on_devices(
+    return _batches(
         reader, read, range(-(-length // batch_size)), batch_size, num_threads, num_workers=0
     )
 
 
-def _on_devices(
+def _batches(
     reader: Reader,
     read: Callable[[int, Decoded], sources.Record],
     steps: range,
@@ -168,7 +166,6 @@ def _on_devices(
     """Batches of what `read` makes of the places in the endless sequence; each process takes its
     part of a batch.
     """
-    devices = jax.local_device_count()
     index = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())[
         jax.process_index()
     ]
@@ -179,8 +176,7 @@ def _on_devices(
             reader.decoded
         )  # copies of an image follow each other
         records = [read(step * batch_size + int(i), decoded) | {"index": i} for i in index]
-        stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
-        return {key: x.reshape(devices, -1, *x.shape[1:]) for key, x in stacked.items()}
+        return {key: np.stack([record[key] for record in records]) for key in records[0]}
 
     # Whole batches are buffered, so only so many that no thread has to wait for another.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
@@ -189,9 +185,7 @@ def _on_devices(
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_serve
         )
-    return jax_utils.prefetch_to_device(
-        _of_workers(iter(batches)) if num_workers else iter(batches), _PREFETCH
-    )
+    return _of_workers(iter(batches)) if num_workers else iter(batches)
 
 
 def _of_workers(batches: Iterator[Batch]) -> Iterator[Batch]:

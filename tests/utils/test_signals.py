@@ -42,7 +42,7 @@ callback()
 # A main thread that runs C, and no bytecode of Python, until it can read.
 _BUSY = """
 import ctypes, signal, sys
-from avit_jax import distributed
+from avit_jax.training import distributed
 with distributed.Stop() as stop:
     assert not stop()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # another thread gets the signal
@@ -53,7 +53,7 @@ with distributed.Stop() as stop:
 
 _TWICE = """
 import signal, time
-from avit_jax import distributed
+from avit_jax.training import distributed
 with distributed.Stop() as stop:
     assert not stop()
     signal.raise_signal(signal.SIGINT)
@@ -100,7 +100,7 @@ def test_the_handler_comes_before_slow_imports() -> None:
         for line in lines[: lines.index("    signals.end_on_interrupt()")]
         if line.startswith(("import", "from"))
     ]
-    assert imports == ["import signal", "from avit_jax import signals"]
+    assert imports == ["import signal", "from avit_jax.utils import signals"]
 
 
 def test_a_busy_main_thread() -> None:
