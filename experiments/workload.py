@@ -12,7 +12,7 @@ import numpy as np
 import avit_jax
 from avit_jax.data import augment, loader, sources, transforms
 from avit_jax.tools import calibrate as calibrate_lib
-from avit_jax.training import evaluate
+from avit_jax.training import devices
 from avit_jax.utils import errors
 
 
@@ -64,21 +64,15 @@ class Devices:
         """A function of variables and images, compiled for arguments like these, as `replicate` and
         `split` give them.
         """
-        return (
-            jax.pmap(function, axis_name=evaluate.AXIS, devices=self._devices)
-            .lower(variables, images)
-            .compile()
-        )
+        return devices.parallel(function, devices=self._devices).lower(variables, images).compile()
 
     def replicate(self, variables: Any) -> Any:
         """Variables for all devices."""
-        return evaluate.replicate(variables, self._devices)
+        return devices.replicate(variables, self._devices)
 
     def split(self, images: np.ndarray) -> jax.Array:
         """A batch, shared out."""
-        mesh = jax.sharding.Mesh(self._devices, (evaluate.AXIS,))
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(evaluate.AXIS))
-        return jax.device_put(images.reshape(len(self), -1, *images.shape[1:]), sharding)
+        return devices.split(images, self._devices)
 
 
 def chunked(apply: Callable[..., Any], chunk: int) -> Callable[[Any, jax.Array], jax.Array]:

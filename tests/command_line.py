@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from avit_jax import main
+from avit_jax import cli
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 DIGITS = "--config=configs/digits.py"
@@ -57,8 +57,8 @@ def parse(*arguments: str) -> ConfigDict:
     """Parses a command line as the program does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["main", *arguments])  # where ml_collections looks for overrides
-        main._parse(sys.argv)
-    return main._CONFIG.value
+        cli.parse(sys.argv)
+    return cli.CONFIG.value
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 a network.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,12 +13,12 @@ import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import jax_utils
 from ml_collections import ConfigDict
 
+from avit_jax import config as config_lib
 from avit_jax.data import loader, sources
-from avit_jax.models import vit
-from avit_jax.training import build, checkpoint, distributed, evaluate, loop, train_step
+from avit_jax.training import build, checkpoint, devices, distributed, evaluate, loop, state
+from avit_jax.training import parts as parts_lib
 from avit_jax.utils import files
 
 SOURCES = [
@@ -38,10 +39,10 @@ def config(**overrides: object) -> ConfigDict:
     return fixtures.small_config(**steps | overrides)
 
 
-def create() -> build.TrainState:
+def create() -> state.TrainState:
     """The state before the first step."""
     params = {"a": jnp.zeros(2), "b": jnp.ones(())}
-    return build.TrainState(
+    return state.TrainState(
         step=jnp.zeros((), jnp.int32), params=params, ema_params={"a": jnp.zeros(2)}, opt_state=()
     )
 
@@ -59,25 +60,25 @@ def batches(
 
 
 @functools.cache
-def _step(poisoned: frozenset[int], value: str, skip: bool, taught: bool) -> loop.Step:
+def _step(poisoned: frozenset[int], value: str, skip: bool, taught: bool) -> parts_lib.Step:
     def step(
-        state: build.TrainState, batch: loader.Batch
-    ) -> tuple[build.TrainState, dict[str, jax.Array]]:
-        target = jax.lax.pmean(batch["image"].astype(jnp.float32).mean(), train_step.AXIS)
-        number = state.step + 1
+        before: state.TrainState, batch: loader.Batch
+    ) -> tuple[state.TrainState, dict[str, jax.Array]]:
+        target = devices.mean(batch["image"].astype(jnp.float32).mean())
+        number = before.step + 1
         bad = jnp.isin(number, jnp.array([*poisoned, -1]))
         update = lambda tree: jax.tree.map(lambda x: 0.9 * x + 0.1 * target, tree)  # noqa: E731
         values = dict.fromkeys(("loss", "task_loss", "grad_norm", "param_norm", "top1"), target)
         values |= {"distill_loss": target} if taught else {}
         values[value] = jnp.where(bad, jnp.sqrt(-target), values[value])
         counts = {
-            "skipped": jax.lax.psum(batch["skipped"].sum(), train_step.AXIS),
+            "skipped": devices.total(batch["skipped"].sum()),
             "nonfinite": bad & skip,
         }
-        new = {"params": update(state.params), "ema_params": update(state.ema_params)}
-        return state.replace(step=number, **new), values | counts
+        new = {"params": update(before.params), "ema_params": update(before.ema_params)}
+        return before.replace(step=number, **new), values | counts
 
-    return jax.pmap(step, axis_name=train_step.AXIS, donate_argnums=0)
+    return devices.parallel(step, donate=True)
 
 
 class Evaluator(evaluate.Evaluator):
@@ -89,7 +90,7 @@ class Evaluator(evaluate.Evaluator):
     def __call__(
         self, params: object, stop: Callable[[], bool] = lambda: False
     ) -> evaluate.Results | None:
-        first = jax.tree.leaves(jax_utils.unreplicate(params))[0]
+        first = jax.tree.leaves(devices.first(params))[0]
         return (
             None
             if stop()
@@ -102,7 +103,7 @@ class Evaluator(evaluate.Evaluator):
     def report(
         self,
         summary: pathlib.Path,
-        picture: object,
+        figure: object,
         params: object,
         results: evaluate.Results,
         **more: float,
@@ -117,20 +118,20 @@ def parts(
     at: Mapping[int, Callable[[], None]] | None = None,
     poisoned: tuple[int, ...] = (),
     value: str = "loss",
-    model: vit.AViT | None = None,
-) -> loop.Parts:
-    """What the loop needs; its other attributes can be changed with `_replace`.
+) -> parts_lib.Parts:
+    """What the loop needs; its other attributes can be changed with `dataclasses.replace`.
 
     Args:
       config: of the run.
       at: what is done while the batch of a step is fetched.
       poisoned: the steps of which a value is not finite.
       value: its name.
-      model: has its random parameters in place of the three.
     """
-    return loop.Parts(
-        model=model,
-        create=create if model is None else build.creation(config, model),
+    return parts_lib.Parts(
+        options=build.run_options(config),
+        config=config_lib.to_json(config),
+        model=None,
+        create=create,
         make_step=lambda teacher: _step(
             frozenset(poisoned), value, config.train.nonfinite == "skip", teacher is not None
         ),
@@ -145,20 +146,21 @@ def run(
     config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False, **how: object
 ) -> None:
     """A run of the fake network; `how` is of `parts`."""
-    loop.run(config, workdir, parts(config, **how), allow_changed_config=allow_changed_config)
+    loop.run(parts(config, **how), workdir, allow_changed_config=allow_changed_config)
 
 
 def real_run(
     config: ConfigDict, workdir: pathlib.Path, *, allow_changed_config: bool = False
 ) -> None:
     """A run of the configuration's own network and data, of which no loss is computed."""
-    model = build.model(config)
-    source = loop.load_source(config, model)
-    real = parts(config, model=model)._replace(source=source, evaluator=Evaluator(source))
-    loop.run(config, workdir, real, allow_changed_config=allow_changed_config)
+    real, fake = parts_lib.of_config(config), parts(config)
+    real = dataclasses.replace(
+        real, make_step=fake.make_step, batches=fake.batches, evaluator=Evaluator(real.source)
+    )
+    loop.run(real, workdir, allow_changed_config=allow_changed_config)
 
 
-def restored(workdir: pathlib.Path) -> build.TrainState:
+def restored(workdir: pathlib.Path) -> state.TrainState:
     """The last checkpoint of a run of the fake network."""
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore(jax.device_get(create()))[0]

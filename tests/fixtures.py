@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from avit_jax import config as config_lib
-from avit_jax.training import build, checkpoint
+from avit_jax.training import build, checkpoint, state
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -37,7 +37,7 @@ def small_config(**overrides: object) -> ConfigDict:
     return config
 
 
-def restored_state(config: ConfigDict, workdir: pathlib.Path) -> build.TrainState:
+def restored_state(config: ConfigDict, workdir: pathlib.Path) -> state.TrainState:
     """The last checkpoint of a run."""
     tx, _ = build.optimizer(config)
     with checkpoint.Checkpoints(workdir) as checkpoints:

@@ -13,8 +13,8 @@ from command_line import as_the_program_starts  # noqa: F401
 from command_line import one_line as _one_line
 from command_line import parse as _parse
 
+from avit_jax import cli
 from avit_jax import config as config_lib
-from avit_jax import main
 from avit_jax.training import build
 from avit_jax.utils import errors
 
@@ -89,16 +89,14 @@ def test_paths_of_pictures_and_of_the_recipe(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["main"])
     (tmp_path / "recipe.py").write_text((_REPOSITORY / "configs/digits.py").read_text())
-    pictures = main._parse(["main", "--config=~/recipe.py", "--mode=predict", "a.png", "~/b.png"])[
-        1:
-    ]
+    pictures = cli.parse(["main", "--config=~/recipe.py", "--mode=predict", "a.png", "~/b.png"])[1:]
     assert pictures == ["a.png", f"{tmp_path}/b.png"]
     for picture, told in (
-        ("", "a picture is not a path"),
-        ("https://x/y.png", "a picture must be a local path"),
+        ("", "an image is not a path"),
+        ("https://x/y.png", "an image must be a local path"),
     ):
         with _one_line(told):
-            main._parse(["main", _DIGITS, "--mode=predict", "a.png", picture])
+            cli.parse(["main", _DIGITS, "--mode=predict", "a.png", picture])
 
 
 def _huge_values() -> Iterator[tuple[str, object]]:

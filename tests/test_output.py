@@ -18,7 +18,7 @@ from command_line import REPOSITORY as _REPOSITORY
 from command_line import as_the_program_starts  # noqa: F401
 from command_line import parse as _parse
 
-from avit_jax import main
+from avit_jax import cli, main
 
 # How ml_collections loads a recipe.
 pytestmark = pytest.mark.filterwarnings(
@@ -52,9 +52,9 @@ def _output(command: list[str], code: str = "", **environment: str) -> tuple[int
 _PRINTING = """
 import sys
 from avit_jax import main
-main._parse = lambda argv: main.flags.FLAGS(argv[:1])
-main._main = {}
-main._start()
+main.cli.parse = lambda argv: main.flags.FLAGS(argv[:1])
+main.main = {}
+main.start()
 """
 
 
@@ -100,17 +100,19 @@ def test_predictions_that_nobody_reads(
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
         patch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as ended:
-            main._main([])
+            main.main(["main"])
     with contextlib.suppress(BrokenPipeError):
         stdout.close()
     assert ended.value.code == 141 and stderr.getvalue() == ""
 
 
-def test_an_interruption_of_predictions_keeps_those_made(tmp_path: pathlib.Path) -> None:
-    _parse(_DIGITS, "--mode=predict", f"--jsonl={tmp_path / 'out.jsonl'}", "a.png")
+def test_an_interruption_of_predictions_keeps_those_made() -> None:
     before, seen = signal.signal(signal.SIGINT, lambda *_: None), []
     try:
-        with pytest.raises(KeyboardInterrupt), main._interruptible(iter("abcdef")) as shown:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            cli.interruptible(iter("abcdef"), keeps=True) as shown,
+        ):
             for one in shown:
                 seen.append(one)
                 if one == "b":

@@ -1,6 +1,6 @@
-"""Batches for the devices of this process. The content of a batch depends on the step alone.
+"""Batches for this process. The content of a batch depends on the step alone.
 
-A batch is a dict of arrays with the axes `(local devices, images per device, ...)`:
+A batch is a dict of arrays with the axes `(images of this process, ...)`:
   image: uint8 `(H, W, C)`.
   label: int32.
   skipped: int32, records that could not be read before this one.
@@ -22,14 +22,12 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from flax import jax_utils
 
 from avit_jax.data import image_files, sources
 from avit_jax.utils import errors
 
 Batch = dict[str, Any]
 Decode = Callable[[int], sources.Record]  # maps the number of a record to its decoded content
-_PREFETCH = 2  # batches on the devices ahead of the step
 _logger = logging.getLogger(__name__)
 
 
@@ -135,7 +133,7 @@ def train_batches(
         return reader.apply(decode(order[epoch * length + i // repeats]), rng)
 
     steps = range(start_step, sys.maxsize)
-    return _on_devices(reader, read, steps, batch_size, num_threads, num_workers)
+    return _batches(reader, read, steps, batch_size, num_threads, num_workers)
 
 
 def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterator[Batch]:
@@ -155,10 +153,10 @@ def eval_batches(reader: Reader, *, batch_size: int, num_threads: int) -> Iterat
         return record | {"weight": np.float32(position < length and not record["skipped"])}
 
     steps = range(-(-length // batch_size))
-    return _on_devices(reader, read, steps, batch_size, num_threads, num_workers=0)
+    return _batches(reader, read, steps, batch_size, num_threads, num_workers=0)
 
 
-def _on_devices(
+def _batches(
     reader: Reader,
     read: Callable[[int, Decode], sources.Record],
     steps: range,
@@ -167,7 +165,6 @@ def _on_devices(
     num_workers: int,
 ) -> Iterator[Batch]:
     """Yields this process's part of each batch; `read` maps positions to records."""
-    devices = jax.local_device_count()
     parts = np.split(np.arange(batch_size, dtype=np.int32), jax.process_count())
     index = parts[jax.process_index()]
 
@@ -175,16 +172,16 @@ def _on_devices(
         # grain gets whole batches, because its overhead per element is large beside Pillow's work.
         decode = functools.lru_cache(maxsize=1)(reader.decode)  # copies of an image are consecutive
         records = [read(step * batch_size + int(i), decode) | {"index": i} for i in index]
-        stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
-        return {key: x.reshape(devices, -1, *x.shape[1:]) for key, x in stacked.items()}
+        return {key: np.stack([record[key] for record in records]) for key in records[0]}
 
     # The buffer holds whole batches; this is the smallest one in which no thread waits.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)
     if num_workers:
         workers = grain.MultiprocessingOptions(num_workers=num_workers)
-        batches = _from_workers(iter(batches.mp_prefetch(workers, worker_init_fn=_start_worker)))
-    return jax_utils.prefetch_to_device(iter(batches), _PREFETCH)
+        batches = batches.mp_prefetch(workers, worker_init_fn=_start_worker)
+        return _from_workers(iter(batches))
+    return iter(batches)
 
 
 def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:

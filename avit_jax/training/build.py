@@ -1,68 +1,120 @@
-"""Builds what a configuration describes: the network, its optimizer, the initial state."""
+"""Resolves a configuration into objects: the network, its optimizer, the initial state, options.
 
+Other modules of training receive these objects and not the configuration.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from avit_jax import config as config_lib
 from avit_jax.core import halting
 from avit_jax.core import plan as plan_lib
+from avit_jax.data import augment, sources
 from avit_jax.models import flops, vit
+from avit_jax.training import distributed, train_step
 from avit_jax.training import optimizer as optimizer_lib
+from avit_jax.training.state import TrainState
 from avit_jax.utils import errors
 
 
-@flax.struct.dataclass(kw_only=True)
-class TrainState:
-    """All that a training step changes. Random keys follow from the seed and the step.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the training loop and its log need to know.
 
     Attributes:
-      step: int32, updates done.
-      params: parameter tree.
-      ema_params: moving average of it, None without one.
-      opt_state: of the optimizer.
+      steps: of the whole run.
+      batch_size: images per step, over all devices.
+      log_every: steps between two rows of metrics.jsonl.
+      eval_every: steps between two evaluations; 0: evaluates after the last step only.
+      save_every: steps between two checkpoints.
+      skip_nonfinite: skips and counts updates that are not finite; else they end the run.
+      max_bad_share: largest fraction of records that may be unreadable.
+      ema_decay: of the moving average of the parameters; 0: no average.
+      profile: first and last step that the profiler records; (0, 0): none.
+      find_nans: names the operation that returns the first nan.
     """
 
-    step: jax.Array
-    params: Any
-    ema_params: Any
-    opt_state: Any
+    steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    skip_nonfinite: bool
+    max_bad_share: float
+    ema_decay: float
+    profile: tuple[int, int]
+    find_nans: bool
 
-    @property
-    def eval_params(self) -> Any:
-        """What is evaluated: the moving average where there is one."""
-        return self.params if self.ema_params is None else self.ema_params
+
+def run_options(config: ConfigDict) -> RunOptions:
+    """Returns the options of the training loop."""
+    keys = ("steps", "batch_size", "log_every", "eval_every", "save_every")
+    return RunOptions(
+        **{key: config.train[key] for key in keys},
+        skip_nonfinite=config.train.nonfinite == "skip",
+        max_bad_share=config.data.max_bad_share,
+        ema_decay=config.optimizer.ema_decay,
+        profile=tuple(config.debug.profile),
+        find_nans=config.debug.nans,
+    )
+
+
+def step_options(config: ConfigDict) -> train_step.StepOptions:
+    """Returns the options of the training step."""
+    c, budget, num_layers = config.augment, config.budget, config.model.depth
+    augmentation = train_step.Augmentation(
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        affine=augment.Affine(**config.affine),
+        erase=c.erase,
+        mix=augment.Mix(mixup=c.mixup, cutmix=c.cutmix, switch=c.switch),
+    )
+    loss = dict(config.loss)
+    if budget:  # a prior around another depth would work against the moving gate bias
+        loss["target_depth"] = max(1.0, budget * num_layers)
+    distill = {key: value for key, value in config.distill.items() if key != "teacher"}
+    return train_step.StepOptions(
+        seed=config.seed,
+        augmentation=augmentation,
+        loss=train_step.LossOptions(**loss),
+        distill=train_step.DistillOptions(**distill),
+        budget=budget,
+        learnable_gate=config.halting.learnable,
+        ema_decay=config.optimizer.ema_decay,
+        skip_nonfinite=config.train.nonfinite == "skip",
+    )
 
 
 def model(config: ConfigDict) -> vit.AViT:
-    """The model of a configuration; raises errors.UserError where its sizes do not fit together."""
+    """Returns the network; raises errors.UserError if its sizes do not fit together."""
     gate = dict(config.halting)
     try:
-        gate["learnable"] |= config.budget > 0  # which moves its shift
+        gate["learnable"] |= config.budget > 0  # training moves the bias to reach the budget
         halts = halting.HaltingConfig(**gate) if gate.pop("enabled") else None
         sizes = config.model.to_dict() | {"dtype": jnp.dtype(config.model.dtype)}
         network = vit.AViT(**sizes, halting=halts)
         network.check()
-        if config.train.adaptive and halts:  # its backward pass recomputes anyway, without remat
+        if config.train.adaptive and halts:
             images = config.train.batch_size // jax.device_count()
             removes = plan_lib.removal_pays(
                 network.width, images, config.budget or 1.0, training=True
             )
             plan = plan_lib.training_plan(network.num_tokens) if removes else None
+            # The backward pass of removal recomputes the layers itself and needs no remat.
             network = network.clone(removal=plan, remat=not removes)
             network.check()
         if network.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16; got {network.dtype}.")
     except (ValueError, TypeError) as error:
         raise errors.UserError(f"config.model or config.halting: {error}") from error
-    least = (
-        flops.fixed_macs(network) + flops.layer_macs(network.num_tokens, network)
-    ) / flops.static_macs(network)
+    first_layer = flops.fixed_macs(network) + flops.layer_macs(network.num_tokens, network)
+    least = first_layer / flops.static_macs(network)
     if halts and 0 < config.budget < least:
         raise errors.UserError(
             f"config.budget {config.budget} is out of reach: the first layer alone costs "
@@ -72,7 +124,7 @@ def model(config: ConfigDict) -> vit.AViT:
 
 
 def optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a configuration, and its learning rate by step."""
+    """Returns the optimizer, and its learning rate as a function of the step."""
     c = config.optimizer
     learning_rate = optimizer_lib.schedule(
         steps=config.train.steps,
@@ -90,7 +142,7 @@ def optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.S
 def new_state(
     network: vit.AViT, tx: optax.GradientTransformation, *, seed: int, ema: bool
 ) -> TrainState:
-    """The state before the first step; random, by the seed alone."""
+    """Returns the random state before the first step; it depends on the seed alone."""
     images = jnp.zeros((1, *network.pixels, network.channels))
     params = network.init(jax.random.key(seed), images)["params"]
     ema_params = jax.tree.map(jnp.copy, params) if ema else None
@@ -103,11 +155,48 @@ def new_state(
 
 
 def creation(config: ConfigDict, network: vit.AViT) -> Callable[[], TrainState]:
-    """What makes the state before the first step of a configuration's run."""
-    return functools.partial(
-        new_state,
-        network,
-        optimizer(config)[0],
-        seed=config.seed,
-        ema=config.optimizer.ema_decay > 0,
+    """Returns a function that returns the random state before the first step."""
+    tx, ema = optimizer(config)[0], config.optimizer.ema_decay > 0
+    return functools.partial(new_state, network, tx, seed=config.seed, ema=ema)
+
+
+def source(config: ConfigDict, network: vit.AViT, split: str) -> sources.Source:
+    """Returns a split of the data set.
+
+    Raises:
+      errors.UserError: it is missing, or does not fit the network or the first process's split.
+    """
+    found = sources.load(
+        config.data.name, split=split, data_dir=config.data.dir, image_size=network.pixels
     )
+    sources.check_fit(found, num_classes=network.num_classes, channels=network.channels)
+    distributed.check_same(found.fingerprint(), found.name)
+    return found
+
+
+def check(config: ConfigDict, *names: str) -> None:
+    """Checks the configuration before it is used.
+
+    Args:
+      config: of the run.
+      names: "train" or "eval": whose batches the devices must be able to share evenly.
+
+    Raises:
+      errors.UserError: a value is not usable, differs from that of the first process, or a batch
+        size is not a multiple of the number of devices.
+    """
+    config_lib.check(config)
+    values = config_lib.to_json(config)
+    differing = config_lib.changes(values, distributed.from_first_json(values))
+    if differing:
+        raise errors.UserError(
+            f"the configuration differs from the first process's: {differing}; start all "
+            "processes with the same one."
+        )
+    for name in names:
+        size = config[name].batch_size
+        if size % jax.device_count():
+            raise errors.UserError(
+                f"config.{name}.batch_size {size} must be a multiple of the number of devices, "
+                f"{jax.device_count()}."
+            )

@@ -1,6 +1,4 @@
-"""Several processes: how they find each other, agree on what to do, and end where one of them has
-ended.
-"""
+"""Several processes: how they meet, agree on values, stop, and end if one of them ends."""
 
 import contextlib
 import ctypes
@@ -24,26 +22,25 @@ from jax.experimental import multihost_utils
 
 from avit_jax.utils import errors, signals
 
-HEARTBEAT_SECONDS = 30  # a process that has not been heard of for so long is taken for dead
-START_SECONDS = 300  # so long the processes wait for each other at the start
+HEARTBEAT_SECONDS = 30  # a process without a heartbeat for so long counts as dead
+START_SECONDS = 300  # how long the processes wait for each other at the start
 _DEVICES_FLAG = "xla_force_host_platform_device_count"
-_REASONS = {  # by the status that JAX aborts with
+_REASONS = {  # by the status of JAX when it aborts
     "ALREADY_EXISTS": "another process has the same --process_id",
     "INVALID_ARGUMENT": "--num_processes is not the same on all",
 }
 _ENDED = (
-    "another process of the run has ended or cannot be reached: see what it said, and start "
-    "all of them again."
+    "another process of the run has ended or cannot be reached: read its last messages, and start "
+    "all processes again."
 )
-
-
-_captured: list[IO[bytes]] = []  # while the processes join: what is written to stderr meanwhile
+_captured: list[IO[bytes]] = []  # stderr while the processes join
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-    """JAX aborts a process when another one is gone, from a thread of its own: no exception tells;
-    Python's handlers wait.
+    """Ends the program with one sentence when JAX aborts it because another process is gone.
+
+    JAX does so from its own thread, without an exception and without Python's signal handlers.
     """
     if _captured:
         _cannot_join()
@@ -54,22 +51,22 @@ def _on_abort(number: int) -> None:
 def initialize(
     coordinator: str | None, num_processes: int | None, process_id: int | None, *, stops: bool
 ) -> None:
-    """Makes this process one of several, before JAX is used; without arguments only on Cloud TPU,
-    which tells them.
+    """Connects this process to the others of a run. Call it before any other use of JAX.
+
+    Without the first three arguments there is one process, except on Cloud TPU, which knows them.
 
     Args:
       coordinator: `host:port` of the first process.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      stops: whether `Stop` is going to look for SIGTERM, which ends the process otherwise.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      stops: whether `Stop` handles SIGTERM; else SIGTERM ends the process.
 
     Raises:
-      errors.UserError: only some of the three are given, they make no sense, or the others do not
-        answer.
+      errors.UserError: some arguments are missing or wrong, or the others do not answer.
     """
     arguments = (coordinator, num_processes, process_id)
     if arguments == (None, None, None):
-        # `import jax` sets the variable where it finds no TPU.
+        # `import jax` sets the variable if it finds no TPU.
         if "TPU_SKIP_MDS_QUERY" in os.environ or importlib.util.find_spec("libtpu") is None:
             return
     elif None in arguments:
@@ -78,7 +75,7 @@ def initialize(
         )
     elif not _is_address(coordinator) or not 0 <= process_id < num_processes:
         raise errors.UserError(
-            "--coordinator is host:port of the first process, and --process_id lies below "
+            "--coordinator must be host:port of the first process, and --process_id below "
             "--num_processes."
         )
     deadline = time.monotonic() + START_SECONDS
@@ -90,7 +87,7 @@ def initialize(
     jax.config.update("jax_enable_preemption_service", stops)
     try:
         with _joining(deadline):
-            jax.distributed.initialize(  # a timeout of its own would abort the process
+            jax.distributed.initialize(  # a shorter timeout would abort the process
                 *arguments,
                 initialization_timeout=4 * START_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -101,15 +98,16 @@ def initialize(
 
 def _not_joined(reason: str) -> str:
     return (
-        f"this process cannot join the others ({reason}): all of them have to be started within "
-        f"{START_SECONDS} seconds, each "
-        "with a --process_id of its own, and to reach the first one at its --coordinator."
+        f"this process cannot join the others ({reason}): start all of them within "
+        f"{START_SECONDS} seconds, each with its own --process_id, on hosts that can reach the "
+        "--coordinator."
     )
 
 
 def _check_port(coordinator: str) -> None:
-    """Raises errors.UserError if the first process cannot listen on its port; gRPC would share it
-    with another program.
+    """Raises errors.UserError if the first process cannot open its port.
+
+    gRPC would share the port with another program without an error.
     """
     port = int(coordinator.rpartition(":")[2])
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -128,7 +126,7 @@ def _check_port(coordinator: str) -> None:
 
 
 def _wait_for_first(coordinator: str, deadline: float) -> None:
-    """Returns once something listens at the address; raises errors.UserError at the deadline."""
+    """Waits until something listens at the address; raises errors.UserError at the deadline."""
     host, _, port = coordinator.rpartition(":")
     while True:
         left = deadline - time.monotonic()
@@ -136,7 +134,7 @@ def _wait_for_first(coordinator: str, deadline: float) -> None:
             return socket.create_connection(
                 (host.strip("[]"), int(port)), timeout=max(min(left, 5), 0.1)
             ).close()
-        except (OSError, UnicodeError) as error:  # the second: no name of a host
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a host name
             if left <= 1:
                 raise errors.UserError(
                     _not_joined(f"{coordinator}: {errors.first_line(error)}")
@@ -146,9 +144,7 @@ def _wait_for_first(coordinator: str, deadline: float) -> None:
 
 @contextlib.contextmanager
 def _joining(deadline: float) -> Iterator[None]:
-    """Ends the program in a sentence at the deadline; keeps back what C++ writes to stderr
-    meanwhile, such as a stack trace.
-    """
+    """Ends the program with one sentence at the deadline; holds back stderr, such as C++ traces."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         signals.stderr = os.dup(2)
@@ -169,7 +165,7 @@ def _joining(deadline: float) -> Iterator[None]:
 
 
 def _cannot_join() -> NoReturn:
-    """Ends the program while JAX joins the processes, or has aborted that."""
+    """Ends the program with one sentence if the processes cannot join."""
     said = os.pread(_captured[0].fileno(), 10**6, 0).decode(errors="replace")
     status = re.search(r"absl::Status: (\w+)", said)
     reason = _REASONS.get(status[1] if status else "", "they do not answer")
@@ -183,14 +179,13 @@ def _is_address(text: str) -> bool:
 
 
 def divide_cpu(cores: int, batch_size: int) -> None:
-    """Makes each core of a CPU a device of its own, before JAX is used; fewer if they could not
-    share out a batch evenly.
+    """Makes each CPU core a device, or fewer so that they divide a batch evenly.
 
-    If the user has chosen their number, by `XLA_FLAGS` or `jax_num_cpu_devices`, it stays, and so
-    it does if there are several processes.
+    Call it before JAX starts its devices. It changes nothing if there are several processes, or if
+    `XLA_FLAGS` or `jax_num_cpu_devices` set the number of devices.
 
     Args:
-      cores: that this process may use.
+      cores: number of cores that this process may use.
       batch_size: images over all devices.
     """
     chosen = jax.config.jax_num_cpu_devices > 0 or _DEVICES_FLAG in os.environ.get("XLA_FLAGS", "")
@@ -204,68 +199,71 @@ def check_devices() -> None:
     """Starts the devices; raises errors.UserError if JAX cannot use them."""
     try:
         jax.devices()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # the second: of JAX_PLATFORMS=cuda without the plugin
+    except (RuntimeError, AssertionError) as error:  # AssertionError: the CUDA plugin is missing
         reason = errors.first_line(error).rstrip(".")
         raise errors.UserError(
-            f"JAX cannot use the devices ({reason}): set JAX_PLATFORMS to what JAX is installed "
-            "for."
+            f"JAX cannot use the devices ({reason}): set JAX_PLATFORMS to a platform that JAX is "
+            "installed for."
         ) from error
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes."""
+    """Returns whether this is the first process, the only one that writes."""
     return jax.process_index() == 0
 
 
 def from_first(tree: Any) -> Any:
-    """The first process's tree of arrays, on all; the others pass one of the same shapes."""
+    """Returns the first process's tree of arrays; the others pass a tree of the same shapes."""
     return multihost_utils.broadcast_one_to_all(tree)
 
 
 def from_first_json(value: Any) -> Any:
-    """The first process's value, on all; something that JSON can hold."""
+    """Returns the first process's value, which JSON must be able to hold."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(from_first(np.int32(text.size)))
     return json.loads(from_first(np.resize(text, size)).tobytes())
 
 
 def check_same(fingerprint: str, name: object) -> None:
-    """Raises errors.UserError where what is named has another fingerprint than on the first
-    process.
+    """Raises errors.UserError if a fingerprint differs from that on the first process.
+
+    Args:
+      fingerprint: of a file or a data set.
+      name: of it, for the message.
     """
     if from_first_json(fingerprint) != fingerprint:
         raise errors.UserError(
-            f"{name} is not the same here as on the first process: bring the same to all hosts."
+            f"{name} is not the same here as on the first process: copy the same one to all hosts."
         )
 
 
 class Stop:
-    """Tells when to stop, once a signal has asked for it; a second signal ends the process at once.
-    A context manager.
+    """Returns True once a signal asks the run to stop; a second signal ends the process at once.
 
-    SIGTERM is caught, and SIGINT from the first call on: before, there is nothing to save. Of
-    several processes, one has to get
-    the signal: JAX makes all of them see it at the same call.
+    A context manager. It catches SIGTERM, and SIGINT after its first call; before that there is
+    nothing to save. Of several processes, one has to get the signal: all of them return True at the
+    same call, and at every later one.
+
+    Attributes:
+      name: of the signal; empty before there is one.
     """
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal
+        self.name = ""
         self._calls = 0
         self._several = jax.process_count() > 1
-        self._in_handler: list[int] = []  # signals so far
-        self._in_thread: list[int] = []
-        self._unsaid = ["stopping after the current step; a second signal stops at once"]
+        self._in_handler: list[int] = []  # signals that Python's handler received
+        self._in_thread: list[int] = []  # signals that the thread received
+        self._messages = ["stopping after the current step; a second signal stops at once"]
+        self._stopped = False
         self._elsewhere = False  # another process got the first signal
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        # SIGTERM is JAX's own to listen to where it has to tell the other processes.
+        # With several processes, JAX itself handles SIGTERM and informs the others.
         if not self._several:
             self._catch(signal.SIGTERM)
-        # Python's handler waits for the main thread, which may be compiling; this thread does not.
+        # Python's handler waits for the main thread, which may be compiling. This thread does not.
         self._thread = signals.listen(lambda number: self._act(number, self._in_thread))
         return self
 
@@ -276,59 +274,54 @@ class Stop:
             self._thread.__exit__(*exception)
 
     def __call__(self) -> bool:
-        """Whether to stop now; all processes have to call this equally often."""
+        """Returns whether to stop now; all processes must call it equally often."""
         if not self._calls:
             self._in_thread.extend(self._in_handler)
             self._thread.__enter__()
             self._catch(signal.SIGINT)
         self._calls += 1
         if not self._several:
-            return bool(self.name)
-        if multihost_utils.reached_preemption_sync_point(self._calls):
-            self._elsewhere = not self.name
+            self._stopped = bool(self.name)
+        elif not self._stopped and multihost_utils.reached_preemption_sync_point(self._calls):
+            self._stopped, self._elsewhere = True, not self.name
             self.name = self.name or "SIGTERM"
             self._catch(signal.SIGTERM)
-            return True
-        return False
+        return self._stopped
 
     def _catch(self, number: int) -> None:
         before = signal.signal(number, lambda number, _: self._act(number, self._in_handler))
         self._before.setdefault(number, before)
 
-    def _act(self, number: int, heard: list[int]) -> None:
-        heard.append(number)
-        if self._elsewhere or len(heard) > 1:
+    def _act(self, number: int, received: list[int]) -> None:
+        received.append(number)
+        if self._elsewhere or len(received) > 1:
             signals.exit_at_once(128 + number)
         self.name = self.name or signal.Signals(number).name
-        with contextlib.suppress(
-            IndexError, OSError
-        ):  # the handler or the thread has said it, or nobody reads it
-            text = self._unsaid.pop()
+        # IndexError: the handler or the thread has written it already; OSError: stderr is closed.
+        with contextlib.suppress(IndexError, OSError):
+            text = self._messages.pop()
             if self._several:
                 os.kill(os.getpid(), signal.SIGTERM)
-            # Not by `logging`, which may be at work right where the signal came.
+            # Not with `logging`, whose lock the interrupted code may hold.
             os.write(2, f"{self.name}: {text}\n".encode())
 
 
 @contextlib.contextmanager
 def ended_together() -> Iterator[None]:
-    """Ends the process in a sentence where an operation over all processes failed, which is how one
-    sees that another ended.
+    """Raises errors.UserError if another process ended, or the devices' memory is too small.
 
-    Or where the memory of the devices is too small.
+    Another process has ended if an operation over all processes fails.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and "Gloo" not in str(
-            error
-        ):  # as it fails on CPU where a process has ended
+        if isinstance(error, ValueError) and "Gloo" not in str(error):  # Gloo: on CPU
             raise
         if "RESOURCE_EXHAUSTED" in str(error):
             raise errors.UserError(
                 f"the devices' memory is too small for the run ({errors.first_line(error)}): "
-                "lower config.train.batch_size and "
-                "config.eval.batch_size, or set --config.model.remat=True."
+                "lower config.train.batch_size and config.eval.batch_size, or set "
+                "--config.model.remat=True."
             ) from error
         if jax.process_count() == 1:
             raise

@@ -1,4 +1,4 @@
-"""Losses: the task's, the ponder loss and the prior over depth."""
+"""Losses: cross entropy, distillation, ponder loss, and the prior over depth."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def cross_entropy(
     Args:
       logits: `(B, C)`, any float dtype; the loss is at least float32.
       targets: `(B, C)` probabilities, or `(B,)` int labels.
-      label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+      label_smoothing: fraction of the target spread evenly over all classes, in [0, 1).
 
     Returns:
       Scalar, in nats.
@@ -30,14 +30,14 @@ def cross_entropy(
 def distillation_loss(
     logits: jax.Array, teacher: jax.Array, *, targets: str = "hard", temperature: float = 1.0
 ) -> jax.Array:
-    """Mean loss of a student against a teacher; no gradient goes to the teacher.
+    """Mean loss of a student against a teacher. The teacher gets no gradient.
 
     Args:
       logits: `(B, C)` of the student, any float dtype; the loss is at least float32.
       teacher: `(B, C)` logits.
-      targets: "hard": cross entropy with the teacher's likeliest class. "soft": Kullback-Leibler
-        divergence from the teacher's probabilities, both at the temperature, times its square,
-        which keeps the size of the gradient.
+      targets: "hard": cross entropy with the teacher's most likely class. "soft":
+        Kullback-Leibler divergence from the teacher's probabilities at the temperature, times the
+        squared temperature, which keeps the size of the gradient.
       temperature: of soft targets.
 
     Returns:
@@ -53,17 +53,23 @@ def distillation_loss(
     if targets == "hard":
         return cross_entropy(logits, teacher.argmax(-1))
     if targets != "soft":
-        raise ValueError(f'targets of distillation must be "hard" or "soft"; got "{targets}".')
+        raise ValueError(f'targets must be "hard" or "soft"; got "{targets}".')
     dtype = halting.at_least_float32(logits.dtype)
     log_p, log_q = (jax.nn.log_softmax(x.astype(dtype) / temperature) for x in (teacher, logits))
     return optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean() * temperature**2
 
 
 def ponder_loss(aux: vit.Aux) -> jax.Array:
-    """Mean ponder cost N + r over all tokens and images; a scalar, in layers.
+    """Mean ponder cost N + r over all tokens and images.
 
-    Its gradient raises the scores before the halting layer: halting itself is a step, the remainder
-    is not.
+    The number of layers N has no gradient. The gradient of the remainder r raises the scores
+    before the halting layer.
+
+    Args:
+      aux: of the forward pass.
+
+    Returns:
+      Scalar, in layers.
 
     Example:
       loss = cross_entropy(logits, labels) + ponder_weight * ponder_loss(aux)
@@ -82,20 +88,19 @@ def prior_loss(
     reverse: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Kullback-Leibler divergence between the mean halting scores over depth, H, and a Gaussian
-    over layers.
+    """Kullback-Leibler divergence of the halting scores by layer, H, from a Gaussian over layers.
 
     Args:
       aux: of the forward pass.
-      target_depth: layer at which the Gaussian peaks, counted from 1; from 1 to L.
+      target_depth: layer where the Gaussian peaks, from 1 to L.
       width: its standard deviation, in layers.
-      mode: "paper" takes H over active tokens of all images, the last layer counting as 1, and KL(H
-        || Gaussian). "official" repeats the released code: H over all rows, halted ones included,
-        of all images but the first; clipped to [0.01, 0.99]; a target that peaks one layer later,
-        sums to more than 1 and has width 1; KL(target || H) / L. Use it to
-        compare with released numbers only: it has no value (0) at batch 1.
+      mode: "paper": KL(H || Gaussian), where H is the mean over active tokens of all images and
+        the last layer counts as 1. "official" reproduces the released code, to compare with its
+        numbers: KL(target || H) / L. Its H is the mean over all tokens, halted ones too, of all
+        images but the first, clipped to [0.01, 0.99]. Its target peaks one layer later, has width 1
+        and a sum above 1. At batch size 1 it is 0.
       reverse: KL(Gaussian || H) instead, in paper mode.
-      axis_name: mapped axis over which the batch is spread: H is then that of the global batch.
+      axis_name: mapped axis over the devices that share the batch; H is then of the whole batch.
 
     Returns:
       Scalar, in nats.
@@ -111,7 +116,7 @@ def prior_loss(
     if mode == "official":
         return _official_prior_loss(aux.score, target_depth, axis_name)
     if mode != "paper":
-        raise ValueError(f'mode of the prior loss must be "paper" or "official"; got "{mode}".')
+        raise ValueError(f'mode must be "paper" or "official"; got "{mode}".')
     score = jnp.asarray(aux.score).at[-1].set(1.0)
     h = _mean_over(halting.score_by_layer(score, aux.active), axis_name)
     log_h = _log_normalised(h)
@@ -126,15 +131,13 @@ def _mean_over(x: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def _log_normalised(h: jax.Array) -> jax.Array:
-    """Logarithm of `h / h.sum()`, whose gradient stays finite where scores underflow."""
+    """Returns log(h / sum(h)), whose gradient stays finite if scores underflow."""
     h = jnp.maximum(h, jnp.finfo(h.dtype).tiny)
     return jnp.log(h) - jnp.log(h.sum())
 
 
 def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str | None) -> jax.Array:
-    """The released code's prior: `score` (L, B, N) over all rows of images 1 to B - 1, see
-    `prior_loss`.
-    """
+    """Returns the prior loss of the released code, see `prior_loss`; `score` is (L, B, N)."""
     num_layers, num_images, _ = score.shape
     is_first = jnp.arange(num_images) == 0
     count = num_images

@@ -1,4 +1,4 @@
-"""Metrics as sums over images, and where they are written."""
+"""Metrics as sums over images, and the files of their rows."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 
 from avit_jax.core import halting
 from avit_jax.models import flops, vit
-from avit_jax.training import losses
+from avit_jax.training import damage, losses
 from avit_jax.utils import files
 
 _logger = logging.getLogger(__name__)
@@ -27,12 +27,10 @@ def eval_sums(
     labels: jax.Array,
     weight: jax.Array,
 ) -> Sums:
-    """Sums over a batch; divided by `images`, after adding batches up, they are means over the
-    images.
+    """Returns sums over a batch. The sums of all batches over that of `images` are means.
 
-    Depths and scores are those of tokens that have to compute: of a finished image, one whose
-    read-out tokens have halted, the other tokens count as halted too. So they are the same whether
-    tokens are masked or removed.
+    Depths and scores are the same for masking and removal: if the prefix tokens of an image have
+    halted, the image is finished and all of its tokens count as halted.
 
     Args:
       model: for its sizes.
@@ -43,16 +41,14 @@ def eval_sums(
 
     Returns:
       `images`, `loss` (nats), `top1`, `top5`, `depth_patch` and `depth_class` (layers), `macs`, and
-      two vectors `(L,)`: `patch_depth`, the share of patch tokens that halt at each layer, and
-        `score`, the mean score of each layer.
+      two vectors `(L,)`: `patch_depth`, the fraction of patch tokens that halt at each layer, and
+      `score`, the mean score of each layer.
     """
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    first = (
-        jnp.arange(logits.shape[1])[None, :] < labels[:, None]
-    )  # of equal logits the first wins, as in argmax
-    rank = jnp.where(first, ~(logits < label_logits), ~(logits <= label_logits)).sum(
-        axis=1
-    )  # and nan is above all
+    # Of equal logits the first one wins, as in argmax; nan is larger than all numbers.
+    is_before = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
+    is_larger = jnp.where(is_before, ~(logits < label_logits), ~(logits <= label_logits))
+    rank = is_larger.sum(axis=1)
     ran = flops.is_computed(aux.active, model.num_prefix_tokens)
     depth = ran.sum(axis=0)
     patches = depth[:, model.num_prefix_tokens :]
@@ -71,9 +67,7 @@ def eval_sums(
 
 
 def means(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Adds up the sums of batches, in float64, and divides by the number of images; `images` stays
-    the number.
-    """
+    """Returns means over all images from the sums of batches, in float64; `images` is a sum."""
     totals = {
         name: np.sum([batch[name] for batch in batches], axis=0, dtype=np.float64)
         for name in batches[0]
@@ -83,21 +77,19 @@ def means(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 class Writer:
-    """Appends rows to `metrics.jsonl` and `timing.jsonl` in the workdir, and to TensorBoard event
-    files beside them.
+    """Appends rows to `metrics.jsonl`, `timing.jsonl` and the TensorBoard files of a workdir.
 
-    All that depends on the clock is in `timing.jsonl`, so that `metrics.jsonl` is the same whenever
-    the run is the same.
+    Values that depend on the clock are in `timing.jsonl`, so that equal runs write the same
+    `metrics.jsonl`.
 
     Args:
       workdir: of the run.
-      step: the last one done; TensorBoard drops what comes after it.
-      sizes: of the files at that step, in bytes, as `sizes` gave them; what comes after that is cut
-        off.
+      step: the last one done; TensorBoard drops later events.
+      sizes: bytes of each file at that step, from `sizes`; the rest of the file is cut off.
     """
 
     def __init__(self, workdir: epath.Path, step: int, sizes: dict[str, int]) -> None:
-        self._workdir, self._is_bucket = workdir, "://" in str(workdir)
+        self._workdir, self._is_bucket = workdir, damage.is_bucket(workdir)
         rows = {
             name: _rows(workdir / name, sizes.get(name, 0))
             for name in ("metrics.jsonl", "timing.jsonl")
@@ -108,8 +100,8 @@ class Writer:
         )
         board = workdir / "tensorboard"
         event_file_writer.directory_check(str(board))
-        # Events are written at once. A SummaryWriter would leave them to a thread; when that has
-        # met one error, such as a full disk, all who write wait for it forever.
+        # Writes events at once. A SummaryWriter uses a thread; after one error of that thread, such
+        # as a full disk, every later write would block forever.
         self._board = event_file_writer.EventsWriter(str(board / "events"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._board.write_event(
@@ -123,7 +115,14 @@ class Writer:
         values: dict[str, float],
         timing: dict[str, float] | None = None,
     ) -> None:
-        """Writes one row: the step, "train" or "eval", and the values."""
+        """Writes one row.
+
+        Args:
+          step: of the training.
+          split: "train" or "eval".
+          values: by name.
+          timing: values that depend on the clock, by name.
+        """
         head = {"step": step, "split": split}
         self._append("metrics.jsonl", head | values)
         if timing:
@@ -136,13 +135,13 @@ class Writer:
         self._board.flush()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes written to each file so far, from the first start on."""
+        """Returns the bytes of each file."""
         return dict(self._sizes)
 
     def _append(self, name: str, row: dict[str, object]) -> None:
         line = (json.dumps(row) + "\n").encode()
         self._sizes[name] += len(line)
-        if self._is_bucket:  # what lies there is replaced as a whole: nothing can be appended to it
+        if self._is_bucket:  # files of a bucket can only be replaced
             self._rows[name] += line
             (self._workdir / name).write_bytes(bytes(self._rows[name]))
         else:
@@ -150,18 +149,17 @@ class Writer:
                 file.write(line)
 
     def close(self) -> None:
-        """Closes the event file; all is written already."""
+        """Closes the event file."""
         self._board.close()
 
 
 def _rows(path: epath.Path, size: int) -> bytes:
-    """The first `size` bytes of a file; what comes after them is cut off."""
+    """Returns the first `size` bytes of a file, and cuts the rest of it off."""
     rows = path.read_bytes() if path.exists() else b""
     if len(rows) < size:
         _logger.warning(
-            "%s has lost %d bytes since the checkpoint was saved; it goes on without them",
-            path,
-            size - len(rows),
+            "%s has lost %d bytes since the checkpoint was saved; it continues without them",
+            *(path, size - len(rows)),
         )
         size = rows.rfind(b"\n") + 1
     if len(rows) > size:

@@ -1,4 +1,4 @@
-"""AdamW with DeiT's schedule and its usual exceptions from weight decay."""
+"""AdamW with DeiT's schedule, weight decay of kernels only, and layer-wise learning rates."""
 
 import functools
 from collections.abc import Callable
@@ -19,8 +19,14 @@ def schedule(
     warmup_learning_rate: float,
     min_learning_rate: float,
 ) -> optax.Schedule:
-    """Linear warm-up over the share `warmup` of the steps, then half a cosine down to
-    `min_learning_rate`.
+    """Returns the learning rate by step: linear warm-up, then half a cosine.
+
+    Args:
+      steps: of the run.
+      learning_rate: after the warm-up.
+      warmup: fraction of the steps.
+      warmup_learning_rate: at the first step.
+      min_learning_rate: at the last step.
     """
     rate = optax.warmup_cosine_decay_schedule(
         init_value=warmup_learning_rate,
@@ -33,7 +39,7 @@ def schedule(
 
 
 def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of Optax. It promotes dtypes implicitly, which strict promotion would refuse."""
+    """Lets a function of Optax promote dtypes even if strict promotion is on."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -44,30 +50,29 @@ def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decays(params: Any) -> Any:
-    """Tree of bools: weight decay is for kernels, not for biases, norms, tokens, position embedding
-    or gate.
-    """
+    """Returns a tree of bools: True for kernels, the only parameters with weight decay."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def layer_scales(params: Any, decay: float) -> Any:
-    """Factors of the learning rate: 1 for heads, last norm and gate, `decay` ** distance from them
-    for the rest.
+    """Returns the factor of the learning rate of each parameter.
 
-    The distance of the last layer is 1, that of the first L, that of patch, position and token
-    embeddings L + 1.
+    It is 1 for heads, last norm and gate, and `decay` ** distance from them for the others. The
+    distance of the last layer is 1, of the first layer L, of the embeddings L + 1.
 
-    Reference: Bao et al., BEiT, arXiv 2106.08254, appendix; the layers are stacked along the first
-      axis.
+    Args:
+      params: parameter tree; arrays of `layers` have L as their first axis.
+      decay: per layer, in (0, 1].
+
+    Reference: Bao et al., BEiT, arXiv 2106.08254, appendix.
     """
-    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
 
     def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         if path[0].key == "layers":
-            return (decay ** (depth - jnp.arange(depth, dtype=jnp.float32))).reshape(
-                -1, *[1] * (leaf.ndim - 1)
-            )
-        return jnp.float32(1.0 if path[0].key in _LAST else decay ** (depth + 1))
+            distance = num_layers - jnp.arange(num_layers, dtype=jnp.float32)
+            return (decay**distance).reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.float32(1.0 if path[0].key in _LAST else decay ** (num_layers + 1))
 
     return jax.tree_util.tree_map_with_path(scale, params)
 
@@ -79,15 +84,20 @@ def create(
     clip_norm: float,
     layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm, where `clip_norm` is above 0; `layer_decay`
-    as in `layer_scales`.
+    """Returns AdamW.
+
+    Args:
+      learning_rate: as a function of the step.
+      weight_decay: of kernels.
+      clip_norm: largest global norm of the gradient; 0: off.
+      layer_decay: as in `layer_scales`.
     """
 
     def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay))
 
-    # Always three: the state is the same with and without each, so that a run may go on with
-    # another setting of them.
+    # Always three parts, so that the state has the same structure and a run can resume with other
+    # settings.
     chain = optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays),

@@ -1,45 +1,119 @@
 """One training step: augmentation, losses, update."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from avit_jax.data import augment, loader
 from avit_jax.models import flops, vit
-from avit_jax.training import evaluate, losses
-from avit_jax.training.build import TrainState
+from avit_jax.training import devices, losses
+from avit_jax.training.state import TrainState
 
-AXIS = evaluate.AXIS
-# What the shift of the gate moves by in a step, for each unit that the share of MACs is off: slow
-# beside the noise of a batch.
+Values = dict[str, jax.Array]  # metrics of one step by name
+# Change of the gate bias per step and unit of error in the MACs ratio: slow compared with the
+# noise of a batch.
 _BUDGET_RATE = 1.0
 
 
-def augment_batch(
-    batch: loader.Batch, key: jax.Array, config: ConfigDict, axis_name: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """Normalised, augmented images of a device's share of the batch; their labels, or probabilities
-    where they are mixed.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Augmentation on the device.
+
+    Attributes:
+      mean: of the pixels scaled to [0, 1], one number per channel.
+      std: likewise.
+      affine: ranges of the random affine map.
+      erase: probability of random erasing.
+      mix: mixup and cutmix.
     """
-    c = config.augment
-    ranges, mixing = (
-        augment.Affine(**config.affine),
-        augment.Mix(mixup=c.mixup, cutmix=c.cutmix, switch=c.switch),
-    )
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    affine: augment.Affine
+    erase: float
+    mix: augment.Mix
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The losses other than the teacher's. See `losses`."""
+
+    label_smoothing: float
+    ponder_weight: float
+    prior_weight: float
+    target_depth: float
+    prior_width: float
+    prior_mode: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """The teacher's loss. `weight` is its fraction of the task loss. See `losses`."""
+
+    targets: str
+    weight: float
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What the training step needs to know.
+
+    Attributes:
+      seed: of augmentation and dropout.
+      augmentation: on the device.
+      loss: weights and targets of the losses.
+      distill: weight and kind of the teacher's loss.
+      budget: target MACs ratio, reached by moving the gate bias; 0: the bias is not moved.
+      learnable_gate: whether the optimizer moves the gate too.
+      ema_decay: of the moving average of the parameters.
+      skip_nonfinite: leaves the parameters as they are if the loss or a norm is not finite.
+    """
+
+    seed: int
+    augmentation: Augmentation
+    loss: LossOptions
+    distill: DistillOptions
+    budget: float
+    learnable_gate: bool
+    ema_decay: float
+    skip_nonfinite: bool
+
+
+def augment_batch(
+    batch: loader.Batch,
+    key: jax.Array,
+    options: Augmentation,
+    num_classes: int,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Normalises and augments one device's images.
+
+    Args:
+      batch: of this device.
+      key: of the step.
+      options: what to do.
+      num_classes: K.
+      axis_name: mapped axis over the devices that share the batch, if there are several.
+
+    Returns:
+      Images `(B, H, W, C)`, and labels `(B,)` or, if images are mixed, probabilities `(B, K)`.
+    """
     affine_key, erase_key, mix_key = jax.random.split(key, 3)
     images, targets = batch["image"], batch["label"]
-    if any(vars(ranges).values()):
-        images = augment.random_affine(images, affine_key, batch["index"], ranges)
-    images = augment.normalize(images, config.data.mean, config.data.std)
-    if c.erase:
-        images = augment.random_erase(images, erase_key, batch["index"], c.erase)
-    if c.mixup or c.cutmix:
-        targets = jax.nn.one_hot(targets, config.model.num_classes)
-        images, targets = augment.mix(images, targets, mix_key, mixing, axis_name)
+    if any(vars(options.affine).values()):
+        images = augment.random_affine(images, affine_key, batch["index"], options.affine)
+    images = augment.normalize(images, options.mean, options.std)
+    if options.erase:
+        images = augment.random_erase(images, erase_key, batch["index"], options.erase)
+    if options.mix.mixup or options.mix.cutmix:
+        targets = jax.nn.one_hot(targets, num_classes)
+        images, targets = augment.mix(images, targets, mix_key, options.mix, axis_name)
     return images, targets
 
 
@@ -47,30 +121,40 @@ def task_loss(
     logits: Any,
     targets: jax.Array,
     teacher_logits: jax.Array | None,
-    config: ConfigDict,
+    options: StepOptions,
     *,
     distilled: bool,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What labels and teacher ask for, weighted, each the mean over the heads that it speaks to.
+) -> tuple[jax.Array, Values]:
+    """Weighted loss against the labels and the teacher, each a mean over its heads.
 
-    Both speak to all heads; but in a distilled model, where there is a teacher, labels to the first
-    and the teacher to the second.
+    With a teacher, a distilled model learns the labels with its first head and the teacher with
+    its second. Otherwise all heads learn both.
+
+    Args:
+      logits: `(B, K)`, or one such array per head.
+      targets: `(B,)` labels, or `(B, K)` probabilities.
+      teacher_logits: `(B, K)`, or None without a teacher.
+      options: weights.
+      distilled: whether the second head is that of a distillation token.
+
+    Returns:
+      The loss, and its parts by name; in nats.
     """
-    smoothing, c = config.loss.label_smoothing, config.distill
-    heads = logits if isinstance(logits, tuple) else (logits,)
-    taught_heads = heads
+    heads = taught_heads = logits if isinstance(logits, tuple) else (logits,)
     if distilled and teacher_logits is not None:
         heads, taught_heads = heads[:1], heads[1:]
+    smoothing, distill = options.loss.label_smoothing, options.distill
     task = sum(
         losses.cross_entropy(head, targets, label_smoothing=smoothing) for head in heads
     ) / len(heads)
     if teacher_logits is None:
         return task, {"task_loss": task}
+    how = {"targets": distill.targets, "temperature": distill.temperature}
     taught = sum(
-        losses.distillation_loss(head, teacher_logits, targets=c.targets, temperature=c.temperature)
-        for head in taught_heads
+        losses.distillation_loss(head, teacher_logits, **how) for head in taught_heads
     ) / len(taught_heads)
-    return (1.0 - c.weight) * task + c.weight * taught, {"task_loss": task, "distill_loss": taught}
+    total = (1.0 - distill.weight) * task + distill.weight * taught
+    return total, {"task_loss": task, "distill_loss": taught}
 
 
 def total_loss(
@@ -78,23 +162,31 @@ def total_loss(
     logits: Any,
     aux: vit.Aux,
     targets: jax.Array,
-    config: ConfigDict,
-    axis_name: str | None,
+    options: StepOptions,
+    axis_name: str | None = None,
     teacher_logits: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Task, distillation, ponder and prior loss, weighted, and each by itself; targets are labels
-    or probabilities.
+) -> tuple[jax.Array, Values]:
+    """Weighted sum of the task, distillation, ponder and prior losses.
+
+    Args:
+      model: the network.
+      logits: as in `task_loss`.
+      aux: of the same forward pass.
+      targets: as in `task_loss`.
+      options: weights.
+      axis_name: as in `losses.prior_loss`.
+      teacher_logits: as in `task_loss`.
+
+    Returns:
+      The loss, and its parts by name; in nats, the ponder loss in layers.
     """
-    c = config.loss
-    total, parts = task_loss(logits, targets, teacher_logits, config, distilled=model.distilled)
+    c = options.loss
+    total, parts = task_loss(logits, targets, teacher_logits, options, distilled=model.distilled)
     if model.halting is not None:
         parts["ponder_loss"] = losses.ponder_loss(aux)
-        # With a budget, its share of the layers: a prior around another depth would undo what the
-        # shift of the gate does.
-        target_depth = max(1.0, config.budget * model.depth) if config.budget else c.target_depth
         parts["prior_loss"] = losses.prior_loss(
             aux,
-            target_depth=target_depth,
+            target_depth=c.target_depth,
             width=c.prior_width,
             mode=c.prior_mode,
             axis_name=axis_name,
@@ -108,18 +200,18 @@ def total_loss(
     return total, parts | {"loss": total}
 
 
-def hold_budget(gate: Any, before: Any, macs_ratio: jax.Array, *, budget: float) -> Any:
-    """The gate's parameters after a step that is to end at a share of the static network's MACs.
+def update_budget_bias(gate: Any, before: Any, macs_ratio: jax.Array, *, budget: float) -> Any:
+    """Returns the gate's parameters after a step towards a MACs ratio.
 
-    The shift moves against the error, in place of what its gradient would do, and stays in the
-    checkpoint. Where the losses push the other way so hard that it has to move by d in each step,
-    the share stays off by d / `_BUDGET_RATE`.
+    The bias moves against the error of the ratio; the optimizer's update of the bias is dropped.
+    If the losses push the ratio so hard that the bias has to move by d in each step, the ratio
+    stays off by d / `_BUDGET_RATE`.
 
     Args:
-      gate: gamma and beta, as the optimizer leaves them.
-      before: as they were before the step.
-      macs_ratio: share of the MACs that the batch took.
-      budget: the share that it should take.
+      gate: gamma and beta after the optimizer's update.
+      before: gamma and beta before the step.
+      macs_ratio: of the batch.
+      budget: the target ratio.
     """
     return {"gamma": gate["gamma"], "beta": before["beta"] + _BUDGET_RATE * (macs_ratio - budget)}
 
@@ -127,74 +219,92 @@ def hold_budget(gate: Any, before: Any, macs_ratio: jax.Array, *, budget: float)
 def make_train_step(
     model: vit.AViT,
     tx: optax.GradientTransformation,
-    config: ConfigDict,
+    options: StepOptions,
     teacher: vit.AViT | None = None,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The training step as a function of one device's state and share of the batch, to run under
-    `pmap` over `AXIS`.
+) -> Callable[..., tuple[TrainState, Values]]:
+    """Returns the training step of one device, for `devices.parallel`.
 
-    With a teacher its parameters are the function's third argument.
+    Its arguments are the state, the device's part of the batch and, with a teacher, the teacher's
+    parameters. It returns the new state and the metrics of the step.
     """
-    seed, ema_decay = config.seed, config.optimizer.ema_decay
-    holds = bool(config.budget) and model.halting is not None
+    has_budget = _has_budget(model, options)
 
     def train_step(
         state: TrainState, batch: loader.Batch, teacher_params: Any = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, Values]:
         augment_key, dropout_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), state.step)
+            jax.random.fold_in(jax.random.key(options.seed), state.step)
         )
-        images, targets = augment_batch(batch, augment_key, config, AXIS)
-        teacher_logits = (
-            None if teacher is None else teacher.apply({"params": teacher_params}, images)[0]
+        images, targets = augment_batch(
+            batch, augment_key, options.augmentation, model.num_classes, devices.AXIS
         )
-
-        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            # what the optimizer does not move takes no part in the norm that gradients are clipped
-            # by
-            if holds:
-                learns = {"gamma"} if config.halting.learnable else set()
-                gate = {
-                    name: x if name in learns else jax.lax.stop_gradient(x)
-                    for name, x in params["gate"].items()
-                }
-                params = {**params, "gate": gate}
-            logits, aux = model.apply(
-                {"params": params},
-                images,
-                train=True,
-                image_index=batch["index"],
-                rngs={"dropout": dropout_key},
-            )
-            loss, values = total_loss(model, logits, aux, targets, config, AXIS, teacher_logits)
-            heads = logits if isinstance(logits, tuple) else (logits,)
-            return loss, values | {"top1": (heads[0].argmax(-1) == batch["label"]).mean()}
-
-        grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
-        grads, values = jax.lax.pmean((grads, values), AXIS)
-        grad_norm = optax.tree.norm(grads)
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits, _ = teacher.apply({"params": teacher_params}, images)
+        loss_fn = functools.partial(_loss, model=model, options=options, dropout_key=dropout_key)
+        grads, values = jax.grad(loss_fn, has_aux=True)(
+            state.params, batch, images, targets, teacher_logits
+        )
+        grads, values = devices.mean((grads, values))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if holds:
-            gate = hold_budget(
-                params["gate"], state.params["gate"], values["macs_ratio"], budget=config.budget
+        if has_budget:
+            gate = update_budget_bias(
+                params["gate"], state.params["gate"], values["macs_ratio"], budget=options.budget
             )
             params = {**params, "gate": gate}
-        ema_params = None
-        if state.ema_params is not None:
-            ema_params = optax.incremental_update(params, state.ema_params, 1.0 - ema_decay)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1.0 - options.ema_decay)
         new = TrainState(
             step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
         )
-        norms = {"grad_norm": grad_norm, "param_norm": optax.tree.norm(params)}
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         finite = jnp.isfinite(jnp.stack([values["loss"], *norms.values()])).all()
-        if (
-            config.train.nonfinite == "skip"
-        ):  # steps, and with them the learning rate, go on all the same
+        if options.skip_nonfinite:  # counters, and with them the learning rate, advance anyway
             new = jax.tree.map(
                 lambda a, b: a if a.dtype == jnp.int32 else jnp.where(finite, a, b), new, state
             )
-        counts = {"skipped": jax.lax.psum(batch["skipped"].sum(), AXIS), "nonfinite": ~finite}
+        counts = {"skipped": devices.total(batch["skipped"].sum()), "nonfinite": ~finite}
         return new, values | counts | norms
 
     return train_step
+
+
+def _has_budget(model: vit.AViT, options: StepOptions) -> bool:
+    return bool(options.budget) and model.halting is not None
+
+
+def _loss(
+    params: Any,
+    batch: loader.Batch,
+    images: jax.Array,
+    targets: jax.Array,
+    teacher_logits: jax.Array | None,
+    *,
+    model: vit.AViT,
+    options: StepOptions,
+    dropout_key: jax.Array,
+) -> tuple[jax.Array, Values]:
+    """Returns the loss of one device's augmented images as a function of the parameters."""
+    if _has_budget(model, options):
+        params = _without_bias_gradient(params, options.learnable_gate)
+    logits, aux = model.apply(
+        {"params": params},
+        images,
+        train=True,
+        image_index=batch["index"],
+        rngs={"dropout": dropout_key},
+    )
+    loss, values = total_loss(model, logits, aux, targets, options, devices.AXIS, teacher_logits)
+    first_head = logits[0] if isinstance(logits, tuple) else logits
+    return loss, values | {"top1": (first_head.argmax(-1) == batch["label"]).mean()}
+
+
+def _without_bias_gradient(params: Any, learnable: bool) -> Any:
+    """Stops the gradient of what the optimizer does not move, so that it is not in its norm."""
+    gate = {
+        name: x if learnable and name == "gamma" else jax.lax.stop_gradient(x)
+        for name, x in params["gate"].items()
+    }
+    return {**params, "gate": gate}

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from avit_jax.inference import adaptive
 from avit_jax.models import flops, vit
 from avit_jax.training import build, train_step
+from avit_jax.training import devices as devices_lib
 from avit_jax.utils import errors
 from experiments.aot import dump, gpu, hlo
 
@@ -87,12 +88,8 @@ def compile_training(config: ConfigDict, topology: str, *, static: bool = False)
     shape = (len(on), config.train.batch_size // len(on))
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("label", "index", "skipped")}
     batch["image"] = jax.ShapeDtypeStruct((*shape, *model.pixels, model.channels), np.uint8)
-    step = jax.pmap(
-        train_step.make_train_step(model, tx, config),
-        axis_name=train_step.AXIS,
-        devices=on,
-        donate_argnums=0,
-    )
+    step = train_step.make_train_step(model, tx, build.step_options(config))
+    step = devices_lib.parallel(step, devices=on, donate=True)
     # Forward once and backward twice; once more where layers are computed again.
     passes = 4 if config.model.remat else 3
     return _compile(

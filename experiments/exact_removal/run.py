@@ -43,10 +43,8 @@ def main(_: list[str]) -> None:
     for batch in loader.eval_batches(
         reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads
     ):
-        pixels = np.concatenate(
-            augment.normalize(batch["image"], config.data.mean, config.data.std)
-        )
-        real = np.asarray(batch["weight"]).reshape(-1) > 0
+        pixels = augment.normalize(batch["image"], config.data.mean, config.data.std)
+        real = batch["weight"] > 0
         (logits, aux), (ours, our_aux), (flipped, flipped_aux) = jax.device_get(
             (
                 masked(variables, pixels),

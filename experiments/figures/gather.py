@@ -64,8 +64,7 @@ def gather(config: ConfigDict, model: vit.AViT, params: Any, reader: loader.Read
     rows: dict[str, list[np.ndarray]] = {}
     size, total, real = config.eval.batch_size, len(reader.source.records), []
     batches = loader.eval_batches(reader, batch_size=size, num_threads=config.data.num_threads)
-    for batch in tqdm(batches, desc="images", total=-(-total // size), unit="batch"):
-        one = {name: np.concatenate(x) for name, x in jax.device_get(batch).items()}
+    for one in tqdm(batches, desc="images", total=-(-total // size), unit="batch"):
         values = jax.device_get(
             run(params, augment.normalize(one["image"], config.data.mean, config.data.std))
         )

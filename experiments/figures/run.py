@@ -107,10 +107,10 @@ def main(_: list[str]) -> None:
             "figures are of a network that halts: --config.halting.enabled=True."
         )
     if epath.Path(_CHECKPOINT.value).is_dir():
-        params, past = restore.params(config, model, _CHECKPOINT.value)
+        params, metadata = restore.params(config, model, _CHECKPOINT.value)
     else:
-        params, past = weight_files.load(_CHECKPOINT.value, model), {}
-    parent = past.get("parent", {}).get("parent_top1")
+        params, metadata = weight_files.load(_CHECKPOINT.value, model), None
+    parent = metadata.parent.get("parent_top1") if metadata else None
     reader = evaluate.Evaluator(config, model).reader
     images = gather.gather(config, model, jax.device_put(params), reader)
     rows = gather.sweep(config, params, shifts)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
 from avit_jax.data import randaugment, sources
-from avit_jax.training import build, evaluate, loop, train_step
+from avit_jax.training import build, devices, parts, train_step
 from avit_jax.utils import errors
 from experiments import results, timing
 
@@ -139,10 +139,9 @@ def step_rows(
 ) -> dict[str, Callable[[], float]]:
     """The training step alone, and fed by the pipeline; compiled beforehand."""
     model, (tx, _) = build.model(config), build.optimizer(config)
-    step_fn = jax.pmap(
-        train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0
-    )
-    state = evaluate.replicate(
+    step = train_step.make_train_step(model, tx, build.step_options(config))
+    step_fn = devices.parallel(step, donate=True)
+    state = devices.replicate(
         jax.jit(lambda: build.new_state(model, tx, seed=0, ema=config.optimizer.ema_decay > 0))()
     )
     first = next(batches())
@@ -167,8 +166,8 @@ def main(_: list[str]) -> None:
     """Measures all rows, prints and writes."""
     config = _CONFIG.value
     model = build.model(config)
-    source = loop.load_source(config, model)
-    batches = lambda: loop.input_batches(config, model, source)  # noqa: E731
+    source = build.source(config, model, config.data.train_split)
+    batches = lambda: parts.train_batches(config, model, source)  # noqa: E731
     count = max(1, _IMAGES.value // config.train.batch_size)
     images = count * config.train.batch_size
     records = [source.records[i % len(source.records)] for i in range(images)]

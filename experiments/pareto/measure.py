@@ -16,6 +16,8 @@ from avit_jax.inference import adaptive
 from avit_jax.models import flops, vit
 from avit_jax.tools import calibrate
 from avit_jax.training import build, evaluate, train_step
+from avit_jax.training import devices as devices_lib
+from avit_jax.training.state import TrainState
 from experiments import timing, workload
 from experiments.pareto import arms
 from experiments.rivals import tome, unrolled
@@ -134,19 +136,19 @@ def training_step(
         "index": index,
     }
     batch = jax.tree.map(lambda x: x[None], batch | {"skipped": np.zeros(size, np.int32)})
-    taught = evaluate.replicate(parent_params, device)
+    taught = devices_lib.replicate(parent_params, device)
 
     def steps(model: vit.AViT, params: Any) -> Callable[[], Any]:
         tx, _ = build.optimizer(config)
-        state = build.TrainState(
+        state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             ema_params=params,
             opt_state=tx.init(params),
         )
-        state = evaluate.replicate(state, device)
-        step = train_step.make_train_step(model, tx, config, parent)
-        step = jax.pmap(step, axis_name=train_step.AXIS, donate_argnums=0, devices=device)
+        state = devices_lib.replicate(state, device)
+        step = train_step.make_train_step(model, tx, build.step_options(config), parent)
+        step = devices_lib.parallel(step, donate=True, devices=device)
 
         def run() -> None:
             nonlocal state

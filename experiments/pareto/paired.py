@@ -33,12 +33,9 @@ def outcomes(config: ConfigDict, model: vit.AViT, params: Any) -> tuple[np.ndarr
         return logits.argmax(-1), macs / flops.static_macs(model)
 
     right, ratio = [], []
-    for batch in loader.eval_batches(
+    for one in loader.eval_batches(
         reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads
     ):
-        one = {
-            name: np.concatenate(x) for name, x in jax.device_get(batch).items()
-        }  # of all devices
         guess, cost = jax.device_get(run(params, one["image"]))
         right.append((guess == one["label"])[one["weight"] > 0])
         ratio.append(cost[one["weight"] > 0])

@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 
 import avit_jax
-from avit_jax.core import removal
+from avit_jax.core import plan as plan_lib
 from avit_jax.inference import adaptive
 from avit_jax.training import losses
 from avit_jax.utils import errors
@@ -67,7 +67,7 @@ def compiled(model: avit_jax.AViT, variables: Any, images: jax.Array) -> Program
     models = {
         "masked": model,
         "masked, remat": model.clone(remat=True),
-        "removed": model.clone(removal=removal.training_plan(model.num_tokens)),
+        "removed": model.clone(removal=plan_lib.training_plan(model.num_tokens)),
     }
     programs = {}
     for name, each in models.items():

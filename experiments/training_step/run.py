@@ -12,7 +12,7 @@ import numpy as np
 from absl import app, flags
 
 from avit_jax import config as config_lib
-from avit_jax.training import build, evaluate, train_step
+from avit_jax.training import build, devices, train_step
 from avit_jax.utils import errors
 from experiments import results, timing
 
@@ -27,14 +27,10 @@ def build_step(*, halting: bool, batch_size: int) -> Callable[[], None]:
     config.halting.enabled = halting
     model = build.model(config)
     tx, _ = build.optimizer(config)
-    devices = jax.local_devices()[:1]
-    state = evaluate.replicate(build.new_state(model, tx, seed=0, ema=True), devices)
-    step = jax.pmap(
-        train_step.make_train_step(model, tx, config),
-        axis_name=train_step.AXIS,
-        donate_argnums=0,
-        devices=devices,
-    )
+    device = jax.local_devices()[:1]
+    state = devices.replicate(build.new_state(model, tx, seed=0, ema=True), device)
+    step = train_step.make_train_step(model, tx, build.step_options(config))
+    step = devices.parallel(step, donate=True, devices=device)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (1, batch_size, *model.pixels, model.channels), np.uint8),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax.training import build, evaluate
+from avit_jax.training import build, devices, evaluate
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from experiments.figures import draw, gather, page
@@ -26,7 +26,7 @@ def images() -> gather.Images:
     params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
     evaluator = evaluate.Evaluator(config, model)
     images = gather.gather(config, model, params, evaluator.reader)
-    results = evaluator(evaluate.replicate(params))
+    results = evaluator(devices.replicate(params))
     values = evaluator.scalars(results)
     assert len(images.index) == len(evaluator.source.records) == values["images"]
     np.testing.assert_allclose((images.guess == images.label).mean(), values["top1"], atol=1e-6)

@@ -46,9 +46,9 @@ def test_a_budget_out_of_reach_is_reported(budget: float) -> None:
 def test_the_controller_moves_the_shift_and_nothing_else() -> None:
     before = {"gamma": np.float32(2.0), "beta": np.float32(-3.0)}
     after = {"gamma": np.float32(2.5), "beta": np.float32(-9.0)}  # as the optimizer would have it
-    gate = train_step.hold_budget(after, before, 0.8, budget=0.6)
+    gate = train_step.update_budget_bias(after, before, 0.8, budget=0.6)
     assert gate == {"gamma": 2.5, "beta": pytest.approx(-3.0 + 0.2)}  # too dear: halts more
-    gate = train_step.hold_budget(after, before, 0.5, budget=0.6)
+    gate = train_step.update_budget_bias(after, before, 0.5, budget=0.6)
     assert gate == {"gamma": 2.5, "beta": pytest.approx(-3.0 - 0.1)}
 
 

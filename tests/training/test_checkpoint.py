@@ -3,6 +3,7 @@ failures end in a sentence.
 """
 
 import concurrent.futures
+import dataclasses
 import errno
 import json
 import pathlib
@@ -23,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import atomicity, atomicity_defaults
 
-from avit_jax.training import checkpoint, progress
+from avit_jax.training import build, checkpoint, damage, progress, state
 from avit_jax.utils import errors
 
 State = dict[str, object]
@@ -143,7 +144,7 @@ def as_on_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             atomicity_defaults, name, lambda *_, **__: atomicity.CommitFileTemporaryPath
         )
-    monkeypatch.setattr(checkpoint, "_on_bucket", lambda _: True)
+    monkeypatch.setattr(damage, "is_bucket", lambda _: True)
 
 
 def _unfinished(tmp_path: pathlib.Path, step: int) -> None:
@@ -182,7 +183,7 @@ def test_a_bucket_s_replaced_checkpoint_comes_back_unless_the_new_one_is_finishe
 
 
 def test_an_operation_that_would_block_is_no_other_run(tmp_path: pathlib.Path) -> None:
-    claimed = checkpoint.claim(checkpoint.epath.Path(tmp_path))
+    claimed = checkpoint.lock_workdir(checkpoint.epath.Path(tmp_path))
     with pytest.raises(errors.UserError, match="training has stopped"), claimed:
         raise BlockingIOError("a pipe is full")
 
@@ -227,23 +228,26 @@ def test_a_checkpoint_is_a_snapshot(tmp_path: pathlib.Path) -> None:
         log.add(step, values | {"skipped": jnp.array([2]), "nonfinite": jnp.array([0])}, 0.0)
 
     weights = np.arange(6.0)
-    kept = {"label_names": ["a"], "parent": {"top1": 0.5}}
+    metadata = state.RunMetadata(config={}, label_names=["a"], parent={"parent_top1": 0.5})
     with (
         checkpoint.Checkpoints(tmp_path) as checkpoints,
-        progress.Log(config, epath.Path(tmp_path), lambda step: 0.1, 0, {}) as log,
+        progress.Log(
+            build.run_options(config), epath.Path(tmp_path), lambda step: 0.1, 0, state.LogState()
+        ) as log,
     ):
         for step in range(1, 5):
             add(log, step)
-        extra = log.past() | kept
+        extra = dataclasses.replace(metadata, log=log.snapshot()).to_json()
         expected = json.loads(json.dumps(extra))
         checkpoints.save(4, {"weights": weights}, top1=0.5, extra=extra)
         weights[:] = -1.0
-        kept["label_names"].append("b")
-        kept["parent"]["top1"] = 0.1
+        extra["label_names"].append("b")
+        extra["parent"]["parent_top1"] = 0.1
+        extra["rows"][0][1]["loss"] = "changed"
+        extra["sizes"].clear()
+        metadata.label_names.append("b")
         add(log, 5)
         log.collect()
-        extra["rows"].append("changed")
-        extra["sizes"].clear()
         add(log, 6)  # writes a row: counters and sizes change, and the list of rows is another one
         restored, saved = checkpoints.restore({"weights": weights})
     assert (
@@ -290,7 +294,7 @@ def test_a_full_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     )  # as the program does; what fails is raised as well
     _saved(tmp_path, (1, 0.1))
     large = _state(2) | {"large": np.random.default_rng(0).normal(size=(100, 100))}
-    message = rf"step 2 cannot be written into {tmp_path}.*the checkpoints before it stand"
+    message = rf"step 2 cannot be written into {tmp_path}.*earlier checkpoints are still valid"
     with (
         pytest.raises(errors.UserError, match=message),
         checkpoint.Checkpoints(tmp_path) as checkpoints,
@@ -304,20 +308,20 @@ def test_a_workdir_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(errors.UserError, match=r"Not a directory.*file/run"),
-        checkpoint.claim(tmp_path / "file/run"),
+        checkpoint.lock_workdir(tmp_path / "file/run"),
     ):
         pass
     with (
-        pytest.raises(errors.UserError, match=r"no space.*stand"),
-        checkpoint.claim(tmp_path / "run"),
+        pytest.raises(errors.UserError, match=r"no space.*still valid"),
+        checkpoint.lock_workdir(tmp_path / "run"),
     ):
         raise OSError(errno.ENOSPC, "no space")
 
 
 _HOLD = """
 import pathlib, sys, time
-from avit_jax import checkpoint
-with checkpoint.claim(pathlib.Path(sys.argv[1])):
+from avit_jax.training import checkpoint
+with checkpoint.lock_workdir(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(1000)
 """
@@ -329,12 +333,12 @@ def test_two_runs_in_one_workdir(tmp_path: pathlib.Path) -> None:
     ) as other:
         other.stdout.readline()
         with (
-            pytest.raises(errors.UserError, match=rf"another run is at work in {tmp_path}"),
-            checkpoint.claim(tmp_path),
+            pytest.raises(errors.UserError, match=rf"another run uses {tmp_path}"),
+            checkpoint.lock_workdir(tmp_path),
         ):
             pass
         other.kill()
-    with checkpoint.claim(tmp_path):  # a killed run holds nothing
+    with checkpoint.lock_workdir(tmp_path):  # a killed run holds nothing
         pass
 
 

@@ -13,7 +13,7 @@ import fixtures
 import pytest
 from test_checkpoint import _equal, _saved, _state, _steps
 
-from avit_jax.training import build, checkpoint
+from avit_jax.training import build, checkpoint, damage
 from avit_jax.utils import errors
 
 
@@ -21,8 +21,8 @@ def test_what_others_have_written_with_its_digests(tmp_path: pathlib.Path) -> No
     _saved(tmp_path, (1, 0.1))
     step = tmp_path / "checkpoints/1"
     (step / "extra/metadata").write_bytes(b"\xff{")
-    (step / "sha256.json").write_text(json.dumps(checkpoint._digests(checkpoint.epath.Path(step))))
-    with pytest.raises(errors.UserError, match=r"is damaged .*start anew"):
+    (step / "sha256.json").write_text(json.dumps(damage.digests(checkpoint.epath.Path(step))))
+    with pytest.raises(errors.UserError, match=r"is damaged .*start again"):
         checkpoint.Checkpoints(tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_no_whole_checkpoint(tmp_path: pathlib.Path) -> None:
         checkpoints.restore(_state(), "best")
     for step in (3, 4):
         (tmp_path / f"checkpoints/{step}/state/manifest.ocdbt").unlink()
-    with pytest.raises(errors.UserError, match=r"last .* damaged .*manifest\.ocdbt.*start anew"):
+    with pytest.raises(errors.UserError, match=r"last .* damaged .*manifest\.ocdbt.*start again"):
         checkpoint.Checkpoints(tmp_path)
     assert _steps(tmp_path) == {2, 3, 4}
 

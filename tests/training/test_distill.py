@@ -13,7 +13,19 @@ import pytest
 from ml_collections import ConfigDict
 
 from avit_jax.models import vit
-from avit_jax.training import build, evaluate, loop, losses, progress, restore, train_step
+from avit_jax.training import (
+    build,
+    devices,
+    evaluate,
+    loop,
+    losses,
+    progress,
+    restore,
+    train_step,
+)
+from avit_jax.training import parts as parts_lib
+from avit_jax.training import teacher as teacher_lib
+from avit_jax.training.state import RunMetadata
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
 
@@ -55,7 +67,9 @@ def test_the_distillation_token_learns_from_the_teacher_and_the_class_token_from
     task = losses.cross_entropy(_LOGITS, labels, label_smoothing=0.1)
     for logits, taught in (((_LOGITS, other), other), (_LOGITS, _LOGITS)):
         distilled = isinstance(logits, tuple)
-        total, parts = train_step.task_loss(logits, labels, _TEACHER, config, distilled=distilled)
+        total, parts = train_step.task_loss(
+            logits, labels, _TEACHER, build.step_options(config), distilled=distilled
+        )
         np.testing.assert_allclose(parts["task_loss"], task, rtol=1e-6)
         np.testing.assert_allclose(
             parts["distill_loss"], losses.distillation_loss(taught, _TEACHER), rtol=1e-6
@@ -68,7 +82,9 @@ def test_the_distillation_token_learns_from_the_teacher_and_the_class_token_from
 def test_labels_and_teacher_speak_to_every_exit_of_another_network() -> None:
     config = fixtures.small_config(**{"distill.weight": 0.25})
     labels, exits = jnp.array([0, 2]), (_LOGITS, 2 * _LOGITS, -_LOGITS)
-    _, parts = train_step.task_loss(exits, labels, _TEACHER, config, distilled=False)
+    _, parts = train_step.task_loss(
+        exits, labels, _TEACHER, build.step_options(config), distilled=False
+    )
     expected = np.mean([losses.cross_entropy(logits, labels) for logits in exits])
     np.testing.assert_allclose(parts["task_loss"], expected, rtol=1e-6)
     expected = np.mean([losses.distillation_loss(logits, _TEACHER) for logits in exits])
@@ -110,28 +126,28 @@ def test_the_step_asks_the_teacher_about_the_augmented_pictures(teacher: pathlib
         teacher, **{"distill.weight": 1.0, "distill.targets": "soft", "halting.enabled": False}
     )
     model, (tx, _) = build.model(config), build.optimizer(config)
-    found = restore.teacher(config, model, {})
+    found = teacher_lib.load(config.distill.teacher, model)
     assert (
         found.model.patch_size,
         found.model.num_heads,
         found.model.mlp_width,
         found.model.depth,
     ) == (8, 3, 36, 2)
-    step = train_step.make_train_step(model, tx, config, found.model)
-    state = evaluate.replicate(build.new_state(model, tx, seed=0, ema=True), jax.devices()[:1])
+    options = build.step_options(config)
+    step = train_step.make_train_step(model, tx, options, found.model)
+    state = devices.replicate(build.new_state(model, tx, seed=0, ema=True), jax.devices()[:1])
     batch = {
         "image": np.random.default_rng(0).integers(0, 256, (1, 16, 16, 16, 1), np.uint8),
         "label": np.zeros((1, 16), np.int32),
         "index": np.arange(16, dtype=np.int32)[None],
         "skipped": np.zeros((1, 16), np.int32),
     }
-    params = evaluate.replicate(found.params, jax.devices()[:1])
-    run = lambda step: jax.pmap(step, axis_name=train_step.AXIS, devices=jax.devices()[:1])  # noqa: E731
-    _, values = run(step)(state, batch, params)
+    params = devices.replicate(found.params, jax.devices()[:1])
+    _, values = devices.parallel(step, devices=jax.devices()[:1])(state, batch, params)
     # The same by hand.
     key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     batch_of_one = {name: x[0] for name, x in batch.items()}
-    images, _ = train_step.augment_batch(batch_of_one, key[0], config, None)
+    images, _ = train_step.augment_batch(batch_of_one, key[0], options.augmentation, 10)
     before = jax.tree.map(lambda x: np.asarray(x)[0], state.params)
     logits, _ = model.apply(
         {"params": before},
@@ -154,7 +170,7 @@ def test_a_distilled_run_resumes_and_knows_its_teacher(
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["distill_loss"] > 0
     network, params = weight_files.infer(weight_files.read(teacher), image_size=(16, 16), name="")
-    expected = float(evaluate.Evaluator(config, network)(evaluate.replicate(params))["top1"])
+    expected = float(evaluate.Evaluator(config, network)(devices.replicate(params))["top1"])
     assert _summary(tmp_path / "run")["teacher_top1"] == expected
 
     more = _config(teacher, **{"model.distilled": True, "train.steps": 3})
@@ -164,7 +180,7 @@ def test_a_distilled_run_resumes_and_knows_its_teacher(
     assert _summary(tmp_path / "run")["teacher_top1"] == expected
     for other in (network.clone(num_heads=2), network.clone(norm_eps=1e-3)):
         weight_files.write(teacher, params, other)
-        with pytest.raises(errors.UserError, match="has changed since the run began"):
+        with pytest.raises(errors.UserError, match="has changed since the run started"):
             fakes.real_run(more, tmp_path / "run")
 
 
@@ -178,7 +194,6 @@ def test_a_teacher_may_leave_in_the_midst_of_a_run(
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["split"] == "train" and "distill_loss" not in rows[-2]
     # Stopped between two rows of the metrics, it has values of steps with the teacher and without.
-    log = progress.Log(config, None, lambda step: 0.1, 0, {})
     without = {"loss": 2.0, "skipped": 0.0, "nonfinite": 0.0}
     for last, expected in (
         (without, {"loss": 1.5}),
@@ -187,7 +202,7 @@ def test_a_teacher_may_leave_in_the_midst_of_a_run(
         first = (
             without | {"loss": 1.0} | ({"distill_loss": 5.0} if "distill_loss" not in last else {})
         )
-        assert log._mean((1, 2), (first, last)).items() >= expected.items()
+        assert progress.mean_row((first, last)).items() >= expected.items()
 
 
 def test_a_run_can_be_the_teacher_or_the_start(tmp_path: pathlib.Path) -> None:
@@ -198,7 +213,7 @@ def test_a_run_can_be_the_teacher_or_the_start(tmp_path: pathlib.Path) -> None:
     state = fixtures.restored_state(parent, tmp_path / "parent")
     config = _config(tmp_path / "parent", init=str(tmp_path / "parent"), **{"model.num_heads": 4})
     model = build.model(config)
-    found = restore.teacher(config, model, {})
+    found = teacher_lib.load(config.distill.teacher, model)
     assert found.model.num_heads == 4
     gate = state.ema_params.pop("gate")
     assert (found.model.halting.gamma, found.model.halting.beta) == (
@@ -206,8 +221,10 @@ def test_a_run_can_be_the_teacher_or_the_start(tmp_path: pathlib.Path) -> None:
         gate["beta"],
     )  # fixed as it was learnt
     chex.assert_trees_all_equal(found.params, state.ema_params)
-    begun, _ = restore.begin(config, model, build.creation(config, model), None, {}, False)
-    chex.assert_trees_all_equal(begun.params, state.ema_params)
+    parts = parts_lib.of_config(config)
+    metadata = RunMetadata(config={}, label_names=[])
+    begun = restore.begin(parts.create, parts.initial_params, None, metadata, steps=2)
+    chex.assert_trees_all_equal(begun.train.params, state.ema_params)
 
 
 def test_teachers_that_do_not_fit(teacher: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -219,10 +236,8 @@ def test_teachers_that_do_not_fit(teacher: pathlib.Path, tmp_path: pathlib.Path)
     ):
         config = _config(teacher, **overrides)
         with pytest.raises(errors.UserError, match=message):
-            restore.teacher(config, build.model(config), {})
-    assert (
-        restore.teacher(fixtures.small_config(), build.model(fixtures.small_config()), {}) is None
-    )
+            teacher_lib.load(config.distill.teacher, build.model(config))
+    assert teacher_lib.load("", build.model(fixtures.small_config())) is None
     (tmp_path / "broken.safetensors").write_bytes(teacher.read_bytes())
     tensors = weight_files.read(teacher).tensors
     del tensors["blocks.0.mlp.fc1.weight"]

@@ -16,9 +16,13 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
-from avit_jax.training import build, checkpoint, evaluate, loop, restore
+from avit_jax.training import build, checkpoint, devices, evaluate, loop, restore, teacher
+from avit_jax.training import parts as parts_lib
+from avit_jax.training.state import RunMetadata
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
+
+_METADATA = RunMetadata(config={}, label_names=[])
 
 
 @pytest.fixture
@@ -54,14 +58,14 @@ def test_a_run_starts_from_the_file_and_knows_its_parent(
     for tree in (state.params, state.ema_params):
         chex.assert_trees_all_close(tree, params, atol=1e-6)
     static = model.clone(halting=None)
-    expected = float(evaluate.Evaluator(config, static)(evaluate.replicate(params))["top1"])
+    expected = float(evaluate.Evaluator(config, static)(devices.replicate(params))["top1"])
     assert _summary(tmp_path / "run")["parent_top1"] == expected
 
     # Evaluated from the run, and without one.
-    loop.restore_and_evaluate(config, tmp_path / "run")
+    evaluate.evaluate_checkpoint(config, tmp_path / "run")
     assert json.loads((tmp_path / "run/eval.json").read_text())["parent_top1"] == expected
     config.eval.checkpoint = "init"
-    loop.restore_and_evaluate(config, tmp_path / "none")
+    evaluate.evaluate_checkpoint(config, tmp_path / "none")
     evaluated = json.loads((tmp_path / "none/eval.json").read_text())
     assert evaluated["top1"] == pytest.approx(_summary(tmp_path / "run")["top1"], abs=0.01)
 
@@ -134,10 +138,14 @@ def test_another_number_of_classes(parent: pathlib.Path, tmp_path: pathlib.Path)
     weight_files.write(other, build.creation(config, model)().params, model)
     config = _config(other, init_new_head=True)
     model = build.model(config)
-    state, _ = restore.begin(config, model, build.creation(config, model), None, {}, False)
+    parts = parts_lib.of_config(config)
+    run = restore.begin(parts.create, parts.initial_params, None, _METADATA, steps=2)
+    state = run.train
     for params in (state.params, state.ema_params):
         assert params["head"]["kernel"].shape == (16, 10) and not params["head"]["kernel"].any()
-    assert restore.evaluate_before(config, model, state.params, None, {}, lambda: False) == {}
+    assert parts.parent == ""
+    none = teacher.measure_baselines(run, model, None, parts.top1, lambda: False)
+    assert none == {}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,5 +1,6 @@
 """The training step and the loop: devices, resumption, evaluation, what a run leaves behind."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -15,13 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import jax_utils
 from ml_collections import ConfigDict
 
 from avit_jax.data import loader
 from avit_jax.inference import adaptive
 from avit_jax.models import flops
-from avit_jax.training import build, evaluate, loop, progress, train_step
+from avit_jax.training import (
+    build,
+    devices,
+    distributed,
+    evaluate,
+    loop,
+    progress,
+    state,
+    train_step,
+)
+from avit_jax.training import parts as parts_lib
 from avit_jax.utils import errors
 
 
@@ -39,24 +49,20 @@ def batch_of(step: int, size: int, num_devices: int) -> dict[str, np.ndarray]:
 
 def run_steps(
     config: ConfigDict, num_devices: int, steps: int = 5
-) -> tuple[build.TrainState, list[dict]]:
+) -> tuple[state.TrainState, list[dict]]:
     """State and metrics after some steps on the first `num_devices` devices."""
-    devices = jax.devices()[:num_devices]
+    used = jax.devices()[:num_devices]
     model = build.model(config)
     tx, _ = build.optimizer(config)
-    state = jax.jit(lambda: build.new_state(model, tx, seed=config.seed, ema=True))()
-    state = evaluate.replicate(state, devices)
-    step_fn = jax.pmap(
-        train_step.make_train_step(model, tx, config),
-        axis_name=train_step.AXIS,
-        devices=devices,
-        donate_argnums=0,
-    )
+    run = jax.jit(lambda: build.new_state(model, tx, seed=config.seed, ema=True))()
+    run = devices.replicate(run, used)
+    step = train_step.make_train_step(model, tx, build.step_options(config))
+    step_fn = devices.parallel(step, devices=used, donate=True)
     rows = []
     for step in range(steps):
-        state, values = step_fn(state, batch_of(step, config.train.batch_size, num_devices))
-        rows.append(jax_utils.unreplicate(jax.device_get(values)))
-    return jax_utils.unreplicate(jax.device_get(state)), rows
+        run, values = step_fn(run, batch_of(step, config.train.batch_size, num_devices))
+        rows.append(devices.first(jax.device_get(values)))
+    return devices.first(jax.device_get(run)), rows
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
@@ -88,14 +94,14 @@ def test_a_budget_leaves_the_gate_out_of_the_gradient(learnable: bool, moved: se
     config = fixtures.small_config(
         **{"budget": 0.6, "halting.learnable": learnable, "optimizer.clip_norm": 1e-3}
     )
-    state, (row, *_) = run_steps(config, 1, steps=1)
+    after, (row, *_) = run_steps(config, 1, steps=1)
     before = jax.jit(
         lambda: build.new_state(build.model(config), build.optimizer(config)[0], seed=0, ema=True)
     )().params
     assert {
-        name for name, value in state.params["gate"].items() if value != before["gate"][name]
+        name for name, value in after.params["gate"].items() if value != before["gate"][name]
     } == moved
-    moments = state.opt_state[1][0].mu["gate"]
+    moments = after.opt_state[1][0].mu["gate"]
     assert {name for name, value in moments.items() if value} == moved - {"beta"}
     assert row["grad_norm"] > 0
 
@@ -125,11 +131,12 @@ def test_distilled_model_trains_both_heads() -> None:
 def test_no_compilation_after_the_first_step() -> None:
     config = fixtures.small_config()
     model, (tx, _) = build.model(config), build.optimizer(config)
-    step_fn = jax.pmap(
-        train_step.make_train_step(model, tx, config), axis_name=train_step.AXIS, donate_argnums=0
+    step = train_step.make_train_step(model, tx, build.step_options(config))
+    step_fn = devices.parallel(step, donate=True)
+    run = devices.replicate(jax.jit(lambda: build.new_state(model, tx, seed=0, ema=True))())
+    batches = parts_lib.train_batches(
+        config, model, build.source(config, model, config.data.train_split)
     )
-    state = evaluate.replicate(jax.jit(lambda: build.new_state(model, tx, seed=0, ema=True))())
-    batches = loop.input_batches(config, model, loop.load_source(config, model))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: (
@@ -137,11 +144,11 @@ def test_no_compilation_after_the_first_step() -> None:
         )
     )
     for step in range(4):
-        state, _ = step_fn(state, next(batches))
+        run, _ = step_fn(run, next(batches))
         if step == 0:
             assert compiled  # the listener hears
             compiled.clear()
-    jax.block_until_ready(state)
+    jax.block_until_ready(run)
     assert not compiled
 
 
@@ -184,7 +191,7 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
     assert all(0 <= row["data_wait"] < 1 and row["images_per_second"] > 0 for row in timing)
     assert [row["step"] for row in rows if row["split"] == "eval"] == [20, 40]
 
-    loop.restore_and_evaluate(config, tmp_path)
+    evaluate.evaluate_checkpoint(config, tmp_path)
     assert (
         json.loads((tmp_path / "eval.json").read_text())
         == json.loads((tmp_path / "summary.json").read_text())
@@ -197,10 +204,9 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
 def test_an_average_longer_than_the_run_is_told(
     caplog: pytest.LogCaptureFixture, decay: float, told: bool
 ) -> None:
-    loop._warn_of_a_long_average(
-        fixtures.small_config(**{"train.steps": 300, "optimizer.ema_decay": decay})
-    )
-    assert ("at the end 74% of the moving average" in caplog.text) == told
+    config = fixtures.small_config(**{"train.steps": 300, "optimizer.ema_decay": decay})
+    loop.warn_of_long_average(build.run_options(config))
+    assert ("initial weights will be 74% of the moving average" in caplog.text) == told
 
 
 def pictures_folder(root: pathlib.Path, good: int, bad: int) -> str:
@@ -248,9 +254,13 @@ def test_bad_records_stop_training_or_are_counted(
         config = folder_config(folder, **overrides)
         model = build.model(config)
         batches = functools.partial(
-            loop.input_batches, config, model, loop.load_source(config, model)
+            parts_lib.train_batches,
+            config,
+            model,
+            build.source(config, model, config.data.train_split),
         )
-        loop.run(config, tmp_path / workdir, fakes.parts(config)._replace(batches=batches))
+        parts = dataclasses.replace(fakes.parts(config), batches=batches)
+        loop.run(parts, tmp_path / workdir)
         return batches
 
     with pytest.raises(
@@ -277,7 +287,7 @@ def test_an_evaluation_that_fails_does_not_cost_what_was_trained(tmp_path) -> No
 
     config = fakes.config(**{"train.steps": 2})
     with pytest.raises(errors.UserError, match="cannot be read"):
-        loop.run(config, tmp_path, fakes.parts(config)._replace(evaluator=Failing()))
+        loop.run(dataclasses.replace(fakes.parts(config), evaluator=Failing()), tmp_path)
     assert fakes.restored(tmp_path).step == 2
     fakes.run(config, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["images"] == 8
@@ -309,14 +319,14 @@ def test_pictures_that_cannot_be_read_are_left_out_of_the_evaluation(
     evaluator = evaluate.Evaluator(config, model)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 3)))["params"]
     with caplog.at_level("WARNING", logger="avit_jax"):
-        assert evaluator(evaluate.replicate(params))["images"] == 7
+        assert evaluator(devices.replicate(params))["images"] == 7
     assert "1 of 8 images could not be read" in caplog.text
     config.data.max_bad_share = 0.1
     with pytest.raises(errors.UserError, match=r"1 of the 8 images .*max_bad_share"):
-        evaluator(evaluate.replicate(params))
+        evaluate.Evaluator(config, model)(devices.replicate(params))
     config.data.bad_records = "raise"
     with pytest.raises(errors.UserError, match=r"cannot read .*val/a/0\.png"):
-        evaluate.Evaluator(config, model)(evaluate.replicate(params))
+        evaluate.Evaluator(config, model)(devices.replicate(params))
 
 
 def test_waiting_counts_only_where_the_devices_are_idle() -> None:
@@ -336,9 +346,8 @@ def test_waiting_counts_only_where_the_devices_are_idle() -> None:
 
 def test_the_devices_are_at_most_two_steps_behind() -> None:
     waited = []
-    log = progress.Log(
-        fixtures.small_config(**{"train.log_every": 9}), None, lambda step: 0.1, 0, {}
-    )
+    options = build.run_options(fixtures.small_config(**{"train.log_every": 9}))
+    log = progress.Log(options, None, lambda step: 0.1, 0, state.LogState())
     for step in range(1, 6):
         loss = types.SimpleNamespace(block_until_ready=functools.partial(waited.append, step))
         log.add(step, {"loss": loss}, 0.0)
@@ -361,7 +370,9 @@ def test_removal_in_training_ends_where_masking_does() -> None:
         is None
     )
     with pytest.raises(errors.UserError, match=r"official.*config\.train\.adaptive=False"):
-        loop.check(fixtures.small_config(**{"train.adaptive": True, "loss.prior_mode": "official"}))
+        build.check(
+            fixtures.small_config(**{"train.adaptive": True, "loss.prior_mode": "official"})
+        )
 
 
 @pytest.mark.parametrize(("batch_size", "adaptive"), [(56, True), (512, True), (56, False)])
@@ -420,7 +431,22 @@ def test_configuration_mistakes_are_user_errors() -> None:
         with pytest.raises(errors.UserError, match=words):
             build.model(fixtures.small_config(**overrides))
     with pytest.raises(errors.UserError, match="multiple of the number of devices, 8"):
-        loop.check(fixtures.small_config(**{"train.batch_size": 12}), "train")
+        build.check(fixtures.small_config(**{"train.batch_size": 12}), "train")
     with pytest.raises(errors.UserError, match="num_classes=10"):
         config = fixtures.small_config(**{"model.num_classes": 7})
         evaluate.Evaluator(config, build.model(config))
+
+
+def test_a_stop_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes agree on one call; a later call must not ask the others again."""
+    asked: list[int] = []
+
+    def reached(call: int) -> bool:
+        asked.append(call)
+        return call == 2
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "reached_preemption_sync_point", reached)
+    with distributed.Stop() as stop:
+        assert [stop() for _ in range(4)] == [False, True, True, True]
+    assert asked == [1, 2] and stop.name == "SIGTERM"

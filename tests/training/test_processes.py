@@ -232,8 +232,8 @@ def test_a_signal_reaches_the_workers_too(
 
 
 _QUICKLY = (
-    "from avit_jax import main\nfrom avit_jax.training import distributed\n"
-    "distributed.START_SECONDS = 6\nmain._start()"
+    "import sys\nfrom avit_jax import main\nfrom avit_jax.training import distributed\n"
+    "distributed.START_SECONDS = 6\nmain.start()"
 )
 
 

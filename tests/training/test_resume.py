@@ -19,7 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avit_jax.training import build, checkpoint, distributed, evaluate, loop, restore, train_step
+from avit_jax.training import (
+    build,
+    checkpoint,
+    devices,
+    distributed,
+    evaluate,
+    loop,
+    restore,
+    state,
+    train_step,
+)
+from avit_jax.training import parts as parts_lib
 from avit_jax.utils import errors
 
 
@@ -93,9 +104,9 @@ def test_a_crash_of_a_real_run(tmp_path: pathlib.Path) -> None:
         _crash()
 
     loop.train(config, tmp_path / "whole")
-    parts = loop.parts(config)
+    parts = parts_lib.of_config(config)
     with pytest.raises(ZeroDivisionError):
-        loop.run(config, tmp_path / "run", parts._replace(batches=failing))
+        loop.run(dataclasses.replace(parts, batches=failing), tmp_path / "run")
     loop.train(config, tmp_path / "run")
     chex.assert_trees_all_equal(
         *(fixtures.restored_state(config, tmp_path / name) for name in ("whole", "run"))
@@ -116,12 +127,13 @@ def test_a_signal(
     assert f"stopped by {name} after step {step}" in caplog.text
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
-        state, past = checkpoints.restore(jax.device_get(fakes.create()))
-    assert state.step == step
+        saved, metadata = checkpoints.restore(jax.device_get(fakes.create()))
+    assert saved.step == step
     started = time.monotonic()
     fakes.run(fakes.config(), tmp_path)
     total = json.loads((tmp_path / "summary.json").read_text())["train_seconds"]
-    assert past["train_seconds"] < total < past["train_seconds"] + time.monotonic() - started
+    before = metadata["train_seconds"]
+    assert before < total < before + time.monotonic() - started
     _assert_same_end(tmp_path, undisturbed())
 
 
@@ -133,7 +145,8 @@ def test_a_signal_during_evaluation(undisturbed, tmp_path: pathlib.Path) -> None
             signal.raise_signal(signal.SIGTERM)
             return super().__call__(params, stop)
 
-    loop.run(fakes.config(), tmp_path, fakes.parts(fakes.config())._replace(evaluator=Signalling()))
+    parts = dataclasses.replace(fakes.parts(fakes.config()), evaluator=Signalling())
+    loop.run(parts, tmp_path)
     assert fakes.restored(tmp_path).step == 6
     assert _steps(tmp_path, "train") == [4, 6]
     assert _steps(tmp_path, "eval") == []
@@ -188,7 +201,7 @@ def test_a_damaged_checkpoint(
     with caplog.at_level("INFO", logger="avit_jax"):
         fakes.run(fakes.config(), workdir)
     assert f"the checkpoint of step 9 in {workdir}/checkpoints is damaged" in caplog.text
-    assert "going on from the checkpoint of step 6" in caplog.text
+    assert "continuing from the checkpoint of step 6" in caplog.text
     _assert_same_end(workdir, undisturbed())
 
 
@@ -218,14 +231,15 @@ def test_classes_of_other_names(undisturbed, tmp_path: pathlib.Path) -> None:
     workdir, config = tmp_path / "renamed", fakes.config()
     shutil.copytree(undisturbed(), workdir)
     parts = fakes.parts(config)
-    renamed = parts._replace(source=dataclasses.replace(parts.source, label_names=["a", "c"]))
+    source = dataclasses.replace(parts.source, label_names=["a", "c"])
+    renamed = dataclasses.replace(parts, source=source)
     with pytest.raises(
         errors.UserError,
         match=r'class 1 .* is "c", and was "b" in training: .*--allow_changed_config',
     ):
-        loop.run(config, workdir, renamed)
-    loop.run(config, workdir, renamed, allow_changed_config=True)
-    assert "has 1 classes, and had 2" in restore.changed_class({"label_names": ["a", "b"]}, ["a"])
+        loop.run(renamed, workdir)
+    loop.run(renamed, workdir, allow_changed_config=True)
+    assert "has 1 classes, and had 2" in restore.changed_class(["a", "b"], ["a"])
 
 
 def test_classes_of_other_names_in_an_evaluation(
@@ -249,7 +263,7 @@ def test_classes_of_other_names_in_an_evaluation(
     fakes.real_run(config, tmp_path / "run")
     (tmp_path / "test/b").rename(tmp_path / "test/c")
     with caplog.at_level("WARNING", logger="avit_jax"):
-        loop.restore_and_evaluate(config, tmp_path / "run")
+        evaluate.evaluate_checkpoint(config, tmp_path / "run")
     assert 'class 1 of the data set is "c", and was "b" in training' in caplog.text
 
 
@@ -257,13 +271,13 @@ def test_data_of_another_length(undisturbed, tmp_path: pathlib.Path) -> None:
     workdir, config = tmp_path / "grown", fakes.config()
     shutil.copytree(undisturbed(), workdir)
     fewer = fakes.Evaluator(dataclasses.replace(fakes.SOURCES[1], records=range(7)))
-    parts = fakes.parts(config)._replace(evaluator=fewer)
+    parts = dataclasses.replace(fakes.parts(config), evaluator=fewer)
     with pytest.raises(
         errors.UserError, match=r"the evaluation split has other files.*--allow_changed_config"
     ):
-        loop.run(config, workdir, parts)
-    loop.run(config, workdir, parts, allow_changed_config=True)
-    assert not restore._changed_data({}, {"training": "of a run that has not kept it"})
+        loop.run(parts, workdir)
+    loop.run(parts, workdir, allow_changed_config=True)
+    assert not restore.changed_data({}, {"training": "of a run that has not kept it"})
 
 
 def test_processes_that_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,9 +291,9 @@ def test_processes_that_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
             errors.UserError,
             match=r"first process's: optimizer\.learning_rate from 0\.002 to 0\.001; start",
         ):
-            loop.check(config, "train")
+            build.check(config, "train")
     monkeypatch.setattr(distributed, "from_first_json", lambda _: "another fingerprint")
-    for load in (evaluate.Evaluator, loop.load_source):
+    for load in (evaluate.Evaluator, parts_lib.of_config):
         with pytest.raises(
             errors.UserError,
             match=r'the digits, split ".*" is not the same here as on the first process',
@@ -359,11 +373,8 @@ def test_skipped_updates_leave_no_trace() -> None:
     )
     config.train.nonfinite = "skip"
     model, (tx, _) = build.model(config), build.optimizer(config)
-    step_fn = jax.pmap(
-        train_step.make_train_step(model, tx, config),
-        axis_name=train_step.AXIS,
-        devices=jax.devices()[:2],
-    )
+    step = train_step.make_train_step(model, tx, build.step_options(config))
+    step_fn = devices.parallel(step, devices=jax.devices()[:2])
     rng = np.random.default_rng(0)
 
     def batch(label: int) -> dict[str, np.ndarray]:
@@ -374,25 +385,25 @@ def test_skipped_updates_leave_no_trace() -> None:
             "skipped": np.zeros((2, 4), np.int32),
         }
 
-    def run(*batches: dict[str, np.ndarray]) -> tuple[build.TrainState, list[bool]]:
-        state = build.new_state(model, tx, seed=0, ema=True)
-        state, skipped = evaluate.replicate(state, jax.devices()[:2]), []
+    def run(*batches: dict[str, np.ndarray]) -> tuple[state.TrainState, list[bool]]:
+        after = build.new_state(model, tx, seed=0, ema=True)
+        after, skipped = devices.replicate(after, jax.devices()[:2]), []
         for one in batches:
-            state, values = step_fn(state, one)
+            after, values = step_fn(after, one)
             skipped.append(bool(values["nonfinite"][0]))
-        return jax.device_get(state), skipped
+        return jax.device_get(after), skipped
 
     first, bad = batch(5), batch(7)
-    state, skipped = run(first, bad)
+    after, skipped = run(first, bad)
     expected, none = run(first)
     assert skipped == [False, True] and none == [False]
-    assert (state.step == 2).all()
+    assert (after.step == 2).all()
 
     def compare(after: np.ndarray, before: np.ndarray) -> None:
         steps = after.dtype == np.int32  # the learning rate goes on
         np.testing.assert_array_equal(after, before + 1 if steps else before)
 
-    jax.tree.map(compare, state, expected)
+    jax.tree.map(compare, after, expected)
 
 
 def test_skipped_updates_are_counted(
@@ -439,9 +450,9 @@ def test_a_checkpoint_with_other_contents(
     as_it_is = checkpoint.Checkpoints.restore
 
     def changed(self: checkpoint.Checkpoints, *args: object) -> tuple[object, dict[str, object]]:
-        state, past = as_it_is(self, *args)
-        change(past)
-        return state, past
+        found, metadata = as_it_is(self, *args)
+        change(metadata)
+        return found, metadata
 
     monkeypatch.setattr(checkpoint.Checkpoints, "restore", changed)
     with pytest.raises(errors.UserError, match=told):

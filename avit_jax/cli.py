@@ -1,0 +1,309 @@
+"""Flags of the command line, their checks, the modes they choose, and the program's output."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import re
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from avit_jax.utils import errors, files, signals
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "recipe, a Python file such as configs/digits.py", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; default: runs/<name of the recipe>"
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "predict", "export", "calibrate"],
+    "train; evaluate a checkpoint of the workdir; predict the images that follow; export a network "
+    "to one file; or calibrate the gate bias for a MACs ratio",
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "--mode=predict, export and calibrate: a workdir or a weight file; default: the workdir",
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "--mode=export, calibrate: file to write; .safetensors: weights with timm's names; export "
+    "also writes .avit, a program for serving.py",
+)
+_BUDGET = flags.DEFINE_float(
+    "budget",
+    None,
+    "--mode=calibrate: MACs ratio to reach, relative to the static network",
+    lower_bound=0,
+    upper_bound=1,
+)
+_BATCH = flags.DEFINE_integer(
+    "batch", 0, "--mode=export: images per call; 0: any number", lower_bound=0, upper_bound=2**24
+)
+_JSONL = flags.DEFINE_string(
+    "jsonl", None, "--mode=predict: file to write, with one JSON line per image"
+)
+_PICTURES = flags.DEFINE_string(
+    "pictures", None, "--mode=predict: folder to write figures of the token depths to"
+)
+_ALLOW = flags.DEFINE_bool(
+    "allow_changed_config", False, "continue from a checkpoint of another configuration too"
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of the first of several processes; not needed on Cloud TPU"
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "number of processes", upper_bound=2**31 - 1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "number of this process, from 0", upper_bound=2**31 - 1
+)
+
+_ONLY = {  # modes that read a flag; flags that are not here belong to all modes
+    "checkpoint": ("predict", "export", "calibrate"),
+    "out": ("export", "calibrate"),
+    "budget": ("calibrate",),
+    "batch": ("export",),
+    "jsonl": ("predict",),
+    "pictures": ("predict",),
+    "allow_changed_config": ("train",),
+}
+_PATHS = ("workdir", "checkpoint", "out", "jsonl", "pictures")
+_CONFIG_PATHS = (("", "init"), ("data", "dir"), ("distill", "teacher"))  # section, key
+_NO_READER = 128 + signal.SIGPIPE  # exit status if nothing reads the output, as after `| head`
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags and returns the program's name and the images to predict.
+
+    Any mistake, also one in the recipe, ends the program with one sentence.
+    """
+    try:
+        recipe = re.compile(r"(--?config=)(~.*)")
+        argv = [
+            match[1] + os.path.expanduser(match[2]) if (match := recipe.fullmatch(arg)) else arg
+            for arg in argv
+        ]
+        images = flags.FLAGS(argv)[1:]
+        _check_flags(images)
+        # ml_collections reports a missing recipe only if a value is read.
+        CONFIG.value.train.steps  # noqa: B018
+        images = _resolve_paths(images)
+    except BrokenPipeError:  # of --help
+        raise
+    except Exception as error:
+        errors.stop(errors.innermost_message(error))
+    return [argv[0], *images]
+
+
+def _check_flags(images: list[str]) -> None:
+    """Raises errors.UserError if flags or arguments do not fit the mode."""
+    if images and _MODE.value != "predict":
+        raise errors.UserError(
+            f"unexpected argument {images[0]!r}: all options start with --, and only "
+            "--mode=predict takes images."
+        )
+    for name, modes in _ONLY.items():
+        if flags.FLAGS[name].present and _MODE.value not in modes:
+            instead = "; for training set --config.budget" if name == "budget" else ""
+            raise errors.UserError(
+                f"--{name} is for --mode={' or '.join(modes)}, and --mode={_MODE.value} does not "
+                f"read it{instead}."
+            )
+    if CONFIG.value is None:
+        raise errors.UserError("name a recipe, for example --config=configs/digits.py.")
+
+
+def _resolve_paths(images: list[str]) -> list[str]:
+    """Expands `~` in all paths; raises errors.UserError if one is not usable."""
+    for name in _PATHS:
+        flag = flags.FLAGS[name]
+        if flag.value is not None:
+            flag.value = files.resolve(flag.value, f"--{name}")
+    try:
+        (_WORKDIR.value or "").encode()
+    except UnicodeEncodeError as error:
+        raise errors.UserError(
+            f"--workdir must be valid UTF-8, as checkpoints need it; got {_WORKDIR.value!r}."
+        ) from error
+    for section, key in _CONFIG_PATHS:
+        values = CONFIG.value[section] if section else CONFIG.value
+        if values[key]:
+            name = f"{section}.{key}" if section else key
+            values[key] = files.resolve(values[key], f"--config.{name}")
+    return [files.resolve(path, "an image") for path in images]
+
+
+def workdir() -> str:
+    """Returns the folder of the run."""
+    recipe = pathlib.Path(flags.FLAGS["config"].config_filename)
+    return _WORKDIR.value or f"runs/{recipe.stem}"
+
+
+def start_devices() -> None:
+    """Joins the other processes, if any, and starts the devices; sets JAX up for the mode."""
+    import jax
+
+    from avit_jax.inference import adaptive
+    from avit_jax.training import distributed
+
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax raises its errors too
+    distributed.initialize(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        stops=_MODE.value == "train",
+    )
+    if _MODE.value in ("train", "eval") and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", f"{workdir()}/compiled")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # Training would not be faster, and would hold its state once per core.
+    if _MODE.value in ("eval", "calibrate"):
+        distributed.divide_cpu(adaptive.usable_cores(), CONFIG.value.eval.batch_size)
+    distributed.check_devices()
+
+
+def start_log() -> None:
+    """Shows this package's log, and one line for errors of background threads."""
+    from avit_jax.training import distributed, progress
+
+    logger = progress.to_console(logging.INFO if distributed.is_first() else logging.WARNING)
+    # Background writers print tracebacks; errors that matter are raised when one waits for them.
+    threading.excepthook = lambda args: logger.warning(
+        "in the background: %s", errors.first_line(args.exc_value)
+    )
+    sys.unraisablehook = lambda args: None
+
+
+def run_mode(images: list[str]) -> None:
+    """Does what the mode asks for; raises errors.UserError if a flag that it needs is missing."""
+    from avit_jax.inference import export
+    from avit_jax.tools import calibrate
+    from avit_jax.training import build, evaluate, loop
+
+    config, checkpoint, out = CONFIG.value, _CHECKPOINT.value or workdir(), _OUT.value or ""
+    if _MODE.value == "train":
+        loop.train(config, workdir(), allow_changed_config=_ALLOW.value)
+    elif _MODE.value == "eval":
+        evaluate.evaluate_checkpoint(config, workdir())
+    elif _MODE.value == "export":
+        if not out:
+            raise errors.UserError(
+                "name the file to write, for example --out=network.avit or "
+                "--out=weights.safetensors."
+            )
+        export.from_checkpoint(out, config, checkpoint, batch=_BATCH.value)
+    elif _MODE.value == "calibrate":
+        if not out.lower().endswith(".safetensors") or not _BUDGET.value:
+            raise errors.UserError(
+                "name the weight file to write and the budget, for example "
+                "--out=weights.safetensors --budget=0.6."
+            )
+        build.check(config, "eval")
+        calibrate.from_checkpoint(out, config, checkpoint, _BUDGET.value)
+    else:
+        _predict(images, checkpoint)
+
+
+def _predict(images: list[str], checkpoint: str) -> None:
+    from avit_jax.tools import predict
+    from avit_jax.training import distributed
+
+    predictions = predict.predict(CONFIG.value, checkpoint, images)
+    if not distributed.is_first():
+        next(predictions, None)  # takes part in restoring the network
+        return
+    with interruptible(predictions, keeps=bool(_JSONL.value)) as shown:
+        predict.report(
+            shown,
+            num_layers=CONFIG.value.model.depth,
+            jsonl=_JSONL.value,
+            folder=_PICTURES.value,
+        )
+
+
+@contextlib.contextmanager
+def interruptible(predictions: Iterator[object], *, keeps: bool) -> Iterator[Iterator[object]]:
+    """Yields the predictions up to SIGINT, so that those made so far can be written.
+
+    A second SIGINT, or one before the first prediction, ends the program at once.
+
+    Args:
+      predictions: to yield.
+      keeps: whether they are written; if not, the first SIGINT ends the program.
+    """
+    count, asked = 0, False
+
+    def act(number: int) -> None:
+        nonlocal asked
+        if number == signal.SIGINT:
+            if asked or not count or not keeps:
+                signals.interrupted()
+            asked = True
+
+    def shown() -> Iterator[object]:
+        nonlocal count
+        for prediction in predictions:
+            count += 1
+            yield prediction
+            if asked:
+                raise KeyboardInterrupt
+
+    with signals.listen(act):
+        yield shown()
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the program with one sentence after an error that the user can correct.
+
+    The errors are UserError, an output that is not writable, and a package that is missing.
+    """
+    import jax
+
+    try:
+        yield
+    except (errors.UserError, OSError, ImportError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            os._exit(_NO_READER)
+        # At exit each process would wait for the others, which may wait for this one.
+        errors.stop(error, at_once=jax.distributed.is_initialized())
+    except KeyboardInterrupt:
+        errors.stop("interrupted.", at_once=jax.distributed.is_initialized(), status=130)
+
+
+def _has_no_reader() -> bool:
+    """Returns whether stdout is a pipe that nothing reads, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+@contextlib.contextmanager
+def complete_output() -> Iterator[None]:
+    """Writes all output before the program ends, or ends it with an exit status if that fails."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has all characters
+    try:
+        yield
+    except BrokenPipeError:  # of --help
+        os._exit(_NO_READER)
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            os._exit(_NO_READER)
+        except OSError as error:
+            errors.stop(error, at_once=True)
