@@ -1,5 +1,7 @@
 """RandAugment: each operation at its extremes, against Pillow or by counting pixels; random draws."""
 
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageEnhance, ImageOps
@@ -128,12 +130,17 @@ def test_shear(picture: Image.Image, name: str, strength: float, sign: int) -> N
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Records the calls of the operations by `rand_augment`."""
+    """Records the calls of the operations by `rand_augment` in this thread.
+
+    Threads of a loader that another test has left may still call them.
+    """
     log: list[tuple] = []
+    here = threading.get_ident()
 
     def spy(name: str) -> randaugment.Operation:
         def operation(picture: Image.Image, strength: float, sign: int) -> Image.Image:
-            log.append((name, strength, sign))
+            if threading.get_ident() == here:
+                log.append((name, strength, sign))
             return picture
 
         return operation
