@@ -190,7 +190,7 @@ def test_a_budget_that_is_jumped_over_is_reported(
 def test_what_cannot_be_calibrated_is_a_sentence(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match=r"no gate bias brings the MACs ratio to 0\.01"):
         calibrate.from_checkpoint(tmp_path / "x.safetensors", _config(), run, 0.01)
-    with pytest.raises(errors.UserError, match="a network without halting costs what it costs"):
+    with pytest.raises(errors.UserError, match="the cost of a network without halting is fixed"):
         calibrate.from_checkpoint(
             tmp_path / "x.safetensors", _config(**{"halting.enabled": False}), run, 0.5
         )
@@ -213,7 +213,7 @@ def test_the_command_asks_for_what_is_missing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_static_network_has_no_budget_to_hold() -> None:
-    with pytest.raises(errors.UserError, match=r"costs what it costs: set config\.budget=0"):
+    with pytest.raises(errors.UserError, match=r"without halting is fixed: set config\.budget=0"):
         config_lib.check(_config(**{"halting.enabled": False}))
     config = _config(**{"halting.enabled": False, "budget": 0.0})
     assert "gate" not in jax.eval_shape(

@@ -20,6 +20,7 @@ from avit_jax.inference import adaptive
 from avit_jax.models import flops
 from avit_jax.tools import predict
 from avit_jax.training import build, restore
+from avit_jax.training.state import RunMetadata
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
 
@@ -143,7 +144,8 @@ def test_a_network_used_otherwise_than_trained_is_reported(
     trained = json.loads(config.to_json_best_effort())
     del trained["halting"]["merge"]  # a run from before the key was known did as its default says
     trained["halting"]["gamma"] = 3.0
-    monkeypatch.setattr(restore, "params", lambda *_: ({}, {"config": trained}))
+    metadata = RunMetadata(config=trained, label_names=[])
+    monkeypatch.setattr(restore, "params", lambda *_: ({}, metadata))
     with caplog.at_level("WARNING", logger="avit_jax"):
         restore.trained(config, build.model(config), tmp_path)
     assert caplog.messages == ["config.halting.gamma is 5.0, and the network was trained with 3.0"]
