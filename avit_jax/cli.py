@@ -39,7 +39,7 @@ _OUT = flags.DEFINE_string(
     "out",
     None,
     "--mode=export, calibrate: file to write; .safetensors: weights with timm's names; export "
-    "also writes .avit, a program for serving.py",
+    "only: .avit, a program for avit_jax.serving",
 )
 _BUDGET = flags.DEFINE_float(
     "budget",
@@ -58,7 +58,9 @@ _PICTURES = flags.DEFINE_string(
     "pictures", None, "--mode=predict: folder to write figures of the token depths to"
 )
 _ALLOW = flags.DEFINE_bool(
-    "allow_changed_config", False, "continue from a checkpoint of another configuration too"
+    "allow_changed_config",
+    False,
+    "--mode=train: accept a checkpoint of another configuration, data set or teacher",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of the first of several processes; not needed on Cloud TPU"
@@ -100,7 +102,7 @@ def parse(argv: list[str]) -> list[str]:
         # ml_collections reports a missing recipe only if a value is read.
         CONFIG.value.train.steps  # noqa: B018
         images = _resolve_paths(images)
-    except BrokenPipeError:  # of --help
+    except BrokenPipeError:  # --help writes to a closed pipe
         raise
     except Exception as error:
         errors.stop(errors.innermost_message(error))
@@ -158,7 +160,7 @@ def start_devices() -> None:
     from avit_jax.inference import adaptive
     from avit_jax.training import distributed
 
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax raises its errors too
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax also raises what it logs
     distributed.initialize(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
@@ -168,7 +170,7 @@ def start_devices() -> None:
     if _MODE.value in ("train", "eval") and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", f"{workdir()}/compiled")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # Training would not be faster, and would hold its state once per core.
+    # Do not divide the CPU in training: no speed-up, and one copy of the state per core.
     if _MODE.value in ("eval", "calibrate"):
         distributed.divide_cpu(adaptive.usable_cores(), CONFIG.value.eval.batch_size)
     distributed.check_devices()
@@ -181,7 +183,7 @@ def start_log() -> None:
     logger = progress.to_console(logging.INFO if distributed.is_first() else logging.WARNING)
     # Background writers print tracebacks; errors that matter are raised when one waits for them.
     threading.excepthook = lambda args: logger.warning(
-        "in the background: %s", errors.first_line(args.exc_value)
+        "a background thread failed: %s", errors.first_line(args.exc_value)
     )
     sys.unraisablehook = lambda args: None
 
@@ -235,13 +237,15 @@ def _predict(images: list[str], checkpoint: str) -> None:
 
 @contextlib.contextmanager
 def interruptible(predictions: Iterator[object], *, keeps: bool) -> Iterator[Iterator[object]]:
-    """Yields the predictions up to SIGINT, so that those made so far can be written.
+    """Yields the predictions.
 
-    A second SIGINT, or one before the first prediction, ends the program at once.
+    After the first SIGINT, the next request for a prediction raises KeyboardInterrupt, so that the
+    caller can write the earlier ones. A second SIGINT, or one before the first prediction, ends the
+    program at once.
 
     Args:
-      predictions: to yield.
-      keeps: whether they are written; if not, the first SIGINT ends the program.
+      predictions: the predictions to yield.
+      keeps: whether the caller writes them; if not, the first SIGINT ends the program at once.
     """
     count, asked = 0, False
 
@@ -268,7 +272,7 @@ def interruptible(predictions: Iterator[object], *, keeps: bool) -> Iterator[Ite
 def exit_on_user_error() -> Iterator[None]:
     """Ends the program with one sentence after an error that the user can correct.
 
-    The errors are UserError, an output that is not writable, and a package that is missing.
+    Handles UserError, OSError, ImportError, MemoryError, and KeyboardInterrupt (status 130).
     """
     import jax
 
@@ -292,12 +296,15 @@ def _has_no_reader() -> bool:
 
 @contextlib.contextmanager
 def complete_output() -> Iterator[None]:
-    """Writes all output before the program ends, or ends it with an exit status if that fails."""
+    """Writes all output before the program ends.
+
+    If output cannot be written, ends the program with a nonzero exit status.
+    """
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has all characters
     try:
         yield
-    except BrokenPipeError:  # of --help
+    except BrokenPipeError:  # --help writes to a closed pipe
         os._exit(_NO_READER)
     finally:
         try:

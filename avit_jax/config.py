@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from avit_jax import config_check
 from avit_jax.utils import errors
 
-# Keys that do not change a number of training or evaluation: a run may resume with other values.
+# Keys that do not affect training. A run may resume with other values of them.
 _FREE = {
     "data.dir",
     "data.num_threads",
@@ -31,9 +31,9 @@ def default() -> ConfigDict:
         "init": "",
         # Rows and columns of patches in `init` or --checkpoint; empty: from the file, or a square.
         "init_grid": (),
-        # Replaces the classifier of `init` by zeros, for another number of classes.
+        # Starts the classifier at 0 if `init` has none or has another number of classes.
         "init_new_head": False,
-        # Target MACs ratio of training, reached by moving the gate bias; 0: the bias is not moved.
+        # Target MACs ratio of training, reached by moving the gate bias; 0: no budget.
         # With a budget, the prior's target depth follows from it and loss.target_depth is unused.
         "budget": 0.0,
     }
@@ -64,7 +64,8 @@ def _input() -> dict[str, dict[str, Any]]:
             "num_threads": 2,  # reading and transforming threads, per worker
             "num_workers": 0,  # reading processes for training; 0: the training process reads
             "bad_records": "raise",  # unreadable record: "raise" an error, or "skip" to the next
-            "max_bad_share": 0.01,  # training stops if more of the records are unreadable
+            # Training or evaluation stops if a larger fraction of records is unreadable.
+            "max_bad_share": 0.01,
         },
         # See avit_jax/data/transforms.py and augment.py. By default: crop and flip only.
         "augment": {
@@ -149,8 +150,8 @@ def _training() -> dict[str, dict[str, Any]]:
             "batch_size": 512,  # images per step, over all devices
             "steps": 1000,
             # Removes halted tokens in training: less work, the same gradients up to rounding.
-            # Not with prior_mode "official". On a GPU it masks them with remat, unless removal
-            # was measured to be faster (`plan.removal_pays`).
+            # On a GPU, removes tokens only if `plan.removal_pays`; otherwise masks them with
+            # remat. Removal needs dropout 0. Not with prior_mode "official".
             "adaptive": False,
             "log_every": 50,  # steps
             "eval_every": 0,  # steps between evaluations, each with a checkpoint; 0: at the end
@@ -159,10 +160,12 @@ def _training() -> dict[str, dict[str, Any]]:
         },
         "eval": {
             "batch_size": 512,
-            # Removes halted tokens, on a GPU if that was measured to be faster; see
-            # `plan.removal_pays`. False: masks them.
+            # Removes halted tokens; on a GPU only if `plan.removal_pays`, otherwise masks them.
+            # False: masks them.
             "adaptive": True,
-            "checkpoint": "last",  # --mode=eval: "last", "best", or "init": the weights of `init`
+            # Checkpoint that every mode but train reads: "last", "best", or "init" (the weights
+            # of `init`).
+            "checkpoint": "last",
             "pictures": 8,  # images in depth.png
         },
         "debug": {
@@ -212,16 +215,16 @@ def check(config: ConfigDict) -> None:
 
 
 def saved_values(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values of a saved configuration by full name; unknown keys have their default."""
+    """Returns the values of a saved configuration by full name; missing keys get their defaults."""
     return flat(to_json(default())) | flat(saved)
 
 
 def changes(current: dict[str, Any], saved: dict[str, Any]) -> str:
-    """Returns the keys that changed, except those that change no number; empty if none changed.
+    """Returns the keys that changed, except the keys in `_FREE`; empty if none changed.
 
     Args:
       current: the configuration of this run, from `to_json`.
-      saved: the configuration to compare with, likewise.
+      saved: the configuration to compare with, from `to_json` too.
     """
     now, before = flat(current), saved_values(saved)
     changed = [

@@ -79,7 +79,7 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
 
     Args:
       values: by full name, such as `train.steps`.
-      defaults: likewise.
+      defaults: default values by full name.
     """
     for faults in (_value_faults(values, defaults), _shape_faults(values), _mismatches(values)):
         for fault in faults:
@@ -106,7 +106,7 @@ def _value_faults(values: dict[str, Any], defaults: dict[str, Any]) -> Iterator[
             usual = _LARGEST_INTEGER if isinstance(number, int) else _LARGEST_FLOAT
             largest = _LARGEST.get(key, usual)
             if isinstance(number, int | float) and abs(number) > largest:  # nan passes here
-                yield f"config.{key} must be at most {largest} in size; got {number}."
+                yield f"config.{key} must be at most {largest} in absolute value; got {number}."
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             names = " or ".join(f'"{choice}"' for choice in choices)
@@ -133,16 +133,22 @@ def _shape_faults(values: dict[str, Any]) -> Iterator[str]:
     profile, steps = values["debug.profile"], values["train.steps"]
     is_pair = len(profile) == 2 and all(isinstance(step, int) for step in profile)
     if not is_pair or not (tuple(profile) == (0, 0) or 1 <= profile[0] <= profile[1] <= steps):
-        yield f"config.debug.profile must be the first and the last step to record; got {profile}."
+        yield (
+            "config.debug.profile must be (0, 0), or first <= last step within 1 to train.steps; "
+            f"got {profile}."
+        )
     scale = values["augment.crop_scale"]
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-        yield f"config.augment.crop_scale must be two rising fractions up to 1; got {scale}."
+        yield (
+            "config.augment.crop_scale must be (smallest, largest) with "
+            f"0 < smallest <= largest <= 1; got {scale}."
+        )
     if not all(std > 0 for std in values["data.std"]):
         yield f"config.data.std must be above 0; got {values['data.std']}."
     channels = values["model.channels"]
     for key in _PER_CHANNEL:
         if len(values[key]) not in (1, channels):
-            yield f"config.{key} must hold one number for each of the {channels} channels."
+            yield f"config.{key} must hold one number, or one for each of the {channels} channels."
 
 
 def _mismatches(values: dict[str, Any]) -> Iterator[str]:
@@ -162,8 +168,8 @@ def _mismatches(values: dict[str, Any]) -> Iterator[str]:
         )
     if values["halting.merge"] and official and values["loss.prior_weight"]:
         yield (
-            'config.loss.prior_mode "official" reads the scores of halted tokens, which '
-            "config.halting.merge merges into others: set one of the two only."
+            'config.loss.prior_mode "official" reads the scores of halted tokens; with '
+            "config.halting.merge these tokens are merged: set one of the two only."
         )
     if 0 <= values["model.width"] * values["model.mlp_ratio"] < 1:
         yield "config.model.mlp_ratio is too small: the MLP would have no width."

@@ -34,7 +34,7 @@ def start() -> None:
             app.run(main, flags_parser=cli.parse)
         except SystemExit as ended:
             if not ended.code:
-                signals.end_on_interrupt(status=0)  # only the end of the process is left
+                signals.end_on_interrupt(status=0)  # nothing is left to interrupt
             raise
 
 

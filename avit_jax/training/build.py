@@ -5,6 +5,7 @@ Other modules of training receive these objects and not the configuration.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -92,7 +93,13 @@ def step_options(config: ConfigDict) -> train_step.StepOptions:
 
 
 def model(config: ConfigDict) -> vit.AViT:
-    """Returns the network; raises errors.UserError if its sizes do not fit together."""
+    """Returns the network; chooses removal or remat if train.adaptive is set.
+
+    Starts JAX's devices if it has to choose.
+
+    Raises:
+      errors.UserError: sizes, gate, dtype or budget are not usable.
+    """
     gate = dict(config.halting)
     try:
         gate["learnable"] |= config.budget > 0  # training moves the bias to reach the budget
@@ -117,8 +124,9 @@ def model(config: ConfigDict) -> vit.AViT:
     least = first_layer / flops.static_macs(network)
     if halts and 0 < config.budget < least:
         raise errors.UserError(
-            f"config.budget {config.budget} is out of reach: the first layer alone costs "
-            f"{least:.3f}."
+            f"config.budget {config.budget} is out of reach: set at least "
+            f"{math.ceil(1000 * least) / 1000:.3f}, the MACs ratio of one layer with patch "
+            "embedding and head."
         )
     return network
 
@@ -142,7 +150,14 @@ def optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.S
 def new_state(
     network: vit.AViT, tx: optax.GradientTransformation, *, seed: int, ema: bool
 ) -> TrainState:
-    """Returns the random state before the first step; it depends on the seed alone."""
+    """Returns the random state before the first step; it depends on the seed alone.
+
+    Args:
+      network: the network.
+      tx: the optimizer.
+      seed: seed of the random parameters.
+      ema: whether the state holds a moving average.
+    """
     images = jnp.zeros((1, *network.pixels, network.channels))
     params = network.init(jax.random.key(seed), images)["params"]
     ema_params = jax.tree.map(jnp.copy, params) if ema else None
@@ -182,8 +197,9 @@ def check(config: ConfigDict, *names: str) -> None:
       names: "train" or "eval": whose batches the devices must be able to share evenly.
 
     Raises:
-      errors.UserError: a value is not usable, differs from that of the first process, or a batch
-        size is not a multiple of the number of devices.
+      errors.UserError: a value is not usable, a value differs from that of the first process
+        (except keys that `config.changes` does not compare), or a batch size is not a multiple of
+        the number of devices.
     """
     config_lib.check(config)
     values = config_lib.to_json(config)

@@ -30,7 +30,8 @@ def lock_workdir(workdir: epath.Path) -> Iterator[None]:
     Uses an OS file lock, which is released if the process dies. On a bucket there is no lock.
 
     Raises:
-      errors.UserError: another run uses the folder, or it becomes unwritable while it is locked.
+      errors.UserError: another run uses the folder, it cannot be created, or an OSError occurs
+        inside.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,10 @@ def folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _is_finished(step: epath.Path) -> bool:
-    """Returns whether a checkpoint is complete. Only on a bucket are there others of this name."""
+    """Returns whether a checkpoint is complete.
+
+    On a bucket, an incomplete checkpoint has the final name too.
+    """
     return not damage.is_bucket(step) or ocp.utils.is_checkpoint_finalized(step)
 
 
@@ -76,9 +80,9 @@ class Checkpoints:
 
     Only the first process uses it. A checkpoint appears under its name when it is complete.
 
-    A checkpoint is damaged if one of its files has changed, if it is a link, or if its folder, its
-    state and its metadata name different steps. Damaged checkpoints are never restored: they are
-    renamed with a warning, and the previous checkpoint is used.
+    If a file changed, the folder is a link, or the metadata names another step, the checkpoint is
+    renamed with a warning, and the previous checkpoint is used. If only the state names another
+    step, `restore` raises an error.
 
     Args:
       workdir: a local path or one that etils reads, such as `gs://`.
@@ -120,7 +124,7 @@ class Checkpoints:
             raise errors.UserError(
                 f"{self._directory} cannot be read ({errors.first_line(error)})."
             ) from error
-        # Orbax would ask all processes whether to stop, which `distributed.Stop` counts too.
+        # Disables Orbax's preemption check, which would advance the counter of `distributed.Stop`.
         self._manager.reached_preemption = lambda step: False
 
     def _prepare(self, read_only: bool) -> None:
@@ -146,7 +150,11 @@ class Checkpoints:
             self._manager.close()
 
     def step(self, which: str = "last") -> int | None:
-        """Returns the step of the "last" or the "best" checkpoint, None if there is none."""
+        """Returns the step of the "last" or the "best" checkpoint, None if there is none.
+
+        Raises:
+          errors.UserError: the metrics that tell the best checkpoint cannot be read.
+        """
         if which == "best":
             try:
                 return self._manager.best_step()
@@ -220,7 +228,7 @@ class Checkpoints:
         if found != step:
             raise errors.UserError(
                 f"the checkpoint of step {step} in {self._directory} holds the state of step "
-                f"{found}: move this folder away, and start again."
+                f"{found}: move {self._directory / str(step)} away, and start again."
             )
         return restored["state"], restored["extra"]
 
@@ -252,7 +260,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**parts))
 
     def _check_fit(self, step: int, state: Any) -> None:
-        """Compares shapes before reading, as Orbax leaves arrays out or fails without a reason."""
+        """Compares shapes before reading: Orbax leaves arrays out, or fails without naming them."""
         with self._read_errors(step):
             saved = _shapes(self._manager.item_metadata(step)["state"])
         expected = _shapes(state)
@@ -285,7 +293,8 @@ class Checkpoints:
         except Exception as error:
             raise errors.UserError(
                 f"the checkpoint of step {step} in {self._directory} cannot be read "
-                f"({errors.first_line(error)}): move this folder away and start again."
+                f"({errors.first_line(error)}): move {self._directory / str(step)} away, and start "
+                "again."
             ) from error
 
     def _write_digests(self) -> None:

@@ -1,4 +1,4 @@
-"""Finds out whether a checkpoint is as it was written, by the digests of its files."""
+"""Checks whether a checkpoint is as it was written, by the digests of its files."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _ORBAX_TYPES = {
 
 
 def is_bucket(path: epath.PathLike) -> bool:
-    """Returns whether a path is an address such as gs://, whose files cannot be renamed."""
+    """Returns whether a path is an address such as gs://, where renaming is not atomic."""
     return "://" in str(path)
 
 
@@ -30,8 +30,8 @@ def describe(folder: epath.Path, step: int) -> str:
     """Returns what is wrong with a checkpoint; empty if nothing is.
 
     Args:
-      folder: of the checkpoint.
-      step: that it should hold.
+      folder: folder of the checkpoint.
+      step: the step that its metadata must name.
     """
     try:
         if os.path.islink(folder):
@@ -65,7 +65,7 @@ def digests(folder: epath.Path) -> dict[str, str]:
 
 
 def _is_file(path: epath.Path) -> bool:
-    """Returns whether a path is a file. A pipe is none, although epath takes it for one."""
+    """Returns whether a path is a regular file; for epath, a local pipe is a file too."""
     return path.is_file() if is_bucket(path) else os.path.isfile(path)
 
 
@@ -77,9 +77,12 @@ def _read_json(path: epath.Path) -> Any:
 
 
 def _is_written_by_orbax(name: str) -> bool:
-    """Returns whether Orbax wrote a file, by its path in the folder, before the digests.
+    """Returns whether Orbax wrote a file before the digests were written.
 
-    Orbax adds files to the folder itself later. Operating systems add files that start with a dot.
+    Orbax adds files to the top folder later. Operating systems add files that start with a dot.
+
+    Args:
+      name: path of the file in the checkpoint's folder.
     """
     folder, _, file = name.rpartition("/")
     return bool(folder) and not file.startswith(".")

@@ -24,9 +24,13 @@ def parallel(
     """Compiles a function to run on all devices, each with its row of every argument.
 
     Args:
-      function: of one device's arguments; it may use AXIS.
-      devices: to run on; None: all.
-      donate: reuses the memory of the first argument.
+      function: maps one device's arguments to its results; it may use AXIS.
+      devices: devices to run on; None: all.
+      donate: reuses the memory of the first argument, which the caller must not use again.
+
+    Returns:
+      The compiled function. Its arguments and results have a first axis of local devices:
+      `(devices, ...)`.
     """
     donated = (0,) if donate else ()
     return jax.pmap(function, axis_name=AXIS, devices=devices, donate_argnums=donated)
@@ -47,6 +51,9 @@ def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
 
     The placement equals that of `parallel`'s outputs. `flax.jax_utils.replicate` places arrays
     differently, so a step that receives its own output would compile twice.
+
+    Returns:
+      The tree with arrays `(devices, ...)`.
     """
     devices = devices or jax.local_devices()
     copies = jax.tree.map(
@@ -61,13 +68,17 @@ def first(tree: Any) -> Any:
 
 
 def split(batch: Any, devices: list[jax.Device] | None = None) -> Any:
-    """Distributes a batch of arrays `(B, ...)` over the local devices, or over the given ones."""
+    """Distributes a batch of arrays `(B, ...)` over the local devices, or over the given ones.
+
+    Returns:
+      The batch with arrays `(devices, B / devices, ...)`.
+    """
     devices = devices or jax.local_devices()
     return jax.device_put(_rows(batch, len(devices)), _sharding(devices))
 
 
 def prefetch(batches: Iterator[Any]) -> Iterator[Any]:
-    """Distributes batches of arrays `(B, ...)` over the local devices ahead of their use."""
+    """Distributes batches over the local devices ahead of their use, as `split` does."""
     rows = (_rows(batch, jax.local_device_count()) for batch in batches)
     return jax_utils.prefetch_to_device(rows, _PREFETCH)
 

@@ -29,10 +29,8 @@ _REASONS = {  # by the status of JAX when it aborts
     "ALREADY_EXISTS": "another process has the same --process_id",
     "INVALID_ARGUMENT": "--num_processes is not the same on all",
 }
-_ENDED = (
-    "another process of the run has ended or cannot be reached: read its last messages, and start "
-    "all processes again."
-)
+_ENDED = "another process of the run has ended or cannot be reached"
+_RESTART = "read the last messages of all processes, and start all of them again."
 _captured: list[IO[bytes]] = []  # stderr while the processes join
 
 
@@ -44,7 +42,7 @@ def _on_abort(number: int) -> None:
     """
     if _captured:
         _cannot_join()
-    os.write(2, f"error: {_ENDED}\n".encode())
+    os.write(2, f"error: {_ENDED}: {_RESTART}\n".encode())
     os._exit(2)
 
 
@@ -53,7 +51,7 @@ def initialize(
 ) -> None:
     """Connects this process to the others of a run. Call it before any other use of JAX.
 
-    Without the first three arguments there is one process, except on Cloud TPU, which knows them.
+    If the first three arguments are None, there is one process. On Cloud TPU, JAX finds the others.
 
     Args:
       coordinator: `host:port` of the first process.
@@ -66,7 +64,7 @@ def initialize(
     """
     arguments = (coordinator, num_processes, process_id)
     if arguments == (None, None, None):
-        # `import jax` sets the variable if it finds no TPU.
+        # `import jax` sets TPU_SKIP_MDS_QUERY if it finds no TPU.
         if "TPU_SKIP_MDS_QUERY" in os.environ or importlib.util.find_spec("libtpu") is None:
             return
     elif None in arguments:
@@ -179,7 +177,7 @@ def _is_address(text: str) -> bool:
 
 
 def divide_cpu(cores: int, batch_size: int) -> None:
-    """Makes each CPU core a device, or fewer so that they divide a batch evenly.
+    """Makes each CPU core a device. Uses fewer if the number of cores does not divide `batch_size`.
 
     Call it before JAX starts its devices. It changes nothing if there are several processes, or if
     `XLA_FLAGS` or `jax_num_cpu_devices` set the number of devices.
@@ -228,8 +226,8 @@ def check_same(fingerprint: str, name: object) -> None:
     """Raises errors.UserError if a fingerprint differs from that on the first process.
 
     Args:
-      fingerprint: of a file or a data set.
-      name: of it, for the message.
+      fingerprint: digest of a file or a data set.
+      name: the name of the file or data set, for the message.
     """
     if from_first_json(fingerprint) != fingerprint:
         raise errors.UserError(
@@ -238,14 +236,13 @@ def check_same(fingerprint: str, name: object) -> None:
 
 
 class Stop:
-    """Returns True once a signal asks the run to stop; a second signal ends the process at once.
+    """Decides whether a signal stops the run. A second signal ends the process at once.
 
-    A context manager. It catches SIGTERM, and SIGINT after its first call; before that there is
-    nothing to save. Of several processes, one has to get the signal: all of them return True at the
-    same call, and at every later one.
+    A context manager. Catches SIGTERM from the start, SIGINT after the first call of the object. If
+    one process gets a signal, all return True from the same call on.
 
     Attributes:
-      name: of the signal; empty before there is one.
+      name: the name of the signal; empty before a signal.
     """
 
     def __init__(self) -> None:
@@ -308,9 +305,10 @@ class Stop:
 
 @contextlib.contextmanager
 def ended_together() -> Iterator[None]:
-    """Raises errors.UserError if another process ended, or the devices' memory is too small.
+    """Turns errors of JAX inside into one sentence.
 
-    Another process has ended if an operation over all processes fails.
+    Raises:
+      errors.UserError: the devices run out of memory, or an operation fails on several processes.
     """
     try:
         yield
@@ -325,4 +323,6 @@ def ended_together() -> Iterator[None]:
             ) from error
         if jax.process_count() == 1:
             raise
-        raise errors.UserError(_ENDED) from error
+        raise errors.UserError(
+            f"{_ENDED}, or an operation failed ({errors.first_line(error)}): {_RESTART}"
+        ) from error

@@ -151,10 +151,10 @@ def make_eval_step(
 
     Args:
       model: for its sizes.
-      apply: from variables and normalised images to logits and aux: `model.apply`, or
+      apply: maps variables and normalized images to logits and aux: `model.apply`, or
         `adaptive.apply` of the model.
-      mean: of the pixels scaled to [0, 1], one number per channel.
-      std: likewise.
+      mean: mean of the pixels scaled to [0, 1], one number per channel or one for all.
+      std: standard deviation of the same pixels, in the same form.
     """
 
     def eval_step(params: Any, batch: loader.Batch) -> metrics.Sums:
@@ -165,13 +165,17 @@ def make_eval_step(
 
 
 def _title(label: int, guess: int, names: list[str]) -> str:
-    return names[label] if label == guess else f"{names[label]},\ntaken for {names[guess]}"
+    return names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
 
 
 def top1(
     config: ConfigDict, model: vit.AViT, params: Any, name: str, stop: Callable[[], bool]
 ) -> float | None:
-    """Measures the top-1 accuracy of a network, and logs it under a name; None if stopped."""
+    """Measures the top-1 accuracy of a network, and logs it under a name.
+
+    Returns:
+      A fraction in [0, 1]; None if `stop` ended the evaluation.
+    """
     results = Evaluator(config, model)(devices.replicate(params), stop)
     if results is None:
         return None

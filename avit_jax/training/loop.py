@@ -49,13 +49,14 @@ def train(
       config: see `avit_jax/config.py`.
       workdir: gets `metrics.jsonl`, `timing.jsonl`, `tensorboard/`, `checkpoints/`, `summary.json`
         and `depth.png`.
-      allow_changed_config: continues from a checkpoint of another configuration too.
+      allow_changed_config: accepts a checkpoint of another configuration, data set or
+        teacher.
       model: replaces the configuration's network; it needs at least the same parameters.
 
     Raises:
       errors.UserError: the configuration or the data set is wrong, the workdir is not writable or
         belongs to another run, or the loss is not finite.
-      KeyboardInterrupt: SIGINT came before the first step, so there is nothing to save.
+      KeyboardInterrupt: SIGINT came before the first step of this call, in a run of one process.
     """
     build.check(config, "train", "eval")
     run(parts_lib.of_config(config, model), workdir, allow_changed_config=allow_changed_config)
@@ -101,6 +102,7 @@ def run(
         saver = Saver(checkpoints, metadata, log, begun.step)
         state = devices.replicate(begun.train)
         profiler = Profiler(options.profile, begun.step, workdir / "profile")
+        stack.callback(profiler.close)
         step_fn = parts.make_step(teacher)
         state, results = loop(state, step_fn, batches, parts, log, saver, stop, profiler)
         if saver.step < options.steps or (results is None and stop()):
@@ -134,8 +136,8 @@ def loop(
     Args:
       state: after step `saver.step`, replicated.
       step_fn: the training step.
-      batches: those after step `saver.step`.
-      parts: of the run, for the evaluator and the options.
+      batches: the batches after step `saver.step`.
+      parts: the parts of the run; only their evaluator and options are used.
       log: gets the metrics of each step.
       saver: saves checkpoints.
       stop: whether to stop now.
@@ -192,14 +194,14 @@ class Saver:
     """Saves snapshots of a run. All processes use it; the first one has checkpoints and writes.
 
     Args:
-      checkpoints: of the run, or None.
-      metadata: of the run.
-      log: of the run.
-      step: the last one saved; 0 at the start of a run.
+      checkpoints: the checkpoints of the run; None on all processes but the first.
+      metadata: metadata of the last checkpoint, or of a new run.
+      log: the log of the run.
+      step: the last step saved; 0 at the start of a run.
 
     Attributes:
-      step: the last one saved.
-      metadata: that of this step.
+      step: the last step saved.
+      metadata: metadata of this step.
     """
 
     def __init__(
@@ -216,7 +218,7 @@ class Saver:
         """Saves a replicated state, unless the step is saved and there are no new results.
 
         Raises:
-          errors.UserError: it is not writable, or a loss so far is not finite.
+          errors.UserError: the checkpoint is not writable, or a loss so far is not finite.
         """
         if step == self.step and results is None:
             return
@@ -244,31 +246,40 @@ class Profiler:
 
     Args:
       steps: first and last step; (0, 0): none.
-      start_step: steps before this run; a run that resumes among the steps records none.
-      folder: of the trace.
+      start_step: steps before this start; a run that resumes among `steps` records none.
+      folder: folder to write the trace to.
     """
 
     def __init__(self, steps: tuple[int, int], start_step: int, folder: epath.Path) -> None:
         self._steps = steps if start_step < steps[0] else (0, 0)
-        self._folder = folder
+        self._folder, self._is_recording = folder, False
 
     def start(self, step: int) -> None:
         """Starts recording if the step is the first one."""
         if step == self._steps[0]:
             jax.profiler.start_trace(str(self._folder))
+            self._is_recording = True
 
     def stop(self, step: int, values: dict[str, jax.Array]) -> None:
         """Stops recording after the metrics are ready, if the step is the last one."""
         if step == self._steps[1]:
             jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        """Stops recording and writes the trace, also if the run ends before the last step."""
+        if self._is_recording:
+            self._is_recording = False
             jax.profiler.stop_trace()
-            _logger.info("wrote the trace of steps %d to %d into %s", *self._steps, self._folder)
+            _logger.info("wrote the trace from step %d on into %s", self._steps[0], self._folder)
 
 
 def next_batch(
     batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None
 ) -> tuple[loader.Batch, float]:
-    """Returns the next batch, and the seconds that idle devices waited for it.
+    """Returns the next batch, and the wait for it in seconds if the devices are idle at its end.
+
+    Otherwise the wait is 0.
 
     Args:
       batches: on the devices.
@@ -305,8 +316,8 @@ def warn_of_long_average(options: build.RunOptions) -> None:
     left = options.ema_decay**options.steps
     if left > 0.1:
         _logger.warning(
-            "the initial weights will be %.0f%% of the moving average that is evaluated at the "
-            "end: for %d steps set --config.optimizer.ema_decay=%.6g, or 0",
+            "the initial weights will be %.0f%% of the moving average after %d steps: set "
+            "--config.optimizer.ema_decay=%.6g, or 0 for no average",
             *(100 * left, options.steps, 0.01 ** (1 / options.steps)),
         )
 

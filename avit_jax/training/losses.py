@@ -36,8 +36,8 @@ def distillation_loss(
       logits: `(B, C)` of the student, any float dtype; the loss is at least float32.
       teacher: `(B, C)` logits.
       targets: "hard": cross entropy with the teacher's most likely class. "soft":
-        Kullback-Leibler divergence from the teacher's probabilities at the temperature, times the
-        squared temperature, which keeps the size of the gradient.
+        KL(teacher || student) at the temperature, times temperature**2, which keeps the size of
+        the gradient.
       temperature: of soft targets.
 
     Returns:
@@ -62,8 +62,8 @@ def distillation_loss(
 def ponder_loss(aux: vit.Aux) -> jax.Array:
     """Mean ponder cost N + r over all tokens and images.
 
-    The number of layers N has no gradient. The gradient of the remainder r raises the scores
-    before the halting layer.
+    The number of layers N has no gradient. Minimizing the remainder r raises the scores before the
+    halting layer.
 
     Args:
       aux: of the forward pass.
@@ -88,17 +88,18 @@ def prior_loss(
     reverse: bool = False,
     axis_name: str | None = None,
 ) -> jax.Array:
-    """Kullback-Leibler divergence of the halting scores by layer, H, from a Gaussian over layers.
+    """Returns the KL divergence between the mean halting scores by layer, H, and a Gaussian.
 
     Args:
       aux: of the forward pass.
       target_depth: layer where the Gaussian peaks, from 1 to L.
       width: its standard deviation, in layers.
-      mode: "paper": KL(H || Gaussian), where H is the mean over active tokens of all images and
-        the last layer counts as 1. "official" reproduces the released code, to compare with its
-        numbers: KL(target || H) / L. Its H is the mean over all tokens, halted ones too, of all
-        images but the first, clipped to [0.01, 0.99]. Its target peaks one layer later, has width 1
-        and a sum above 1. At batch size 1 it is 0.
+      mode: "paper": KL(H || Gaussian). H is the mean over all tokens of all images; halted tokens
+        count as 0 and the last layer as 1. H is normalized. "official" reproduces the released
+        code, to compare with its numbers: KL(target || H) / L. Its H is the mean score over all
+        tokens, halted ones too, of all images but the first. H is normalized, then clipped to
+        [0.01, 0.99]. The target peaks one layer later; `width` is ignored. The target has width 1
+        and a sum above 1. At batch size 1 the loss is 0.
       reverse: KL(Gaussian || H) instead, in paper mode.
       axis_name: mapped axis over the devices that share the batch; H is then of the whole batch.
 
@@ -119,7 +120,7 @@ def prior_loss(
         raise ValueError(f'mode must be "paper" or "official"; got "{mode}".')
     score = jnp.asarray(aux.score).at[-1].set(1.0)
     h = _mean_over(halting.score_by_layer(score, aux.active), axis_name)
-    log_h = _log_normalised(h)
+    log_h = _log_normalized(h)
     log_prior = halting.depth_prior(len(h), center=target_depth, width=width).astype(h.dtype)
     if reverse:
         log_h, log_prior = log_prior, log_h
@@ -130,7 +131,7 @@ def _mean_over(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
-def _log_normalised(h: jax.Array) -> jax.Array:
+def _log_normalized(h: jax.Array) -> jax.Array:
     """Returns log(h / sum(h)), whose gradient stays finite if scores underflow."""
     h = jnp.maximum(h, jnp.finfo(h.dtype).tiny)
     return jnp.log(h) - jnp.log(h.sum())
@@ -147,7 +148,7 @@ def _official_prior_loss(score: jax.Array, target_depth: float, axis_name: str |
     if count == 1:
         return jnp.zeros((), score.dtype)
     h = _mean_over(jnp.where(is_first[:, None], 0.0, score).mean((1, 2)), axis_name)
-    log_q = jnp.clip(_log_normalised(h), jnp.log(0.01), jnp.log(0.99))
+    log_q = jnp.clip(_log_normalized(h), jnp.log(0.01), jnp.log(0.99))
     layer = jnp.arange(num_layers, dtype=score.dtype)
     log_pdf = -0.5 * (layer - target_depth) ** 2
     first = jnp.where(layer < target_depth, log_pdf, -jnp.inf)

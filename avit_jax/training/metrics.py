@@ -27,7 +27,9 @@ def eval_sums(
     labels: jax.Array,
     weight: jax.Array,
 ) -> Sums:
-    """Returns sums over a batch. The sums of all batches over that of `images` are means.
+    """Returns sums over a batch.
+
+    To get a mean, divide a sum over all batches by the sum of `images`.
 
     Depths and scores are the same for masking and removal: if the prefix tokens of an image have
     halted, the image is finished and all of its tokens count as halted.
@@ -42,10 +44,11 @@ def eval_sums(
     Returns:
       `images`, `loss` (nats), `top1`, `top5`, `depth_patch` and `depth_class` (layers), `macs`, and
       two vectors `(L,)`: `patch_depth`, the fraction of patch tokens that halt at each layer, and
-      `score`, the mean score of each layer.
+      `score`, the mean score of each layer; halted tokens count as 0.
     """
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    # Of equal logits the first one wins, as in argmax; nan is larger than all numbers.
+    # Equal logits: the first wins, as in argmax. A nan of another class ranks above the label. A
+    # nan label ranks last.
     is_before = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
     is_larger = jnp.where(is_before, ~(logits < label_logits), ~(logits <= label_logits))
     rank = is_larger.sum(axis=1)

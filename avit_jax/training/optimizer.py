@@ -19,14 +19,14 @@ def schedule(
     warmup_learning_rate: float,
     min_learning_rate: float,
 ) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up, then half a cosine.
+    """Returns the learning rate by step: linear warm-up, then half a cosine period.
 
     Args:
       steps: of the run.
       learning_rate: after the warm-up.
       warmup: fraction of the steps.
       warmup_learning_rate: at the first step.
-      min_learning_rate: at the last step.
+      min_learning_rate: limit, reached one step after the last.
     """
     rate = optax.warmup_cosine_decay_schedule(
         init_value=warmup_learning_rate,

@@ -26,10 +26,11 @@ def _no_teacher(expected: str | None) -> None:
 class Parts:
     """What the training loop runs.
 
-    States, parameters, batches and metrics are those of `devices`, replicated or distributed.
+    States, parameters and metrics are replicated, and batches are distributed, as `devices` does
+    it, unless an attribute says "one copy".
 
     Attributes:
-      options: of the loop.
+      options: options of the loop.
       config: the configuration in types that JSON can hold; each checkpoint holds it.
       model: the network.
       create: returns the random state before the first step, one copy.
@@ -40,7 +41,7 @@ class Parts:
         state, which it donates, and a batch; it returns the new state and metrics by name.
       batches: takes the number of steps done and returns the batches that follow.
       evaluator: evaluates parameters and reports, as `evaluate.Evaluator` does.
-      top1: measures another network, see `teacher.Top1`.
+      top1: measures another network, from one copy of its parameters; see `teacher.Top1`.
       source: the training split.
       learning_rate: as a function of the step.
     """

@@ -14,8 +14,10 @@ from avit_jax.training.state import LogState, Row
 from avit_jax.utils import errors
 
 _logger = logging.getLogger(__name__)
-_MAX_BEHIND = 2  # steps that the devices may be behind the host: busy, and soon done at a signal
-_MAX_SKIPPED = 20  # the run ends if so many updates in a row are skipped
+# Steps that the devices may be behind the host: enough to stay busy, and few to finish at a signal.
+_MAX_BEHIND = 2
+# The run ends if all steps since the last row, at least this many, were skipped.
+_MAX_SKIPPED = 20
 _FINITE = (  # must be finite; the error names the first one that is not
     "task_loss",
     "distill_loss",
@@ -128,21 +130,21 @@ class Log:
             if wrong and not self._options.skip_nonfinite:
                 raise errors.UserError(
                     f"{wrong[0]} became {row[wrong[0]]} at step {step}, learning rate "
-                    f"{self._learning_rate(step - 1):.2e}: training has stopped and the last "
-                    "checkpoint is still valid; lower --config.optimizer.learning_rate, set "
-                    "--config.optimizer.clip_norm=1, or find the operation with "
-                    "--config.debug.nans=True."
+                    f"{self._learning_rate(step - 1):.2e}: the last checkpoint is still valid; "
+                    "lower --config.optimizer.learning_rate, set --config.optimizer.clip_norm=1, "
+                    "or find the operation with --config.debug.nans=True."
                 )
             self._rows.append((int(step), row))
 
     def flush(self) -> None:
         """Writes the mean of the steps since the last row.
 
-        If all of them were skipped, they wait for a step that was not.
+        Writes nothing if all of them were skipped; the next row counts them.
 
         Raises:
-          errors.UserError: a loss or a norm is not finite, too many steps in a row were skipped,
-            or too many records could not be read.
+          errors.UserError: a loss or a norm is not finite; all steps since the last row, at least
+            `_MAX_SKIPPED`, or all steps of the run were skipped; or too many records could not be
+            read.
         """
         self.collect()
         if not self._rows:
@@ -192,11 +194,13 @@ class Log:
         self._restart_clock()
         if self._writer:
             self._writer.write(step, "train", mean, timing)
-        minutes, seconds = divmod(round((options.steps - step) / rate) if rate else 0, 60)
+        speed = ""
+        if rate:  # after a resume, a row may hold steps of earlier starts only
+            minutes, seconds = divmod(round((options.steps - step) / rate), 60)
+            speed = f"  {timing['images_per_second']:.0f} images/s  ETA {minutes}:{seconds:02d}"
         _logger.info(
-            "step %d/%d  loss %.4f  top-1 %.3f  %.0f images/s  ETA %d:%02d",
-            *(step, options.steps, mean["loss"], mean["top1"], timing["images_per_second"]),
-            *(minutes, seconds),
+            "step %d/%d  loss %.4f  top-1 %.3f%s",
+            *(step, options.steps, mean["loss"], mean["top1"], speed),
         )
 
     def evaluated(self, step: int, values: Row) -> None:

@@ -40,7 +40,7 @@ def begin(
       checkpoints: of the run; None on all processes but the first.
       current: metadata of a new run.
       steps: of the whole run.
-      allow_changed_config: accepts a checkpoint of another configuration or of other data.
+      allow_changed_config: accepts a checkpoint of another configuration or data set.
 
     Raises:
       errors.UserError: the checkpoint or the initial parameters do not fit the run.
@@ -54,7 +54,7 @@ def begin(
         if int(state.step) > steps:
             raise errors.UserError(
                 f"the checkpoint is of step {int(state.step)}, beyond config.train.steps, {steps}: "
-                "raise it, or set another --workdir."
+                "raise config.train.steps, or set another --workdir."
             )
         _logger.info("continuing from the checkpoint of step %d", int(state.step))
         metadata = dataclasses.replace(
@@ -156,7 +156,7 @@ def params(
       workdir: of the run; not read if `config.eval.checkpoint` is "init".
 
     Returns:
-      Parameters of a checkpoint with its metadata, or of `config.init` with None.
+      Parameters of a checkpoint and its metadata; or parameters of `config.init` and None.
 
     Raises:
       errors.UserError: there is no such checkpoint, or it does not fit the configuration.

@@ -16,13 +16,13 @@ Top1 = Callable[[vit.AViT, Any, str, Callable[[], bool]], float | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A network that does not learn.
+    """The network whose predictions the student learns.
 
     Attributes:
-      name: of the file that holds it.
+      name: name of its weight file or workdir.
       model: the network.
       params: its parameters.
-      fingerprint: SHA-256 of both.
+      fingerprint: SHA-256 of the content of its weight file.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Teacher:
 
 
 def load(name: str, model: vit.AViT, expected: str | None = None) -> Teacher | None:
-    """Loads the teacher of a network.
+    """Loads the teacher of a network. Returns None if `name` is empty.
 
     Args:
       name: a weight file, a name on the hub or the workdir of a run; empty: no teacher.
@@ -55,8 +55,8 @@ def load(name: str, model: vit.AViT, expected: str | None = None) -> Teacher | N
     fingerprint = weight_files.fingerprint(file)
     if expected not in (None, fingerprint):
         raise errors.UserError(
-            f"the teacher {name} has changed since the run started: restore the old one, or set "
-            "another --workdir."
+            f"the teacher {name} has changed since the run started: restore the old one, set "
+            "another --workdir, or continue with --allow_changed_config."
         )
     network = network.clone(dtype=model.dtype)
     return Teacher(name=name, model=network, params=params, fingerprint=fingerprint)

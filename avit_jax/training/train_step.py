@@ -25,8 +25,8 @@ class Augmentation:
     """Augmentation on the device.
 
     Attributes:
-      mean: of the pixels scaled to [0, 1], one number per channel.
-      std: likewise.
+      mean: mean of the pixels scaled to [0, 1], one number per channel or one for all.
+      std: standard deviation of the same pixels, in the same form.
       affine: ranges of the random affine map.
       erase: probability of random erasing.
       mix: mixup and cutmix.
@@ -65,14 +65,15 @@ class StepOptions:
     """What the training step needs to know.
 
     Attributes:
-      seed: of augmentation and dropout.
+      seed: seed of augmentation and dropout.
       augmentation: on the device.
       loss: weights and targets of the losses.
       distill: weight and kind of the teacher's loss.
-      budget: target MACs ratio, reached by moving the gate bias; 0: the bias is not moved.
-      learnable_gate: whether the optimizer moves the gate too.
-      ema_decay: of the moving average of the parameters.
-      skip_nonfinite: leaves the parameters as they are if the loss or a norm is not finite.
+      budget: target MACs ratio, reached by moving the gate bias; 0: no budget.
+      learnable_gate: whether the optimizer moves the gate; with a budget, only its scale.
+      ema_decay: decay of the moving average of the parameters.
+      skip_nonfinite: keeps parameters, average and optimizer moments if the loss or a norm is not
+        finite.
     """
 
     seed: int
@@ -92,17 +93,19 @@ def augment_batch(
     num_classes: int,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Normalises and augments one device's images.
+    """Normalizes and augments one device's images.
 
     Args:
-      batch: of this device.
-      key: of the step.
+      batch: this device's part: images `(B, H, W, channels)` uint8, labels and indices `(B,)`
+        int32.
+      key: random key of the step.
       options: what to do.
-      num_classes: K.
+      num_classes: number of classes, C.
       axis_name: mapped axis over the devices that share the batch, if there are several.
 
     Returns:
-      Images `(B, H, W, C)`, and labels `(B,)` or, if images are mixed, probabilities `(B, K)`.
+      Images `(B, H, W, channels)` float32, and labels `(B,)` int32 or, if images are mixed,
+      probabilities `(B, C)` float32.
     """
     affine_key, erase_key, mix_key = jax.random.split(key, 3)
     images, targets = batch["image"], batch["label"]
@@ -131,9 +134,9 @@ def task_loss(
     its second. Otherwise all heads learn both.
 
     Args:
-      logits: `(B, K)`, or one such array per head.
-      targets: `(B,)` labels, or `(B, K)` probabilities.
-      teacher_logits: `(B, K)`, or None without a teacher.
+      logits: `(B, C)`, or one such array per head.
+      targets: `(B,)` labels, or `(B, C)` probabilities.
+      teacher_logits: `(B, C)`, or None without a teacher.
       options: weights.
       distilled: whether the second head is that of a distillation token.
 
@@ -193,7 +196,7 @@ def total_loss(
         )
         parts["macs_ratio"] = aux.macs.mean() / flops.static_macs(model)
         total += c.ponder_weight * parts["ponder_loss"] + c.prior_weight * parts["prior_loss"]
-    own_loss = getattr(aux, "loss", None)  # of a network of another method
+    own_loss = getattr(aux, "loss", None)  # `Aux` of some experiments has a loss
     if own_loss is not None:
         parts["own_loss"] = own_loss
         total += own_loss
@@ -203,9 +206,9 @@ def total_loss(
 def update_budget_bias(gate: Any, before: Any, macs_ratio: jax.Array, *, budget: float) -> Any:
     """Returns the gate's parameters after a step towards a MACs ratio.
 
-    The bias moves against the error of the ratio; the optimizer's update of the bias is dropped.
-    If the losses push the ratio so hard that the bias has to move by d in each step, the ratio
-    stays off by d / `_BUDGET_RATE`.
+    If the ratio is above the budget, the bias rises, so more tokens halt. The optimizer's update of
+    the bias is dropped. If the bias must move by d per step, the ratio is off by
+    d / `_BUDGET_RATE`.
 
     Args:
       gate: gamma and beta after the optimizer's update.

@@ -65,7 +65,8 @@ def test_odd_metadata_of_the_state_end_in_a_sentence(tmp_path: pathlib.Path, tex
     with (
         checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints,
         pytest.raises(
-            errors.UserError, match=r"step 1 .* cannot be read .*: move this folder away"
+            errors.UserError,
+            match=rf"step 1 .* cannot be read .*: move {tmp_path}/checkpoints/1 away",
         ),
     ):
         checkpoints.restore(_state())

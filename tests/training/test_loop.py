@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import signal
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -163,6 +164,18 @@ def test_the_steps_asked_for_are_traced(tmp_path: pathlib.Path) -> None:
         allow_changed_config=True,
     )
     assert not list((tmp_path / "none").glob("profile/**/*"))
+
+
+def test_a_trace_is_written_if_the_run_ends_among_its_steps(tmp_path: pathlib.Path) -> None:
+    def fail() -> None:
+        raise errors.UserError("no batch")
+
+    config = fakes.config(**{"debug.profile": (2, 5)})
+    fakes.run(config, tmp_path / "stopped", at={3: lambda: signal.raise_signal(signal.SIGTERM)})
+    with pytest.raises(errors.UserError, match="no batch"):
+        fakes.run(config, tmp_path / "failed", at={3: fail})
+    for name in ("stopped", "failed"):
+        assert len(list((tmp_path / name).glob("profile/**/*.xplane.pb"))) == 1
 
 
 def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:

@@ -26,6 +26,7 @@ from avit_jax.training import (
     distributed,
     evaluate,
     loop,
+    progress,
     restore,
     state,
     train_step,
@@ -154,6 +155,19 @@ def test_a_signal_during_evaluation(undisturbed, tmp_path: pathlib.Path) -> None
     _assert_same_end(tmp_path, undisturbed())
 
 
+def test_a_row_of_earlier_starts_tells_no_speed(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"loss": 1.0, "top1": 0.5, "skipped": 0.0, "nonfinite": 0.0}
+    before = state.LogState(rows=((1, row),))
+    options = build.run_options(fakes.config())
+    with (
+        caplog.at_level("INFO", logger="avit_jax"),
+        progress.Log(options, None, lambda step: 0.1, 1, before) as log,
+    ):
+        log.flush()
+    assert "step 1/9  loss 1.0000  top-1 0.500" in caplog.text
+    assert "images/s" not in caplog.text and "ETA" not in caplog.text
+
+
 def test_a_run_that_is_prolonged_has_not_ended(undisturbed, tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "longer"
     shutil.copytree(undisturbed(), workdir)
@@ -278,6 +292,13 @@ def test_data_of_another_length(undisturbed, tmp_path: pathlib.Path) -> None:
         loop.run(parts, workdir)
     loop.run(parts, workdir, allow_changed_config=True)
     assert not restore.changed_data({}, {"training": "of a run that has not kept it"})
+
+
+def test_an_operation_that_fails_on_several_processes_says_why(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    told = r"another process of the run has ended .* \(INTERNAL: no such collective\): read"
+    with pytest.raises(errors.UserError, match=told), distributed.ended_together():
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such collective\nmore")
 
 
 def test_processes_that_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
