@@ -248,7 +248,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ),
         (
             [_DIGITS, "--config.halting.merge=True", "--config.loss.prior_mode=official"],
-            "merges into others",
+            "with config.halting.merge these tokens are merged",
         ),
         ([_DIGITS, "--config.halting.beta=-1e6"], "reach 1e+06"),
         ([_DIGITS, "--config.halting.gamma=nan"], "gamma and beta must be finite"),
