@@ -87,7 +87,7 @@ def _wait_for(process: subprocess.Popen, text: str) -> None:
 
 def _end(process: subprocess.Popen, status: int = 0) -> str:
     """Waits for the end; what it said that has not been read yet."""
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=400)
     assert process.returncode == status, said
     return said
 
@@ -205,7 +205,7 @@ def test_a_dead_worker_costs_nothing(start, tmp_path: pathlib.Path) -> None:
     os.kill(int(workers[-1]), signal.SIGKILL)
     said = _end(run, status=2)
     assert (
-        "\nerror: a process that reads the training data has ended" in said
+        "\nerror: a process that reads the training data has died" in said
         and "Traceback" not in said
     ), said
     assert fixtures.restored_state(fixtures.small_config(), tmp_path / "run").step >= 6
