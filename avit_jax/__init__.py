@@ -12,22 +12,30 @@ if TYPE_CHECKING:
     from avit_jax.inference import adaptive, autotune
     from avit_jax.models import vit
     from avit_jax.models.vit import AViT, deit_base, deit_small, deit_tiny
-    from avit_jax.training import losses
+    from avit_jax.tools import predict
+    from avit_jax.training import build, losses, restore
+    from avit_jax.utils import errors
+    from avit_jax.weights import weight_files
 
 __all__ = [
     "AViT",
     "HaltingConfig",
     "adaptive",
     "autotune",
+    "build",
     "deit_base",
     "deit_small",
     "deit_tiny",
+    "errors",
     "halting",
     "halting_linen",
     "halting_nnx",
     "losses",
+    "predict",
+    "restore",
     "serving",
     "vit",
+    "weight_files",
     "weights",
 ]
 # Where each name is; a module if the path ends in it.
@@ -36,11 +44,16 @@ _PATHS = {
     "HaltingConfig": "core.halting",
     "adaptive": "inference.adaptive",
     "autotune": "inference.autotune",
+    "build": "training.build",
     "deit_base": "models.vit",
     "deit_small": "models.vit",
     "deit_tiny": "models.vit",
+    "errors": "utils.errors",
     "losses": "training.losses",
+    "predict": "tools.predict",
+    "restore": "training.restore",
     "vit": "models.vit",
+    "weight_files": "weights.weight_files",
 }
 
 
