@@ -185,7 +185,7 @@ def _pixels(height: int, width: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _partners(tree: tuple[jax.Array, ...], axis_name: str | None) -> tuple[jax.Array, ...]:
-    """Returns this device's part of the global batch in reverse order."""
+    """Reverses the global batch, and returns this device's part of the result."""
     if axis_name is not None:
         size = jax.lax.axis_size(axis_name)
         tree = jax.lax.ppermute(tree, axis_name, [(i, size - 1 - i) for i in range(size)])

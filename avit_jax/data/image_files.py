@@ -38,9 +38,9 @@ def decode(encoded: bytes) -> Image.Image:
 
     A PNG of 16 bits per channel is divided by 256. If its values use fewer bits, it becomes nearly
     black: a 12-bit camera gives 0 to 4095. If such an image is grey and has a chunk sBIT, it is
-    scaled by the number of bits in sBIT. Other images do not change; a warning appears once per
-    data set. No image is scaled by its own maximum, which would change the brightness from image
-    to image.
+    scaled by the number of bits in sBIT. Other such images stay nearly black, and one warning per
+    data set reports them. No image is scaled by its own maximum, which would change the brightness
+    from image to image.
 
     Args:
       encoded: a JPEG, PNG, WebP, GIF or BMP file.
@@ -108,8 +108,8 @@ def _significant_bits(png: bytes) -> int:
 def _warn_of_few_bits() -> None:
     _logger.warning(
         "an image of 16 bits per channel has no value of %d or more, and is nearly black: if its "
-        "values end at 4095 or below, scale them to 65535 in the file, or (grey images) give their "
-        "bits in the PNG chunk sBIT",
+        "white is 4095 or less, scale its values to 65535 in the file, or (grey images) put the "
+        "number of bits into the PNG chunk sBIT",
         _FEW,
     )
 

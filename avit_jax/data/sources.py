@@ -80,7 +80,7 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
         differing = sorted(set(train.label_names) ^ set(evaluation.label_names))
         raise errors.UserError(
             f"{train.name} and {evaluation.name} differ in their classes: "
-            f"{', '.join(differing[:5])}."
+            f"{', '.join(differing[:5]) or 'their order'}."
         )
 
 
@@ -210,11 +210,13 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
             "file_format='array_record').download_and_prepare()` in Python"
         )
         if name == "imagenet2012":
-            how = "`python -m avit_jax.tools.prepare_imagenet imagenet2012`"
+            how = (
+                "`python -m avit_jax.tools.prepare_imagenet imagenet2012 --tars=... --data_dir=...`"
+            )
         raise errors.UserError(
             f'the data set "{name}" is not prepared {where}: prepare it once with {how} (or set '
-            "--config.data.dir to its folder), or try --config=configs/digits.py, which needs no "
-            "download."
+            f"--config.data.dir to the folder that contains {name}/), or try "
+            "--config=configs/digits.py, which needs no download."
         )
     features = builder.info.features
     named = {"image", "label"} <= set(features)

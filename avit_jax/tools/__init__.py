@@ -1,1 +1,1 @@
-"""Modes of the command line besides training and evaluation."""
+"""Tools: prediction, calibration of the gate bias, preparation of ImageNet."""

@@ -84,8 +84,8 @@ def from_checkpoint(
 
     Args:
       out: the safetensors file to write; its metadata contains the gate.
-      config: the recipe of the run. As `data.eval_split`, name images that do not measure the final
-        accuracy.
+      config: the recipe of the run. Its `data.eval_split` must not contain the images of the final
+        evaluation.
       checkpoint: workdir of the run, or a weight file.
       budget: MACs ratio.
 
@@ -123,4 +123,4 @@ def from_checkpoint(
     if model.halting.merge:
         options |= {"merge": True, "redundancy": f"{model.halting.redundancy:.6g}"}
     text = " ".join(f"--config.halting.{key}={value!s}" for key, value in options.items())
-    _logger.info("wrote %s; if the gate is no parameter of a recipe, set %s", out, text)
+    _logger.info("wrote %s; to use it with a recipe of halting.learnable=False, set %s", out, text)

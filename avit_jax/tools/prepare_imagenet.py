@@ -239,7 +239,7 @@ def _check_space(folder: pathlib.Path, writers: dict[str, SplitWriter]) -> None:
     missing -= sum(path.stat().st_size for path in folder.iterdir())
     if missing > shutil.disk_usage(folder).free:
         raise errors.UserError(
-            f'the disk of "{folder}" lacks room: make room for {missing / 1e9:.0f} GB more.'
+            f'the disk of "{folder}" is too small: {missing / 1e9:.1f} GB must be free.'
         )
 
 

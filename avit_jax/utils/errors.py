@@ -61,7 +61,7 @@ class Formatter(logging.Formatter):
 
 
 def exit_on_user_error(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """Wraps a main function: a `UserError`, or a failure to write output, ends it with `stop`."""
+    """Wraps a main function: a `UserError` or an `OSError` ends it with `stop`."""
 
     @functools.wraps(main)
     def run(argv: list[str]) -> None:

@@ -36,8 +36,8 @@ def to_params(
 ) -> dict[str, Any]:
     """Returns the parameters of a model from the content of a file.
 
-    If the model's gate is learnable, the parameters include the gate of the file. Otherwise a
-    warning reports a gate that differs from the model's.
+    If the model's gate is learnable, its gamma and beta come from the file. If the model halts, a
+    warning reports a gate of the file that differs otherwise.
 
     Args:
       file: the content.
@@ -72,7 +72,7 @@ def to_params(
             params["gate"] = {key: np.float32(getattr(gate, key)) for key in params["gate"]}
             gate = dataclasses.replace(gate, gamma=model.halting.gamma, beta=model.halting.beta)
         if gate != model.halting:
-            message = "%s was trained with another gate than config.halting: %s"
+            message = "%s has another gate than config.halting: %s"
             _logger.warning(message, name, file.gate)
     return params
 
@@ -112,7 +112,7 @@ def infer(
             halting=halting.HaltingConfig(**file.gate) if file.gate else None,
         )
         model.check()
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise errors.UserError(
             f"{name} holds no vision transformer that can be run: {errors.first_line(error)}"
         ) from error

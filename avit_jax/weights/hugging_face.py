@@ -41,7 +41,7 @@ def matches(tensors: Tensors) -> bool:
 
 
 def to_timm(tensors: Tensors) -> Tensors:
-    """Translates Hugging Face's names to timm's; unknown names do not change.
+    """Translates Hugging Face's names to timm's; drops tensors of the pooler.
 
     Raises:
       KeyError: query, key or value is missing.
@@ -56,7 +56,7 @@ def to_timm(tensors: Tensors) -> Tensors:
             continue
         if layer is None:
             module, _, kind = name.rpartition(".")
-            translated = f"{_OUTSIDE_LAYERS.get(module, module)}.{kind}"
+            translated = f"{_OUTSIDE_LAYERS.get(module, module)}.{kind}" if module else name
             add(result, _OUTSIDE_LAYERS.get(name, translated), array)
             continue
         index, module, kind = layer.groups()

@@ -45,10 +45,12 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     layout = _layout(num_layers, distilled="dist_token" in state_dict)
     expected = {name for names in layout.values() for name in names}
     missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
-    if not num_layers or missing or unexpected:
+    if not num_layers:
+        missing.append("blocks.*")
+    if missing or unexpected:
         raise ValueError(
             "not the state dict of a vision transformer in timm's names: missing "
-            f"{missing or 'blocks.*'}, unexpected {unexpected}."
+            f"{missing}, unexpected {unexpected}."
         )
     params: dict[str, Any] = {}
     for (*parents, leaf), names in layout.items():

@@ -30,6 +30,10 @@ def find(path: epath.PathLike) -> pathlib.Path:
       errors.UserError: there is no such file, or it is one part of several.
     """
     name = str(path)
+    if "://" in name:
+        raise errors.UserError(
+            f"{path} is in a bucket: copy the weight file to a local disk first."
+        )
     return _download(name.removeprefix(HUB)) if name.startswith(HUB) else _local(pathlib.Path(path))
 
 
@@ -66,7 +70,7 @@ def _local(path: pathlib.Path) -> pathlib.Path:
         path = next((file for file in _names_in(path) if file.exists()), path)
     if re.search(r"-\d+-of-\d+$", path.stem) or path.name.endswith(_INDEX):
         raise errors.UserError(
-            f"{path} is one part of a model in several files, which are not read: save it as one "
+            f"{path} belongs to a model in several files, which are not read: save it as one "
             'file, for example by save_pretrained(folder, max_shard_size="100GB").'
         )
     if not path.exists():

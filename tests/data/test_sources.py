@@ -270,6 +270,9 @@ def test_classes_of_training_and_evaluation_have_to_be_the_same(folder: pathlib.
     sources.check_same_classes(train, train)
     with pytest.raises(errors.UserError, match="differ in their classes: dog, fox"):
         sources.check_same_classes(train, val)
+    reversed_names = dataclasses.replace(train, label_names=train.label_names[::-1])
+    with pytest.raises(errors.UserError, match="differ in their classes: their order"):
+        sources.check_same_classes(train, reversed_names)
 
 
 @pytest.mark.parametrize("label", [None, "number"])

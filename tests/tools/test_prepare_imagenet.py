@@ -173,7 +173,7 @@ def test_tars_that_are_missing_damaged_or_incomplete(
     monkeypatch.setattr(
         prepare_imagenet.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})
     )
-    with pytest.raises(errors.UserError, match="lacks room"):
+    with pytest.raises(errors.UserError, match=r"is too small: .* GB must be free"):
         prepare_imagenet.imagenet2012(tars, tmp_path / "data")
 
 

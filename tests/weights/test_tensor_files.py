@@ -281,3 +281,17 @@ def test_what_is_refused(
     with pytest.raises(errors.UserError, match=message) as refused:
         weight_files.read(tmp_path / name)
     assert str(refused.value).isprintable() and time.process_time() - start < 10
+
+
+def test_a_file_in_a_bucket_is_refused() -> None:
+    with pytest.raises(errors.UserError, match=r"gs://bucket/w\.safetensors is in a bucket: copy"):
+        weight_files.read("gs://bucket/w.safetensors")
+
+
+def test_a_kernel_without_channels_is_a_sentence(tmp_path: pathlib.Path) -> None:
+    empty = {"patch_embed.proj.weight": np.zeros((0, 3, 4, 4), np.float32)}
+    empty["blocks.0.mlp.fc1.weight"] = np.zeros((8, 0), np.float32)
+    with pytest.raises(errors.UserError, match="no vision transformer that can be run"):
+        weight_files.infer(
+            weight_files.WeightFile(tensors=empty), image_size=(16, 16), name="empty"
+        )
