@@ -22,7 +22,7 @@ class Plan:
         only. A bucket is not larger.
       use_switch: selects the compiled number of tokens by a switch instead of loops, and puts
         tokens back by one scatter. Use it on GPUs: the host reads the condition of a loop, but not
-        that of a switch in a command buffer. Avoid it on CPUs: XLA runs a switch on one core.
+        the index of a switch in a command buffer. Avoid it on CPUs: XLA runs a switch on one core.
 
     Raises:
       ValueError: a size is below 1.

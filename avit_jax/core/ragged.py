@@ -254,12 +254,9 @@ def transform(
     """
 
     def step(carry: tuple[jax.Array, Any], bucket: _Bucket) -> tuple[jax.Array, Any]:
-        rows = bucket.gather(x_of(carry))
+        rows = bucket.gather(carry[0])
         new = layer(params, rows, bucket.gather_inputs(inputs), bucket.is_token)
         return jax.tree.map(bucket.put, carry, new)
-
-    def x_of(carry: tuple[jax.Array, Any]) -> jax.Array:
-        return carry[0]
 
     return _run_buckets(step, (x, values), active, plan)
 

@@ -36,7 +36,7 @@ def default_plan(batch: int | None, backend: str | None = None, cores: int | Non
 
     Args:
       batch: images of a call, None if unknown.
-      backend: "cpu", "gpu" or "tpu"; None for that of JAX.
+      backend: "cpu", "gpu" or "tpu"; None for the default backend of JAX.
       cores: CPU cores of each device; None for `cores_per_device()`.
     """
     backend = backend or jax.default_backend()

@@ -30,8 +30,7 @@ def masked(
     inputs: Inputs,
     active: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Runs a layer on all tokens, and sets halted ones to 0 before; arguments as
-    `ragged.transform`.
+    """Sets halted tokens to 0, then runs a layer on all tokens; arguments as `ragged.transform`.
 
     Outputs and values of halted tokens mean nothing.
     """
