@@ -11,6 +11,7 @@ import numpy as np
 
 import avit_jax
 from avit_jax.data import augment, loader, sources, transforms
+from avit_jax.models import flops
 from avit_jax.tools import calibrate as calibrate_lib
 from avit_jax.training import devices
 from avit_jax.utils import errors
@@ -103,7 +104,7 @@ def calibrate(
       macs: mean MACs of an image at a gate shift.
       budgets: shares.
     """
-    share = lambda shift: macs(shift) / avit_jax.flops.static_macs(model)  # noqa: E731
+    share = lambda shift: macs(shift) / flops.static_macs(model)  # noqa: E731
     try:
         return {
             budget: calibrate_lib.find_bias(share, budget, start=0.0, tolerance=0.004)

@@ -31,6 +31,7 @@ from absl import app, flags
 
 import avit_jax
 from avit_jax.inference import adaptive
+from avit_jax.models import flops
 from avit_jax.utils import errors
 from experiments import results, timing, workload
 
@@ -164,7 +165,7 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
     functions = rows | torch_rows(params, whole, model)
     seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
     best = timing.fastest(seconds, static)
-    static_macs = avit_jax.flops.static_macs(model)
+    static_macs = flops.static_macs(model)
     result = {}
     for name, taken in seconds.items():
         speed_up = timing.median_ratio(seconds[best], taken)
