@@ -9,10 +9,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.special import betaincinv
 
 _ERASE_AREA = (0.02, 1 / 3)  # fraction of the image
 _ERASE_LOG_RATIO = math.log(1 / 0.3)  # of height / width, in both directions
 _ERASE_ATTEMPTS = 10
+_QUANTILES = 4096  # of a table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,9 +168,9 @@ def mix(
         cuts = jax.random.uniform(switch_key) < ranges.switch
     else:
         cuts = jnp.asarray(ranges.cutmix > 0)
-    share = jax.random.beta(mixup_key, *(2 * (ranges.mixup or 1.0,)))
+    share = _symmetric_beta(mixup_key, ranges.mixup or 1.0)
     # The border clips the box. So its share of the area is measured below.
-    side = jnp.sqrt(1.0 - jax.random.beta(cutmix_key, *(2 * (ranges.cutmix or 1.0,))))
+    side = jnp.sqrt(1.0 - _symmetric_beta(cutmix_key, ranges.cutmix or 1.0))
     y, x = jnp.floor(jax.random.uniform(box_key, (2,)) * jnp.asarray([height, width], jnp.float32))
     half_height, half_width = jnp.floor(height * side) // 2, jnp.floor(width * side) // 2
     rows, columns = _pixels(height, width)
@@ -176,6 +179,18 @@ def mix(
     partners, partner_targets = _partners((images, targets), axis_name)
     mixed = own[None, ..., None] * images + (1.0 - own[None, ..., None]) * partners
     return mixed, own.mean() * targets + (1.0 - own.mean()) * partner_targets
+
+
+def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
+    """Draws a scalar from Beta(alpha, alpha), by linear interpolation of its quantiles.
+
+    `jax.random.beta` loops until it accepts a draw. On a GPU, the host waits in each iteration.
+    """
+    quantiles = betaincinv(alpha, alpha, np.linspace(0.0, 1.0, _QUANTILES + 1))
+    place = jax.random.uniform(key) * _QUANTILES
+    low = jnp.floor(place)
+    below, above = jnp.asarray(quantiles, jnp.float32)[low.astype(jnp.int32) + jnp.arange(2)]
+    return below + (place - low) * (above - below)
 
 
 def _pixels(height: int, width: int) -> tuple[jax.Array, jax.Array]:

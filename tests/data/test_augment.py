@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from avit_jax.data import augment
 
@@ -216,6 +217,23 @@ def test_mixup_against_numpy(pairs: tuple[np.ndarray, np.ndarray], alpha: float)
         shares.append(share)
     assert abs(np.mean(shares) - 0.5) < 0.06
     assert abs(np.std(shares) - 1 / np.sqrt(4 * (2 * alpha + 1))) < 0.03  # of Beta(alpha, alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.8, 1.0, 4.0])
+def test_mixing_weights_have_the_beta_distribution(alpha: float) -> None:
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    draws = jax.device_get(jax.vmap(lambda key: augment._symmetric_beta(key, alpha))(keys))
+    assert draws.min() >= 0 and draws.max() <= 1
+    levels = np.linspace(0.02, 0.98, 25)
+    below = (draws[:, None] < special.betaincinv(alpha, alpha, levels)).mean(axis=0)
+    np.testing.assert_allclose(below, levels, atol=0.015)
+
+
+def test_mixing_has_no_loop_on_a_gpu(pairs: tuple[np.ndarray, np.ndarray]) -> None:
+    ranges = augment.Mix(mixup=0.8, cutmix=1.0)
+    mix = jax.jit(lambda key: augment.mix(*pairs, key, ranges))
+    lowered = mix.trace(jax.random.key(0)).lower(lowering_platforms=("cuda",))
+    assert "stablehlo.while" not in lowered.as_text()
 
 
 def test_cutmix_against_numpy(pairs: tuple[np.ndarray, np.ndarray]) -> None:
