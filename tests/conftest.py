@@ -1,5 +1,5 @@
 """Settings of every test: eight CPU devices, exact matmuls, no silent promotion of ranks or dtypes,
-quick compilation.
+types that are checked, quick compilation.
 
 AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator; without `-n`, as each
 process takes its memory.
@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 
 # Read when the devices are first asked for.
@@ -26,6 +27,12 @@ jax.config.update("jax_platforms", _PLATFORM)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Checks the annotated shapes and dtypes of arguments and results. It has no effect on modules that
+# are already imported. An int may stand for a float.
+jaxtyping.install_import_hook(
+    ["avit_jax.core", "avit_jax.kernels", "avit_jax.models"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 # Compiling is nearly all that the tests do: all processes share what has been compiled, and it is
 # kept for the next time.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

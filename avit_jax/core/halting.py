@@ -26,11 +26,12 @@ Example:
 import dataclasses
 import logging
 import math
-from typing import Any
+from typing import SupportsIndex, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int32, Shaped
 
 _LARGEST_CHANNEL = 50.0  # no network reaches this value in a token's gate channel
 _MANY_LAYERS = 1000  # no network has more
@@ -143,6 +144,7 @@ def explain_useless_gate(
     return ""
 
 
+@no_type_check  # JAX also fills it with leaves of other types and shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HaltingState:
@@ -157,19 +159,21 @@ class HaltingState:
         token has halted.
     """
 
-    cumulative: jax.Array
-    remainder: jax.Array
-    active: jax.Array
-    depth: jax.Array
+    cumulative: Float[Array, "*B N"]
+    remainder: Float[Array, "*B N"]
+    active: Bool[Array, "*B N"]
+    depth: Int32[Array, "*B N"]
 
 
-def at_least_float32(dtype: jax.typing.DTypeLike) -> Any:
+def at_least_float32(dtype: jax.typing.DTypeLike) -> np.dtype:
     """Returns the wider of this dtype and float32, for sums."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(dtype, jnp.float32)
 
 
-def init(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> HaltingState:
+def init(
+    shape: tuple[SupportsIndex, ...], dtype: jax.typing.DTypeLike = jnp.float32
+) -> HaltingState:
     """Returns the state before the first layer: all tokens active.
 
     Args:
@@ -186,8 +190,12 @@ def init(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> H
 
 
 def score(
-    tokens: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.ArrayLike, channel: int = 0
-) -> jax.Array:
+    tokens: Float[Array, "*B N D"],
+    *,
+    gamma: Shaped[ArrayLike, ""],
+    beta: Shaped[ArrayLike, ""] | Shaped[ArrayLike, "*B N"],
+    channel: int = 0,
+) -> Float[Array, "*B N"]:
     """Computes the halting score h = sigmoid(gamma * t_e + beta) of each token after a layer.
 
     Args:
@@ -212,14 +220,20 @@ def score(
     return jax.nn.sigmoid(gamma * gate + beta)
 
 
-def keeps_running(cumulative: jax.Array, epsilon: float) -> jax.Array:
+def keeps_running(
+    cumulative: Float[Array, "*B N"], epsilon: Shaped[ArrayLike, ""]
+) -> Bool[Array, "*B N"]:
     """Returns whether tokens stay active, by the sums of their scores; bool of the same shape."""
     return cumulative < 1.0 - epsilon
 
 
 def accumulate(
-    state: HaltingState, score: jax.Array, *, epsilon: float, is_last: jax.typing.ArrayLike = False
-) -> tuple[HaltingState, jax.Array]:
+    state: HaltingState,
+    score: Float[Array, "*B N"],
+    *,
+    epsilon: Shaped[ArrayLike, ""],
+    is_last: Shaped[ArrayLike, ""] = False,
+) -> tuple[HaltingState, Float[Array, "*B N"]]:
     """Adds the scores of a layer, decides which tokens halt, and weights the layer's output.
 
     A token whose sum is exactly `1 - epsilon` halts. A halted token keeps its state, and its weight
@@ -250,7 +264,7 @@ def accumulate(
     return after, weight
 
 
-def ponder_cost(state: HaltingState) -> jax.Array:
+def ponder_cost(state: HaltingState) -> Float[Array, "*B N"]:
     """Returns the ponder cost rho = N + r `(..., N)` in layers; only r has a gradient.
 
     Args:
@@ -261,7 +275,9 @@ def ponder_cost(state: HaltingState) -> jax.Array:
     return state.depth.astype(state.remainder.dtype) + state.remainder
 
 
-def score_by_layer(score: jax.Array, active: jax.Array) -> jax.Array:
+def score_by_layer(
+    score: Float[Array, "L *B N"], active: Bool[Array, "L *B N"]
+) -> Float[Array, "L"]:
     """Returns the mean halting score of each layer over all tokens; halted tokens count as 0.
 
     Args:
@@ -276,7 +292,7 @@ def score_by_layer(score: jax.Array, active: jax.Array) -> jax.Array:
     return jnp.where(active, score, 0.0).mean(axis=tuple(range(1, score.ndim)))
 
 
-def depth_prior(num_layers: int, *, center: float, width: float = 1.0) -> jax.Array:
+def depth_prior(num_layers: int, *, center: float, width: float = 1.0) -> Float32[Array, "L"]:
     """Returns the logarithm of a discrete Gaussian over layers 1 to L, normalized to sum to 1.
 
     Args:

@@ -12,13 +12,16 @@ the weighted mean and for attention by size. [ToMe] merges a fixed number of pai
 """
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from avit_jax.core import halting
 
 
+@no_type_check  # JAX also fills it with leaves of other types and shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenInfo:
@@ -30,12 +33,12 @@ class TokenInfo:
       is_patch: bool, False for prefix tokens.
     """
 
-    size: jax.Array
-    cumulative: jax.Array
-    is_patch: jax.Array
+    size: Float[Array, "B N"]
+    cumulative: Float[Array, "B N"]
+    is_patch: Bool[Array, "B N"]
 
 
-def similarity(tokens: jax.Array, channels: int) -> jax.Array:
+def similarity(tokens: Float[Array, "B N D"], channels: int) -> Float[Array, "B N N"]:
     """Computes the cosine similarity of all pairs of tokens; it has no gradient.
 
     Args:
@@ -52,7 +55,7 @@ def similarity(tokens: jax.Array, channels: int) -> jax.Array:
     return jnp.matmul(x, x.swapaxes(-2, -1), precision=jax.lax.Precision.HIGHEST)
 
 
-def redundancy(similar: jax.Array, active: jax.Array) -> jax.Array:
+def redundancy(similar: Float[Array, "B N N"], active: Bool[Array, "B N"]) -> Float[Array, "B N"]:
     """Returns the cosine similarity of each token to the most similar active token before it.
 
     Args:
@@ -68,8 +71,13 @@ def redundancy(similar: jax.Array, active: jax.Array) -> jax.Array:
 
 
 def merge(
-    tokens: jax.Array, size: jax.Array, similar: jax.Array, *, merged: jax.Array, kept: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    tokens: Float[Array, "B N D"],
+    size: Float[Array, "B N"],
+    similar: Float[Array, "B N N"],
+    *,
+    merged: Bool[Array, "B N"],
+    kept: Bool[Array, "B N"],
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N"]]:
     """Merges each token of `merged` into the most similar token of `kept` in its image.
 
     An image without kept tokens does not change.
@@ -101,13 +109,13 @@ def merge(
 
 
 def score_and_merge(
-    tokens: jax.Array,
+    tokens: Float[Array, "B N D"],
     info: TokenInfo,
-    active: jax.Array | None,
-    gate: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+    active: Bool[Array, "B N"] | None,
+    gate: tuple[Shaped[ArrayLike, ""], Shaped[ArrayLike, ""]],
     config: halting.HaltingConfig,
     channels: int,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[Array, "B N D"], dict[str, Float[Array, "B N"]]]:
     """Scores the output of a layer, and merges the patch tokens that halt.
 
     Args:

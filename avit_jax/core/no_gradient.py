@@ -4,15 +4,18 @@ Otherwise JAX raises an error about the inside of the function, or returns a mea
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+_Result = TypeVar("_Result", bound=PyTree[Array])
 
 
-def without_gradient(function: Callable[..., Any], message: str) -> Callable[..., Any]:
+def without_gradient(function: Callable[..., _Result], message: str) -> Callable[..., _Result]:
     """Wraps a function so that it raises TypeError if JAX needs one of its derivatives.
 
     JAX needs no derivative if no input depends on the differentiated variable, or if the
@@ -26,11 +29,11 @@ def without_gradient(function: Callable[..., Any], message: str) -> Callable[...
     run = jax.custom_jvp(function)
 
     @run.defjvp
-    def jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    def jvp(primals: tuple, tangents: tuple) -> tuple[PyTree[Array], PyTree]:
         out = run(*primals)
         given = [x for x in jax.tree.leaves(tangents) if x.dtype != jax.dtypes.float0]
 
-        def tangent(x: jax.Array) -> Any:
+        def tangent(x: Array) -> Array | np.ndarray:
             if not np.issubdtype(x.dtype, np.inexact) and x.dtype != jax.numpy.bfloat16:
                 return np.zeros(x.shape, jax.dtypes.float0)
             return _needed.bind(
@@ -42,7 +45,7 @@ def without_gradient(function: Callable[..., Any], message: str) -> Callable[...
     return run
 
 
-def _refuse(*_: Any, message: str, **__: Any) -> NoReturn:
+def _refuse(*_: object, message: str, **__: object) -> NoReturn:
     raise TypeError(message)
 
 

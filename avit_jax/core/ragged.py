@@ -12,14 +12,16 @@ This module knows nothing of the layer but its signature, `Layer`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
 from avit_jax.core.plan import Plan
 
 
+@no_type_check  # JAX also fills it with leaves of other types and shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
@@ -31,16 +33,23 @@ class Inputs:
       shared: arrays of any shape, the same for all images.
     """
 
-    tokens: Any = None
-    images: Any = None
-    shared: Any = None
+    tokens: PyTree[Shaped[Array, "B N"]] = None
+    images: PyTree[Shaped[Array, "B ..."]] = None
+    shared: PyTree[Array] = None
 
 
 # (params, tokens x (B, N, D), inputs, active (B, N) or None if all are) -> (x (B, N, D), values).
 # The values are a tree of arrays (B, N).
-Layer = Callable[[Any, jax.Array, Inputs, jax.Array | None], tuple[jax.Array, Any]]
+Layer = Callable[
+    [PyTree[Array], Float[Array, "B N D"], Inputs, Bool[Array, "B N"] | None],
+    tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]],
+]
+
+_LoopState = tuple[PyTree[Array], Int32[Array, ""]]  # what the step carries, number of the bucket
+_TokensAndTree = tuple[Float[Array, "B N D"], PyTree[Array]]
 
 
+@no_type_check  # JAX also fills it with leaves of other types and shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:
@@ -53,13 +62,13 @@ class Buckets:
       rank: `(B, N)` int, number of active tokens before each active token; undefined for others.
     """
 
-    image: jax.Array
-    count: jax.Array
-    token: jax.Array
-    rank: jax.Array
+    image: Int[Array, "M G"]
+    count: Int[Array, "M G"]
+    token: Int[Array, "B N"]
+    rank: Int[Array, "B N"]
 
 
-def make_buckets(active: jax.Array, plan: Plan) -> Buckets:
+def make_buckets(active: Bool[Array, "B N"], plan: Plan) -> Buckets:
     """Sorts images by their number of active tokens, and splits them into buckets of equal size.
 
     The size is the smallest that needs no more buckets than `plan.bucket` does.
@@ -99,15 +108,15 @@ class _Bucket:
       scatter: whether all tokens go back at once, not image by image.
     """
 
-    image: jax.Array
-    exists: jax.Array
-    token: jax.Array
-    is_token: jax.Array | None
-    active: jax.Array
-    rank: jax.Array
+    image: Int[Array, "g"]
+    exists: Bool[Array, "g"]
+    token: Int[Array, "g n"]
+    is_token: Bool[Array, "g n"] | None
+    active: Bool[Array, "g N"]
+    rank: Int[Array, "g N"]
     scatter: bool
 
-    def gather(self, x: jax.Array) -> jax.Array:
+    def gather(self, x: Shaped[Array, "B N *rest"]) -> Shaped[Array, "g n *rest"]:
         """Returns the rows `(g, n, ...)` of an array `(B, N, ...)`; padding is 0."""
         if self.is_token is None:
             return x[self.image]
@@ -115,7 +124,9 @@ class _Bucket:
         is_token = self.is_token.reshape(*self.token.shape, *(1,) * (x.ndim - 2))
         return jnp.where(is_token, rows, jnp.zeros((), x.dtype))
 
-    def put(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+    def put(
+        self, x: Shaped[Array, "B N *rest"], rows: Shaped[Array, "g n *rest"]
+    ) -> Shaped[Array, "B N *rest"]:
         """Returns the array `(B, N, ...)` with the rows `(g, n, ...)` in their places."""
         if self.scatter:
             # Empty places and padding get unique indices out of range, which mode="drop" ignores.
@@ -129,7 +140,7 @@ class _Bucket:
             rank = self.rank.reshape(*self.rank.shape, *ones)
             rows = jnp.take_along_axis(rows, rank, axis=1)
         for i in range(len(self.image)):
-            start: list[Any] = [self.image[i]] + [0] * (x.ndim - 1)
+            start: list[Array | int] = [self.image[i]] + [0] * (x.ndim - 1)
             new = rows[i : i + 1]
             if self.is_token is not None:
                 old = jax.lax.dynamic_slice(x, start, (1, *x.shape[1:]))
@@ -147,8 +158,11 @@ class _Bucket:
 
 
 def _run_buckets(
-    step: Callable[[Any, _Bucket], Any], carry: Any, active: jax.Array, plan: Plan
-) -> Any:
+    step: Callable[[PyTree[Array], _Bucket], PyTree[Array]],
+    carry: PyTree[Array],
+    active: Bool[Array, "B N"],
+    plan: Plan,
+) -> PyTree[Array]:
     """Runs `carry = step(carry, bucket)` for every bucket that has an active token."""
     batch, num_tokens = active.shape
     buckets = make_buckets(active, plan)
@@ -157,7 +171,7 @@ def _run_buckets(
     # The zeros at the end stop the loops after the last bucket.
     largest, smallest = (jnp.pad(buckets.count[:, i], (0, together)) for i in (0, -1))
 
-    def run(num: int, state: tuple[Any, jax.Array], full: bool = False) -> tuple[Any, jax.Array]:
+    def run(num: int, state: _LoopState, full: bool = False) -> _LoopState:
         carry, i = state
         width = together if full else 1
         place = jax.lax.dynamic_slice_in_dim(buckets.image, i, width).reshape(-1)
@@ -176,17 +190,17 @@ def _run_buckets(
 
     token_counts = plan.token_counts(num_tokens)
     run_full = functools.partial(run, num_tokens, full=True)
-    state: Any = (carry, jnp.zeros((), jnp.int32))
+    state: _LoopState = (carry, jnp.zeros((), jnp.int32))
     if plan.use_switch:
         return _run_by_switch(run, run_full, state, token_counts, largest, smallest)
 
     # Buckets run in order of decreasing size. While all of their tokens are active, several buckets
     # run as one, without padding. Then each compiled number of tokens has a loop, which may run no
     # bucket.
-    def is_full(state: tuple[Any, jax.Array]) -> jax.Array:
+    def is_full(state: _LoopState) -> Bool[Array, ""]:
         return smallest[state[1] + together - 1] == num_tokens
 
-    def is_larger(fewer: int, state: tuple[Any, jax.Array]) -> jax.Array:
+    def is_larger(fewer: int, state: _LoopState) -> Bool[Array, ""]:
         return largest[state[1]] > fewer
 
     state = jax.lax.while_loop(is_full, run_full, state)
@@ -198,26 +212,26 @@ def _run_buckets(
 
 
 def _run_by_switch(
-    run: Callable[..., Any],
-    run_full: Callable[..., Any],
-    state: tuple[Any, jax.Array],
+    run: Callable[[int, _LoopState], _LoopState],
+    run_full: Callable[[_LoopState], _LoopState],
+    state: _LoopState,
     token_counts: tuple[int, ...],
-    largest: jax.Array,
-    smallest: jax.Array,
-) -> Any:
+    largest: Int[Array, "M_padded"],
+    smallest: Int[Array, "M_padded"],
+) -> PyTree[Array]:
     """Visits every bucket; a switch selects the program for its number of tokens."""
 
-    def skip(state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+    def skip(state: _LoopState) -> _LoopState:
         return state[0], state[1] + 1
 
-    branches: list[Callable[..., Any]] = [
+    branches: list[Callable[[_LoopState], _LoopState]] = [
         skip,
         *(functools.partial(run, num) for num in token_counts),
         run_full,
     ]
     counts = jnp.array((0, *token_counts))
 
-    def switch(_: int, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+    def switch(_: Int[Array, ""], state: _LoopState) -> _LoopState:
         which = jnp.searchsorted(counts, largest[state[1]], method="compare_all")
         which = jnp.where(smallest[state[1]] == token_counts[-1], len(branches) - 1, which)
         return jax.lax.switch(which, branches, state)
@@ -229,12 +243,12 @@ def _run_by_switch(
 def transform(
     layer: Layer,
     plan: Plan,
-    params: Any,
-    x: jax.Array,
-    values: Any,
+    params: PyTree[Array],
+    x: Float[Array, "B N D"],
+    values: PyTree[Float[Array, "B N"]],
     inputs: Inputs,
-    active: jax.Array,
-) -> tuple[jax.Array, Any]:
+    active: Bool[Array, "B N"],
+) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
     """Runs a layer on the active tokens. Halted tokens and their values stay as they are.
 
     The backward pass uses the same buckets and recomputes the layer. The only activations that it
@@ -253,7 +267,7 @@ def transform(
       Tokens `(B, N, D)` and values `(B, N)` after the layer.
     """
 
-    def step(carry: tuple[jax.Array, Any], bucket: _Bucket) -> tuple[jax.Array, Any]:
+    def step(carry: _TokensAndTree, bucket: _Bucket) -> _TokensAndTree:
         rows = bucket.gather(carry[0])
         new = layer(params, rows, bucket.gather_inputs(inputs), bucket.is_token)
         return jax.tree.map(bucket.put, carry, new)
@@ -261,16 +275,24 @@ def transform(
     return _run_buckets(step, (x, values), active, plan)
 
 
-def _forward(layer, plan, params, x, values, inputs, active) -> tuple:
+def _forward(
+    layer: Layer,
+    plan: Plan,
+    params: PyTree[Array],
+    x: Float[Array, "B N D"],
+    values: PyTree[Float[Array, "B N"]],
+    inputs: Inputs,
+    active: Bool[Array, "B N"],
+) -> tuple[_TokensAndTree, tuple]:
     saved = (params, x, inputs, active)
     return transform(layer, plan, params, x, values, inputs, active), saved
 
 
-def _backward(layer: Layer, plan: Plan, saved: tuple, grads: tuple[jax.Array, Any]) -> tuple:
+def _backward(layer: Layer, plan: Plan, saved: tuple, grads: _TokensAndTree) -> tuple:
     params, x, inputs, active = saved
     grad, value_grads = grads
 
-    def step(carry: tuple[jax.Array, Any], bucket: _Bucket) -> tuple[jax.Array, Any]:
+    def step(carry: _TokensAndTree, bucket: _Bucket) -> _TokensAndTree:
         grad, param_grads = carry
         of_rows = bucket.gather_inputs(inputs)
         run = lambda params, rows: layer(params, rows, of_rows, bucket.is_token)  # noqa: E731

@@ -6,10 +6,11 @@ of patches that a key stands for.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from avit_jax.core import halting
 
@@ -19,7 +20,9 @@ _HALTED_KEY_BIAS = -1e9
 _WIDEST_HEAD = 128  # cuDNN's limit before Hopper, used on all GPUs
 
 
-def key_bias(active: jax.Array | None, size: jax.Array | None) -> jax.Array | None:
+def key_bias(
+    active: Bool[Array, "B N"] | None, size: Float[Array, "B N"] | None
+) -> Float[Array, "B N"] | None:
     """Returns the bias of each key.
 
     Args:
@@ -36,7 +39,12 @@ def key_bias(active: jax.Array | None, size: jax.Array | None) -> jax.Array | No
     return jnp.where(active, 0.0 if bias is None else bias, _HALTED_KEY_BIAS)
 
 
-def exact(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+def exact(
+    query: Float[Array, "B H N K"],
+    key: Float[Array, "B H N K"],
+    value: Float[Array, "B H N K"],
+    bias: Float[Array, "B N"] | None,
+) -> Float[Array, "B H N K"]:
     """Computes attention in plain JAX, on every backend and in every dtype.
 
     Args:
@@ -78,7 +86,12 @@ def has_cudnn() -> bool:
     return capability[0].isdecimal() and int(capability[0]) >= 8  # AMD has names such as gfx90a
 
 
-def fused(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+def fused(
+    query: Float[Array, "B N H K"],
+    key: Float[Array, "B N H K"],
+    value: Float[Array, "B N H K"],
+    bias: Float[Array, "B N"] | None,
+) -> Float[Array, "B N H K"]:
     """Computes the same attention as `exact` up to rounding, with axes `(B, N, H, K)`.
 
     It uses cuDNN if the program is compiled for an NVIDIA GPU. Tracing it needs cuDNN on this
@@ -97,24 +110,32 @@ def fused(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | 
 
 
 def _elsewhere(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
-) -> jax.Array:
+    query: Float[Array, "B N H K"],
+    key: Float[Array, "B N H K"],
+    value: Float[Array, "B N H K"],
+    bias: Float[Array, "B N"] | None,
+) -> Float[Array, "B N H K"]:
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     return exact(query, key, value, bias).swapaxes(1, 2)
 
 
 @jax.custom_vjp
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _cudnn(
+    query: Float[Array, "B N H K"],
+    key: Float[Array, "B N H K"],
+    value: Float[Array, "B N H K"],
+    bias: Float[Array, "B N"] | None,
+) -> Float[Array, "B N H K"]:
     return _call_cudnn(query, key, value, bias)
 
 
 def _call_cudnn(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
+    query: Float[Array, "B N H K"],
+    key: Float[Array, "B N H K"],
+    value: Float[Array, "B N H K"],
+    bias: Float[Array, "B N"] | None,
     num_keys: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B N H K"]:
     batch, num = query.shape[:2]
     if bias is not None:
         lowest = float(jnp.finfo(query.dtype).min / 2)  # float16 cannot hold _HALTED_KEY_BIAS
@@ -127,14 +148,19 @@ def _call_cudnn(
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
-) -> tuple[jax.Array, Any]:
+    query: Float[Array, "B N H K"],
+    key: Float[Array, "B N H K"],
+    value: Float[Array, "B N H K"],
+    bias: Float[Array, "B N"] | None,
+) -> tuple[Float[Array, "B N H K"], Callable[..., tuple]]:
     """Pads an odd number of tokens by a masked one, because JAX's gradient needs an even number."""
     num = query.shape[1]
     if num % 2 and bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 1)), constant_values=_HALTED_KEY_BIAS)
 
-    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def run(
+        query: Float[Array, "B N H K"], key: Float[Array, "B N H K"], value: Float[Array, "B N H K"]
+    ) -> Float[Array, "B N H K"]:
         if num % 2 == 0:
             return _call_cudnn(query, key, value, bias)
         query, key, value = (
@@ -145,7 +171,7 @@ def _forward(
     return jax.vjp(run, query, key, value)
 
 
-def _backward(vjp: Any, grad: jax.Array) -> tuple:
+def _backward(vjp: Callable[..., tuple], grad: Float[Array, "B N H K"]) -> tuple:
     return (*vjp(grad), None)
 
 

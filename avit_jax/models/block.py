@@ -7,18 +7,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
 
 from avit_jax.core import halting as halting_lib
 from avit_jax.core import merging
 from avit_jax.core.ragged import Inputs
 from avit_jax.kernels import attention as attention_lib
 
-Gate = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
+Gate = tuple[Shaped[ArrayLike, ""], Shaped[ArrayLike, ""]]
 # Networks train much faster from it than from a standard deviation of 0.02.
 kernel_init = nn.initializers.xavier_uniform()
 
 
-def _gelu(x: jax.Array) -> jax.Array:
+def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Computes the exact GELU by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
     # In half precision, a GPU could fuse the tanh approximation into the product before it. But the
     # approximation differs from the exact GELU by up to 5e-4.
@@ -34,7 +35,9 @@ def _recomputes(dtype: jax.typing.DTypeLike | None) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16)
 
 
-def per_token(dense: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def per_token(
+    dense: Callable[[Array], Array], x: Float[Array, "*B N D"]
+) -> Float[Array, "*B N out"]:
     """Applies a dense layer to tokens `(B, N, D)` as one matrix product.
 
     Its backward pass is faster on a CPU.
@@ -43,8 +46,11 @@ def per_token(dense: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arra
 
 
 def random_keep(
-    key: jax.Array, image_index: jax.Array, rate: jax.typing.ArrayLike, shape: tuple[int, ...]
-) -> jax.Array:
+    key: Key[Array, ""],
+    image_index: Int[Array, "B"],
+    rate: ArrayLike,
+    shape: tuple[int, ...],
+) -> Float[Array, "B ..."]:
     """Draws dropout factors `(B, *shape)`: 0, or 1 / (1 - rate).
 
     Each image draws from its index in the global batch, so the draw does not depend on how the
@@ -56,7 +62,7 @@ def random_keep(
     )(keys)
 
 
-def cast(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
+def cast(params: PyTree[Array], dtype: jax.typing.DTypeLike | None) -> PyTree[Array]:
     """Casts the parameters of dense layers to the dtype of the computation.
 
     Each layer would cast them itself. Outside of the loop over layers, it is done once. Norms use
@@ -73,7 +79,9 @@ def cast(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
 class LayerNorm(nn.LayerNorm):
     """Flax's layer norm, which also works if JAX refuses to promote dtypes implicitly."""
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "*B D"], *, mask: Bool[Array, "*#B #D"] | None = None
+    ) -> Float[Array, "*B D"]:
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x, mask=mask)
 
@@ -86,10 +94,10 @@ class _QueryKeyValue(nn.Module):
     would amplify it.
     """
 
-    dtype: Any
+    dtype: jax.typing.DTypeLike | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, split: bool = False) -> Any:
+    def __call__(self, x: Float[Array, "*rows D"], *, split: bool = False) -> Any:
         """Returns `(..., 3 D)`, or with `split` three arrays `(..., D)` from separate products."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], 3 * x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
@@ -118,7 +126,7 @@ class Block(nn.Module):
     mlp_width: int
     norm_eps: float
     dropout: float
-    dtype: Any
+    dtype: jax.typing.DTypeLike | None
     halting: halting_lib.HaltingConfig | None
     similarity_dim: int
     fused_attention: bool | None
@@ -138,14 +146,20 @@ class Block(nn.Module):
         self.fc1 = dense(self.mlp_width)
         self.fc2 = dense(self.width)
 
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: Float[Array, "B N D"], _: None = None
+    ) -> tuple[Float[Array, "B N D"], None]:
         """Creates the parameters, as the body of a scan over layers; the result means nothing."""
         self.qkv(self.norm1(x))
         return self.fc2(self.fc1(self.norm2(self.proj(x)))), None
 
     def layer(
-        self, x: jax.Array, inputs: Inputs, active: jax.Array | None, gate: Gate | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self,
+        x: Float[Array, "B N D"],
+        inputs: Inputs,
+        active: Bool[Array, "B N"] | None,
+        gate: Gate | None,
+    ) -> tuple[Float[Array, "B N D"], dict[str, Float[Array, "B N"]]]:
         """Runs the layer; with merging, scores its output and merges the tokens that halt.
 
         Args:
@@ -179,24 +193,24 @@ class Block(nn.Module):
 
     def transform(
         self,
-        x: jax.Array,
-        active: jax.Array | None = None,
-        keep: jax.Array | None = None,
-        image_index: jax.Array | None = None,
-    ) -> jax.Array:
+        x: Float[Array, "B N D"],
+        active: Bool[Array, "B N"] | None = None,
+        keep: Float[Array, "B 2"] | None = None,
+        image_index: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B N D"]:
         """Runs attention and MLP on tokens `(B, N, D)`; arguments as in `attention`."""
         x = self.attention(x, active, keep, image_index)
         return self.mlp(x, active, keep, image_index)
 
     def attention(
         self,
-        x: jax.Array,
-        active: jax.Array | None = None,
-        keep: jax.Array | None = None,
-        image_index: jax.Array | None = None,
+        x: Float[Array, "B N D"],
+        active: Bool[Array, "B N"] | None = None,
+        keep: Float[Array, "B 2"] | None = None,
+        image_index: Int[Array, "B"] | None = None,
         *,
-        size: jax.Array | None = None,
-    ) -> jax.Array:
+        size: Float[Array, "B N"] | None = None,
+    ) -> Float[Array, "B N D"]:
         """Adds the attention branch to the tokens.
 
         Args:
@@ -211,11 +225,11 @@ class Block(nn.Module):
 
     def mlp(
         self,
-        x: jax.Array,
-        active: jax.Array | None = None,
-        keep: jax.Array | None = None,
-        image_index: jax.Array | None = None,
-    ) -> jax.Array:
+        x: Float[Array, "B N D"],
+        active: Bool[Array, "B N"] | None = None,
+        keep: Float[Array, "B 2"] | None = None,
+        image_index: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B N D"]:
         """Adds the MLP branch to the tokens; arguments as in `attention`."""
         a = self.norm2(self._where_active(x, active))
         a = per_token(self.fc1, self._where_active(a, active))
@@ -225,18 +239,27 @@ class Block(nn.Module):
         )
         return x + self.drop(shrink(self, a, image_index), keep, 1, image_index)
 
-    def _shrink(self, a: jax.Array, image_index: jax.Array | None) -> jax.Array:
+    def _shrink(
+        self, a: Float[Array, "B N mlp"], image_index: Int[Array, "B"] | None
+    ) -> Float[Array, "B N D"]:
         return per_token(self.fc2, self._dropout(_gelu(a), image_index))
 
-    def _where_active(self, x: jax.Array, active: jax.Array | None) -> jax.Array:
+    def _where_active(
+        self, x: Float[Array, "B N D"], active: Bool[Array, "B N"] | None
+    ) -> Float[Array, "B N D"]:
         return x if active is None else x * active[..., None].astype(x.dtype)
 
-    def queries_keys_values(self, a: jax.Array) -> jax.Array:
+    def queries_keys_values(self, a: Float[Array, "B N D"]) -> Float[Array, "3 B H N K"]:
         """Maps normed tokens `(B, N, D)` to the inputs of all heads, `(3, B, H, N, K)`."""
         heads = per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1)
         return heads.transpose(2, 0, 3, 1, 4)
 
-    def _attend(self, a: jax.Array, active: jax.Array | None, size: jax.Array | None) -> jax.Array:
+    def _attend(
+        self,
+        a: Float[Array, "B N D"],
+        active: Bool[Array, "B N"] | None,
+        size: Float[Array, "B N"] | None,
+    ) -> Float[Array, "B N D"]:
         bias = attention_lib.key_bias(active, size)
         if self._fuses(a.dtype):
             query, key, value = self.qkv(a.reshape(-1, a.shape[-1]), split=True)
@@ -254,15 +277,21 @@ class Block(nn.Module):
             return False
         return attention_lib.has_cudnn() if self.fused_attention is None else self.fused_attention
 
-    def _dropout(self, x: jax.Array, image_index: jax.Array | None) -> jax.Array:
+    def _dropout(
+        self, x: Float[Array, "B N D"], image_index: Int[Array, "B"] | None
+    ) -> Float[Array, "B N D"]:
         if image_index is None or not self.dropout:
             return x
         key = self.make_rng("dropout")
         return x * random_keep(key, image_index, self.dropout, x.shape[1:]).astype(x.dtype)
 
     def drop(
-        self, x: jax.Array, keep: jax.Array | None, branch: int, image_index: jax.Array | None
-    ) -> jax.Array:
+        self,
+        x: Float[Array, "B N D"],
+        keep: Float[Array, "B 2"] | None,
+        branch: int,
+        image_index: Int[Array, "B"] | None,
+    ) -> Float[Array, "B N D"]:
         """Applies dropout and drop path to the output of a branch, 0 or 1."""
         x = self._dropout(x, image_index)
         return x if keep is None else x * keep[:, branch, None, None].astype(x.dtype)

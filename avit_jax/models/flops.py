@@ -9,14 +9,14 @@ merging, the comparison of all pairs of tokens.
 
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float32, Int32
 
 if TYPE_CHECKING:
     from avit_jax.models import vit
 
 
-def is_computed(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
+def is_computed(active: Bool[Array, "L B N"], num_prefix_tokens: int) -> Bool[Array, "L B N"]:
     """Returns which tokens are computed if halted tokens and finished images are removed.
 
     An image is finished once all of its prefix tokens have halted: its logits are final.
@@ -31,9 +31,7 @@ def is_computed(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
     return active & active[:, :, :num_prefix_tokens].any(axis=-1, keepdims=True)
 
 
-def layer_macs(
-    num_tokens: jax.typing.ArrayLike, model: "vit.AViT", is_last: jax.typing.ArrayLike = False
-) -> Any:
+def layer_macs(num_tokens: ArrayLike, model: "vit.AViT", is_last: ArrayLike = False) -> Any:
     """Returns the MACs of one layer on one image, of the shape of `num_tokens` and `is_last`.
 
     Args:
@@ -49,7 +47,7 @@ def layer_macs(
     return num_tokens * (linear + pairs * num_tokens)
 
 
-def patch_depth(model: "vit.AViT", active: jax.Array) -> jax.Array:
+def patch_depth(model: "vit.AViT", active: Bool[Array, "L B N"]) -> Int32[Array, "B rows columns"]:
     """Returns the number of layers in which each patch token is computed.
 
     Args:
@@ -79,7 +77,7 @@ def static_macs(model: "vit.AViT") -> float:
     return fixed_macs(model) + model.depth * float(layer_macs(model.num_tokens, model, True))
 
 
-def image_macs(model: "vit.AViT", active: jax.Array) -> jax.Array:
+def image_macs(model: "vit.AViT", active: Bool[Array, "L B N"]) -> Float32[Array, "B"]:
     """Returns the MACs of each image if halted tokens and finished images are removed.
 
     Args:

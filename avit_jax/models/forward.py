@@ -7,11 +7,12 @@ affects neither which tokens halt, nor how outputs are averaged, nor the fields 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import flax
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, Key, PyTree, Shaped
 
 from avit_jax.core import halting, merging, ragged
 from avit_jax.core.plan import Plan
@@ -19,17 +20,17 @@ from avit_jax.core.ragged import Inputs
 from avit_jax.models.block import Block, Gate
 
 # (layer, params, x, values, inputs, active) -> (x, values), as `ragged.transform` without a plan.
-Executor = Callable[..., tuple[jax.Array, Any]]
+Executor = Callable[..., tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]]
 
 
 def masked(
     layer: ragged.Layer,
-    params: Any,
-    x: jax.Array,
-    values: Any,
+    params: PyTree[Array],
+    x: Float[Array, "B N D"],
+    values: PyTree[Float[Array, "B N"]],
     inputs: Inputs,
-    active: jax.Array,
-) -> tuple[jax.Array, Any]:
+    active: Bool[Array, "B N"],
+) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
     """Sets halted tokens to 0, then runs a layer on all tokens; arguments as `ragged.transform`.
 
     Outputs and values of halted tokens mean nothing.
@@ -51,10 +52,13 @@ class Bucketed:
 
     plan: Plan
 
-    def __call__(self, layer: ragged.Layer, *args: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, layer: ragged.Layer, *args: PyTree[Array]
+    ) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
         return ragged.transform(layer, self.plan, *args)
 
 
+@no_type_check  # JAX also fills it with leaves of other types and shapes
 @flax.struct.dataclass(kw_only=True)
 class Aux:
     """What the network computes besides the logits.
@@ -78,16 +82,17 @@ class Aux:
         the batch. None for other calls.
     """
 
-    score: jax.Array
-    active: jax.Array
-    depth: jax.Array
-    ponder_cost: jax.Array
-    class_output: jax.Array
-    distillation_output: jax.Array | None = None
-    macs: jax.Array | None = None
-    macs_padded: jax.Array | None = None
+    score: Float[Array, "L B N"]
+    active: Bool[Array, "L B N"]
+    depth: Int32[Array, "B N"]
+    ponder_cost: Float[Array, "B N"]
+    class_output: Float[Array, "B D"]
+    distillation_output: Float[Array, "B D"] | None = None
+    macs: Float32[Array, "B"] | None = None
+    macs_padded: Float32[Array, "B"] | None = None
 
 
+@no_type_check  # JAX also fills it with leaves of other types and shapes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Carry:
@@ -100,13 +105,13 @@ class Carry:
       size: `(B, N)` number of patches that each token stands for; None without merging.
     """
 
-    x: jax.Array
+    x: Float[Array, "B N D"]
     state: halting.HaltingState
-    readout: jax.Array
-    size: jax.Array | None
+    readout: Float[Array, "B R D"]
+    size: Float[Array, "B N"] | None
 
 
-def start(block: Block, x: jax.Array, num_prefix_tokens: int) -> Carry:
+def start(block: Block, x: Float[Array, "B N D"], num_prefix_tokens: int) -> Carry:
     """Returns the carry before the first layer, for embedded tokens `(B, N, D)`."""
     state = halting.init(x.shape[:2], x.dtype)
     shape = (x.shape[0], num_prefix_tokens, x.shape[-1])
@@ -120,13 +125,13 @@ def step(
     executor: Executor,
     gate: Gate,
     carry: Carry,
-    params: Any,
+    params: PyTree[Array],
     *,
-    is_last: jax.typing.ArrayLike,
-    keep: jax.Array | None = None,
-    image_index: jax.Array | None = None,
-    dropout_key: jax.Array | None = None,
-) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    is_last: Shaped[ArrayLike, ""],
+    keep: Float[Array, "B 2"] | None = None,
+    image_index: Int[Array, "B"] | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+) -> tuple[Carry, tuple[Float[Array, "B N"], Bool[Array, "B N"]]]:
     """Runs one layer and its halting step.
 
     Args:
@@ -179,12 +184,12 @@ def step(
 
 def _layer(
     block: Block,
-    dropout_key: jax.Array | None,
-    params: Any,
-    x: jax.Array,
+    dropout_key: Key[Array, ""] | None,
+    params: PyTree[Array],
+    x: Float[Array, "B N D"],
     inputs: Inputs,
-    active: jax.Array | None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    active: Bool[Array, "B N"] | None,
+) -> tuple[Float[Array, "B N D"], dict[str, Float[Array, "B N"]]]:
     """The layer as `ragged.Layer`."""
     layer_params, gate = params
     rngs = None if dropout_key is None else {"dropout": dropout_key}
@@ -198,14 +203,14 @@ def run(
     executor: Executor,
     gate: Gate | None,
     carry: Carry,
-    params: Any,
+    params: PyTree[Array],
     *,
-    keep: jax.Array | None = None,
-    image_index: jax.Array | None = None,
-    dropout_key: jax.Array | None = None,
+    keep: Float[Array, "L B 2"] | None = None,
+    image_index: Int[Array, "B"] | None = None,
+    dropout_key: Key[Array, ""] | None = None,
     remat: bool = False,
     stop_finished: bool = False,
-) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+) -> tuple[Carry, tuple[Float[Array, "L B N"], Bool[Array, "L B N"]]]:
     """Runs all layers.
 
     Args:
@@ -229,7 +234,9 @@ def run(
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
     layers = (params, jnp.arange(num_layers) == num_layers - 1, keep, keys)
 
-    def body(carry: Carry, layer: tuple) -> tuple[Carry, tuple[jax.Array, jax.Array] | None]:
+    def body(
+        carry: Carry, layer: tuple
+    ) -> tuple[Carry, tuple[Float[Array, "B N"], Bool[Array, "B N"]] | None]:
         params, is_last, keep, key = layer
         noise = {"keep": keep, "image_index": image_index, "dropout_key": key}
         if gate is None:
@@ -245,11 +252,11 @@ def run(
 def _step_without_halting(
     block: Block,
     carry: Carry,
-    params: Any,
+    params: PyTree[Array],
     *,
-    keep: jax.Array | None,
-    image_index: jax.Array | None,
-    dropout_key: jax.Array | None,
+    keep: Float[Array, "B 2"] | None,
+    image_index: Int[Array, "B"] | None,
+    dropout_key: Key[Array, ""] | None,
 ) -> Carry:
     inputs = Inputs(images=(keep, image_index))
     x, _ = _layer(block, dropout_key, (params, None), carry.x, inputs, None)
@@ -258,7 +265,7 @@ def _step_without_halting(
 
 def _end_without_halting(
     carry: Carry, num_layers: int
-) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+) -> tuple[Carry, tuple[Float[Array, "L B N"], Bool[Array, "L B N"]]]:
     """Reads out the last layer; all tokens have been active in all layers, with score 0."""
     state = dataclasses.replace(carry.state, depth=carry.state.depth + num_layers)
     readout = carry.x[:, : carry.readout.shape[1]]

@@ -1,8 +1,8 @@
 """The halting layer for Flax Linen; `halting_nnx` is the same for Flax NNX."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from avit_jax.core import halting
 
@@ -18,24 +18,24 @@ class Halting(nn.Module):
     config: halting.HaltingConfig = halting.HaltingConfig()
 
     def setup(self) -> None:
-        self.gamma: jax.typing.ArrayLike
-        self.beta: jax.typing.ArrayLike
+        self.gamma: ArrayLike
+        self.beta: ArrayLike
         if self.config.learnable:
             self.gamma = self.param("gamma", nn.initializers.constant(self.config.gamma), ())
             self.beta = self.param("beta", nn.initializers.constant(self.config.beta), ())
         else:
             self.gamma, self.beta = self.config.gamma, self.config.beta
 
-    def gate(self) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
+    def gate(self) -> tuple[Shaped[ArrayLike, ""], Shaped[ArrayLike, ""]]:
         """Returns gamma and beta, for code that calls the pure functions itself."""
         return self.gamma, self.beta
 
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: Float[Array, "*B N D"],
         state: halting.HaltingState | None = None,
-        is_last: jax.typing.ArrayLike = False,
-    ) -> tuple[halting.HaltingState, jax.Array, jax.Array]:
+        is_last: Shaped[ArrayLike, ""] = False,
+    ) -> tuple[halting.HaltingState, Float[Array, "*B N"], Float[Array, "*B N"]]:
         """Scores the output of a layer, and decides which tokens halt.
 
         Args:

@@ -1,8 +1,8 @@
 """The halting layer for Flax NNX; `halting_linen` is the same for Flax Linen."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from avit_jax.core import halting
 
@@ -27,7 +27,7 @@ class Halting(nnx.Module):
             self.gamma = nnx.Param(jnp.float32(config.gamma))
             self.beta = nnx.Param(jnp.float32(config.beta))
 
-    def gate(self) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
+    def gate(self) -> tuple[Shaped[ArrayLike, ""], Shaped[ArrayLike, ""]]:
         """Returns gamma and beta, for code that calls the pure functions itself."""
         if self.config.learnable:
             return self.gamma[...], self.beta[...]
@@ -35,10 +35,10 @@ class Halting(nnx.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: Float[Array, "*B N D"],
         state: halting.HaltingState | None = None,
-        is_last: jax.typing.ArrayLike = False,
-    ) -> tuple[halting.HaltingState, jax.Array, jax.Array]:
+        is_last: Shaped[ArrayLike, ""] = False,
+    ) -> tuple[halting.HaltingState, Float[Array, "*B N"], Float[Array, "*B N"]]:
         """Scores the output of a layer, and decides which tokens halt.
 
         Args:

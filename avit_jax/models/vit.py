@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from avit_jax.core import halting as halting_lib
 from avit_jax.core.plan import Plan
@@ -24,6 +25,7 @@ from avit_jax.models import block, flops, forward, halting_linen
 from avit_jax.models.forward import Aux
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
+Logits = Float[Array, "B C"] | tuple[Float[Array, "B C"], Float[Array, "B C"]]
 _token_init = nn.initializers.truncated_normal(0.02)
 
 
@@ -76,7 +78,7 @@ class AViT(nn.Module):
     drop_path: float = 0.0
     dropout: float = 0.0
     norm_eps: float = 1e-6
-    dtype: Any = None
+    dtype: jax.typing.DTypeLike | None = None
     remat: bool = False
     removal: Plan | None = None
     fused_attention: bool | None = None
@@ -211,7 +213,9 @@ class AViT(nn.Module):
         )
         self.head = dense(self.num_classes)
 
-    def embed(self, images: jax.Array, image_index: jax.Array | None = None) -> jax.Array:
+    def embed(
+        self, images: Array, image_index: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B N D"]:
         """Maps images `(B, H, W, C)` to tokens `(B, N, D)`; `image_index` turns dropout on."""
         self.check_images(images)
         batch, (rows, columns), patch = images.shape[0], self.grid, self.patch_size
@@ -227,9 +231,7 @@ class AViT(nn.Module):
         key = self.make_rng("dropout")
         return x * block.random_keep(key, image_index, self.dropout, x.shape[1:]).astype(x.dtype)
 
-    def classify(
-        self, prefix: jax.Array, *, train: bool = False
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    def classify(self, prefix: Float[Array, "B R D"], *, train: bool = False) -> Logits:
         """Maps prefix tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""
         prefix = self.norm(prefix)
         logits = self.head(prefix[:, 0])
@@ -238,7 +240,7 @@ class AViT(nn.Module):
         logits_dist = self.head_dist(prefix[:, 1])
         return (logits, logits_dist) if train else (logits + logits_dist) / 2
 
-    def draw_drop_path(self, image_index: jax.Array | None) -> jax.Array | None:
+    def draw_drop_path(self, image_index: Int[Array, "B"] | None) -> Float[Array, "L B 2"] | None:
         """Draws drop-path factors `(L, B, 2)` of the two branches of each layer."""
         if image_index is None or not self.drop_path:
             return None
@@ -248,13 +250,13 @@ class AViT(nn.Module):
 
     def from_tokens(
         self,
-        x: jax.Array,
+        x: Float[Array, "B N D"],
         executor: forward.Executor,
         *,
-        exists: jax.Array | None = None,
-        image_index: jax.Array | None = None,
+        exists: Bool[Array, "B"] | None = None,
+        image_index: Int[Array, "B"] | None = None,
         train: bool = False,
-    ) -> tuple[Any, Aux]:
+    ) -> tuple[Logits, Aux]:
         """Maps embedded tokens to logits and `Aux`; `adaptive.apply` calls it.
 
         Args:
@@ -302,8 +304,8 @@ class AViT(nn.Module):
         return self.classify(carry.readout, train=train), aux
 
     def __call__(
-        self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
-    ) -> tuple[jax.Array | tuple[jax.Array, jax.Array], Aux]:
+        self, images: Array, *, train: bool = False, image_index: Int[Array, "B"] | None = None
+    ) -> tuple[Logits, Aux]:
         """Classifies images; halted tokens are masked, or removed with the attribute `removal`.
 
         Args:
