@@ -26,7 +26,6 @@ from avit_jax.kernels import attention
 _LANES = 128
 _VMEM = 100 * 2**20  # bytes that the kernel may use; a core of v5e or v6e has 128 MiB
 _EXACT = jax.lax.Precision.HIGHEST
-_ROWS = ("cumulative", "remainder", "active", "place")  # of the scratch array of token values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,7 @@ class Sizes:
       norm_eps: epsilon of the layer norms.
       epsilon: of halting.
       channel: that the gate reads; negative counts from the end.
+      token_multiple: the kernel is compiled for multiples of it, see `token_counts`.
     """
 
     num_tokens: int
@@ -54,6 +54,7 @@ class Sizes:
     norm_eps: float
     epsilon: float
     channel: int
+    token_multiple: int = 32
 
     @property
     def head_width(self) -> int:
@@ -73,7 +74,7 @@ class Sizes:
     def token_counts(self) -> tuple[int, ...]:
         """Returns the compiled numbers of tokens in ascending order; the last one holds N."""
         largest = -(-self.num_tokens // 16) * 16
-        step = 32 * -(-largest // 256)
+        step = self.token_multiple * -(-largest // 256)
         return (*range(step, largest - step // 2 + 1, step), largest)
 
 
@@ -188,7 +189,9 @@ def _attend(qkv: jax.Array, key_bias: jax.Array, sizes: Sizes) -> jax.Array:
     """Attention of all heads. The heads of a group share its lanes and differ by masks."""
     width, heads_of_group = sizes.group_width, sizes.group_width // sizes.head_width
     third = sizes.num_groups * width
-    head = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) // sizes.head_width
+    # Mosaic compiles `//` only if it knows the chip, which export and cross-compilation do not tell.
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    head = jax.lax.div(lane, jnp.full_like(lane, sizes.head_width))
     outputs = []
     for first in range(0, third, width):
         query, key, value = (qkv[:, i + first : i + first + width] for i in (0, third, 2 * third))
@@ -210,31 +213,31 @@ class _Image:
 
     Attributes:
       tokens: `(n, D)` with n the largest compiled number.
-      values: `(8, lanes)` float32, a row for each of `_ROWS`: what is known of each token. `place`
-        is its index among the N tokens.
-      history: `(L or more, lanes)` float32, scores since tokens were last moved.
+      rows: `(L + 4 or more, lanes)` float32, what is known of each token: its score in each layer;
+        cumulative and remainder; whether it is active; its index among the N tokens.
     """
 
     def __init__(self, sizes: Sizes, gate: Any, weights: Any, outputs: Any, scratch: Any) -> None:
         self.sizes, self.gate, self.weights = sizes, gate, weights
         self.score, self.readout = outputs
-        self.tokens, self.values, self.history = scratch
+        self.tokens, self.rows = scratch
 
     def start(self, x: jax.Array) -> None:
-        lane = jax.lax.broadcasted_iota(jnp.int32, self.values.shape, 1)
-        row = jax.lax.broadcasted_iota(jnp.int32, self.values.shape, 0)
-        exists = (lane < self.sizes.num_tokens).astype(jnp.float32)
-        place = jnp.where(row == _ROWS.index("place"), lane.astype(jnp.float32), exists)
-        self.values[...] = jnp.where(row == _ROWS.index("cumulative"), 0.0, place)
+        """Writes the state before the first layer."""
+        depth, num_tokens = self.sizes.depth, self.sizes.num_tokens
+        row, lane = (jax.lax.broadcasted_iota(jnp.int32, self.rows.shape, i) for i in range(2))
+        exists = (lane < num_tokens).astype(jnp.float32)
+        rest = jnp.where(row == depth + 3, lane.astype(jnp.float32), 0.0)
+        self.rows[...] = jnp.where((row == depth + 1) | (row == depth + 2), exists, rest)
         self.tokens[...] = jnp.zeros_like(self.tokens)
-        self.tokens[: self.sizes.num_tokens] = x
-        for ref in (self.history, self.score, self.readout):
-            ref[...] = jnp.zeros_like(ref)
+        self.tokens[:num_tokens] = x
+        self.readout[...] = jnp.zeros_like(self.readout)
 
     def run(self, num: int, smaller: int, index: jax.Array) -> jax.Array:
         """Runs a layer on `num` tokens, and returns how many must stay."""
         sizes, prefix = self.sizes, self.sizes.num_prefix_tokens
-        cumulative, remainder, active, _ = (self.values[i : i + 1, :num] for i in range(4))
+        rows = self.rows[:, :num]
+        cumulative, remainder, active = (rows[sizes.depth + i :][:1] for i in range(3))
         state = halting.HaltingState(
             cumulative=cumulative,
             remainder=remainder,
@@ -252,13 +255,17 @@ class _Image:
         runs = state.active.astype(jnp.float32)
         unfinished = functools.reduce(jnp.maximum, [runs[:, i : i + 1] for i in range(prefix)])
         runs = runs * unfinished
-        self.history[pl.ds(index, 1), :num] = active * score
-        for i, row in enumerate((state.cumulative, state.remainder, runs)):
-            self.values[i : i + 1, :num] = row
+        row = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0)
+        rows = jnp.where(row == index, active * score, rows)
+        for i, new in enumerate((state.cumulative, state.remainder, runs)):
+            rows = jnp.where(row == sizes.depth + i, new, rows)
+        self.rows[:, :num] = rows
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, num), 1)
         stays = jnp.where(lane < prefix, unfinished, runs)
         count = stays.sum().astype(jnp.int32)
-        pl.when(count <= smaller)(functools.partial(self.move, stays, num, smaller))
+        if smaller:
+            move = functools.partial(self._move, stays, count, smaller)
+            pl.when((count <= smaller) & (count > 0))(move)
         return count
 
     def _gate_channel(self, x: jax.Array) -> jax.Array:
@@ -270,34 +277,54 @@ class _Image:
         precision = _EXACT if x.dtype == jnp.float32 else None
         return _dot(one.astype(x.dtype), x, transposed=True, precision=precision)[:1]
 
-    def move(self, stays: jax.Array, num: int, smaller: int) -> None:
-        """Writes the scores so far, and moves the tokens that stay to the front.
+    def _move(self, stays: jax.Array, count: jax.Array, smaller: int) -> None:
+        """Moves the tokens that stay to the front, and the values of all others behind them.
 
         Args:
-          stays: `(1, num)` float32, 1 for a token that stays.
-          num: number of tokens until now.
-          smaller: number of tokens from now on; 0 if the image is finished.
+          stays: `(1, n)` float32, 1 for a token that stays.
+          count: number of these.
+          smaller: compiled number of tokens that holds them.
         """
-        place = self.values[3:4, :num].astype(jnp.int32)
-        tokens = jax.lax.broadcasted_iota(jnp.int32, (self.sizes.num_tokens, num), 0)
-        to_place = (tokens == place).astype(jnp.float32)
-        scores = _dot(self.history[:, :num], to_place, transposed=True, precision=_EXACT)
-        self.score[...] += scores[: self.sizes.depth]
-        if not smaller:
-            return
-        self.history[...] = jnp.zeros_like(self.history)
-        rows = jax.lax.broadcasted_iota(jnp.int32, (num, num), 0)
-        before = (rows < jax.lax.broadcasted_iota(jnp.int32, (num, num), 1)).astype(jnp.bfloat16)
-        rank = _dot(jnp.broadcast_to(stays, (8, num)).astype(jnp.bfloat16), before)[:1]
-        rank = jnp.where(stays > 0, rank, -1.0).astype(jnp.int32)
-        to_rank = jax.lax.broadcasted_iota(jnp.int32, (smaller, num), 0) == rank
+        num = stays.shape[1]
+        lane = jax.lax.broadcasted_iota(jnp.int32, (num, num), 1)
+        row = jax.lax.broadcasted_iota(jnp.int32, (num, num), 0)
+        before = _dot(jnp.broadcast_to(stays, (8, num)).astype(jnp.bfloat16), _one(row < lane))[:1]
+        others = jax.lax.broadcasted_iota(jnp.int32, (1, num), 1).astype(jnp.float32) - before
+        rank = jnp.where(stays > 0, before, count.astype(jnp.float32) + others)
+        to_rank = row == rank.astype(jnp.int32)
+        self.rows[:, :num] = _move_exactly(self.rows[:, :num], _one(to_rank))
         x = self.tokens[:num]
         precision = _EXACT if x.dtype == jnp.float32 else None
-        moved = _dot(to_rank.astype(x.dtype), x, precision=precision)
+        moved = _dot(to_rank[:smaller].astype(x.dtype), x, precision=precision)
         self.tokens[:smaller] = moved.astype(x.dtype)
-        values = self.values[:, :num]
-        exact = to_rank.astype(jnp.float32)
-        self.values[:, :smaller] = _dot(values, exact, transposed=True, precision=_EXACT)
+
+    def finish(self) -> None:
+        """Writes the scores in the order of the N tokens."""
+        depth, lanes = self.sizes.depth, self.rows.shape[1]
+        place = self.rows[depth + 3 : depth + 4].astype(jnp.int32)
+        token = jax.lax.broadcasted_iota(jnp.int32, (self.sizes.num_tokens, lanes), 0)
+        self.score[...] = _move_exactly(self.rows[...], _one(token == place))[:depth]
+
+
+def _one(where: jax.Array) -> jax.Array:
+    """Returns 1 where True, else 0."""
+    return where.astype(jnp.bfloat16)
+
+
+def _move_exactly(rows: jax.Array, to: jax.Array) -> jax.Array:
+    """Returns `rows @ to.T` without rounding, for a matrix with at most a 1 in each row, else 0.
+
+    Three bfloat16 numbers hold the 24 bits of a float32. One product of all three is faster than
+    one in float32.
+    """
+    parts, rest = [], rows
+    for _ in range(3):
+        bits = jax.lax.bitcast_convert_type(rest, jnp.int32) & jnp.int32(-(2**16))
+        parts.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+        rest = rest - parts[-1]
+    moved = _dot(jnp.concatenate(parts).astype(jnp.bfloat16), to, transposed=True)
+    high, middle, low = (moved[i * len(rows) : (i + 1) * len(rows)] for i in range(3))
+    return high + (middle + low)
 
 
 def _kernel(
@@ -319,6 +346,7 @@ def _kernel(
             ),
             carry,
         )
+    image.finish()
 
 
 def run(
@@ -354,7 +382,7 @@ def run(
         pl.BlockSpec(w.shape, lambda *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))
         for w in weights.values()
     ]
-    history = -(-sizes.depth // 8) * 8
+    rows = -(-(sizes.depth + 4) // 8) * 8
     outputs = [(sizes.depth, num_tokens), (sizes.num_prefix_tokens, width)]
     score, readout = pl.pallas_call(
         functools.partial(_kernel, tuple(weights), sizes),
@@ -366,8 +394,7 @@ def run(
             out_specs=[of_image(*shape) for shape in outputs],
             scratch_shapes=[
                 pltpu.VMEM((largest, width), x.dtype),
-                pltpu.VMEM((8, lanes), jnp.float32),
-                pltpu.VMEM((history, lanes), jnp.float32),
+                pltpu.VMEM((rows, lanes), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
