@@ -12,6 +12,7 @@ tokens. The kernel was compiled for TPUs and run in interpret mode; it was never
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,7 +136,7 @@ def pack(
         parts = (query * head_width**-0.5, key, value)
         return jnp.concatenate([pad(part, part.ndim - 1) for part in parts], axis=-1)
 
-    weights = {}
+    weights: dict[str, jax.Array] = {}
     for name in ("qkv", "proj", "fc1", "fc2"):
         kernel, bias = params[name]["kernel"], params[name]["bias"]
         if name == "qkv":
@@ -189,13 +190,13 @@ def _attend(qkv: jax.Array, key_bias: jax.Array, sizes: Sizes) -> jax.Array:
     """Attention of all heads. The heads of a group share its lanes and differ by masks."""
     width, heads_of_group = sizes.group_width, sizes.group_width // sizes.head_width
     third = sizes.num_groups * width
-    # Mosaic compiles `//` only if it knows the chip, which export and cross-compilation do not tell.
+    # Mosaic compiles `//` only if it knows the chip, which it does not on a machine without a TPU.
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
     head = jax.lax.div(lane, jnp.full_like(lane, sizes.head_width))
     outputs = []
     for first in range(0, third, width):
         query, key, value = (qkv[:, i + first : i + first + width] for i in (0, third, 2 * third))
-        out = None
+        out = jnp.zeros((), jnp.float32)
         for i in range(min(heads_of_group, sizes.num_heads - first // sizes.head_width)):
             own = head == i
             masked = query if heads_of_group == 1 else jnp.where(own, query, jnp.zeros_like(query))
@@ -203,7 +204,7 @@ def _attend(qkv: jax.Array, key_bias: jax.Array, sizes: Sizes) -> jax.Array:
             weight = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
             total = weight.sum(axis=-1, keepdims=True)
             values = _dot(weight.astype(value.dtype), value) * (1.0 / total)
-            out = values if out is None else jnp.where(own, values, out)
+            out = jnp.where(own, values, out) if i else values
         outputs.append(out.astype(qkv.dtype))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
@@ -244,7 +245,7 @@ class _Image:
             active=active > 0,
             depth=jnp.zeros((1, num), jnp.int32),
         )
-        key_bias = attention.key_bias(state.active, None)
+        key_bias: Any = attention.key_bias(state.active, None)
         x = layer(self.tokens[:num], key_bias, self.weights, index, sizes)
         self.tokens[:num] = x
         score = halting.score_of_gate(self._gate_channel(x), gamma=self.gate[0], beta=self.gate[1])
@@ -335,17 +336,20 @@ def _kernel(
     image = _Image(sizes, gate, weights, refs[:2], refs[2:])
     image.start(x[...])
     counts = (0, *sizes.token_counts())
-    carry = (jnp.int32(0), exists[pl.program_id(0)] * sizes.num_tokens)
+    carry: Any = (jnp.int32(0), exists[pl.program_id(0)] * sizes.num_tokens)
+
+    def exceeds(smaller: int, carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return carry[1] > smaller
+
+    def run_layer(
+        num: int, smaller: int, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return carry[0] + 1, image.run(num, smaller, carry[0])
+
     # For each compiled number, from the largest on, a loop over layers, which may run none.
-    for smaller, num in list(zip(counts, counts[1:], strict=False))[::-1]:
-        carry = jax.lax.while_loop(
-            lambda carry, smaller=smaller: carry[1] > smaller,
-            lambda carry, smaller=smaller, num=num: (
-                carry[0] + 1,
-                image.run(num, smaller, carry[0]),
-            ),
-            carry,
-        )
+    for smaller, num in list(itertools.pairwise(counts))[::-1]:
+        condition = functools.partial(exceeds, smaller)
+        carry = jax.lax.while_loop(condition, functools.partial(run_layer, num, smaller), carry)
     image.finish()
 
 

@@ -249,7 +249,7 @@ class AViT(nn.Module):
     def from_tokens(
         self,
         x: jax.Array,
-        executor: forward.Executor,
+        executor: forward.Executor | forward.AtOnce,
         *,
         exists: jax.Array | None = None,
         image_index: jax.Array | None = None,
