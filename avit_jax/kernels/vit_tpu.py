@@ -25,7 +25,7 @@ from avit_jax.core import halting
 from avit_jax.kernels import attention
 
 _LANES = 128
-_VMEM = 100 * 2**20  # bytes that the kernel may use; a core of v5e or v6e has 128 MiB
+VMEM = 100 * 2**20  # bytes that the kernel may use; a core of v5e or v6e has 128 MiB
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -91,8 +91,8 @@ def why_not(sizes: Sizes, dtype: jax.typing.DTypeLike) -> str:
     # Tokens, qkv, hidden layer, and logits and weights of one head; twice for temporaries.
     lanes = 4 * sizes.width + 2 * sizes.mlp_width + 3 * largest
     needed = sum(x.size * x.dtype.itemsize for x in shapes.values()) + 2 * 4 * largest * lanes
-    if needed > _VMEM:
-        return f"weights and tokens need about {needed >> 20} MiB of {_VMEM >> 20} MiB of VMEM"
+    if needed > VMEM:
+        return f"weights and tokens need about {needed >> 20} MiB of {VMEM >> 20} MiB of VMEM"
     return ""
 
 
@@ -402,7 +402,7 @@ def run(
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=_VMEM, dimension_semantics=("arbitrary",)
+            vmem_limit_bytes=VMEM, dimension_semantics=("arbitrary",)
         ),
         name="vit_tpu",
     )(
