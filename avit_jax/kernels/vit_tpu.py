@@ -10,7 +10,6 @@ Values of tokens lie along lanes, as rows `(1, n)`. Axes as in `vit`; n is a com
 tokens. The kernel was compiled for TPUs and run in interpret mode; it was never run on a TPU.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -23,77 +22,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 from avit_jax.core import halting
 from avit_jax.kernels import attention
+from avit_jax.kernels.vit_tpu_layer import LANES, Sizes, dot, layer, pack
 
-_LANES = 128
 VMEM = 100 * 2**20  # bytes that the kernel may use; a core of v5e or v6e has 128 MiB
-_EXACT = jax.lax.Precision.HIGHEST
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes and constants of a network that are compiled into the kernel.
+def supports(sizes: Sizes, dtype: jax.typing.DTypeLike) -> bool:
+    """Returns whether the kernel can run a network of these sizes on tokens of a dtype.
 
-    Attributes:
-      num_tokens: N.
-      num_prefix_tokens: R.
-      width: D.
-      num_heads: H.
-      mlp_width: channels of the MLP's hidden layer.
-      depth: L.
-      norm_eps: epsilon of the layer norms.
-      epsilon: of halting.
-      channel: that the gate reads; negative counts from the end.
-      token_multiple: the kernel is compiled for multiples of it, see `token_counts`.
+    It needs float32 or bfloat16, heads whose width divides 128 or is a multiple of it, and weights
+    and tokens that fit into `VMEM`.
     """
-
-    num_tokens: int
-    num_prefix_tokens: int
-    width: int
-    num_heads: int
-    mlp_width: int
-    depth: int
-    norm_eps: float
-    epsilon: float
-    channel: int
-    token_multiple: int = 32
-
-    @property
-    def head_width(self) -> int:
-        """K."""
-        return self.width // self.num_heads
-
-    @property
-    def group_width(self) -> int:
-        """Lanes of a group of heads, which are padded to whole groups."""
-        return max(self.head_width, _LANES)
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of heads."""
-        return -(-self.num_heads * self.head_width // self.group_width)
-
-    def token_counts(self) -> tuple[int, ...]:
-        """Returns the compiled numbers of tokens in ascending order; the last one holds N."""
-        largest = -(-self.num_tokens // 16) * 16
-        step = self.token_multiple * -(-largest // 256)
-        return (*range(step, largest - step // 2 + 1, step), largest)
-
-
-def why_not(sizes: Sizes, dtype: jax.typing.DTypeLike) -> str:
-    """Returns why the kernel cannot run a network in a dtype, or "" if it can."""
-    dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it computes in float32 or bfloat16, not {dtype}"
-    if _LANES % sizes.head_width and sizes.head_width % _LANES:
-        return f"the width of a head must divide {_LANES} or be a multiple of it"
-    shapes = jax.eval_shape(functools.partial(_zero_weights, sizes, dtype))
+        return False
+    if LANES % sizes.head_width and sizes.head_width % LANES:
+        return False
+    weights = jax.eval_shape(functools.partial(_zero_weights, sizes, dtype)).values()
     largest = sizes.token_counts()[-1]
     # Tokens, qkv, hidden layer, and logits and weights of one head; twice for temporaries.
     lanes = 4 * sizes.width + 2 * sizes.mlp_width + 3 * largest
-    needed = sum(x.size * x.dtype.itemsize for x in shapes.values()) + 2 * 4 * largest * lanes
-    if needed > VMEM:
-        return f"weights and tokens need about {needed >> 20} MiB of {VMEM >> 20} MiB of VMEM"
-    return ""
+    return sum(x.size * x.dtype.itemsize for x in weights) + 2 * 4 * largest * lanes <= VMEM
 
 
 def _zero_weights(sizes: Sizes, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
@@ -106,107 +54,6 @@ def _zero_weights(sizes: Sizes, dtype: jax.typing.DTypeLike) -> dict[str, jax.Ar
     params = {"norm1": norm, "norm2": norm, "qkv": module(width, 3 * width)}
     params |= {"proj": module(width, width), "fc1": module(width, hidden)}
     return pack(params | {"fc2": module(hidden, width)}, sizes, dtype)
-
-
-def pack(
-    params: Mapping[str, Any], sizes: Sizes, dtype: jax.typing.DTypeLike
-) -> dict[str, jax.Array]:
-    """Returns the parameters of all layers as the kernel reads them.
-
-    Heads are padded to whole groups. Queries are scaled by `K ** -0.5`, which is exact if K is a
-    power of 4.
-
-    Args:
-      params: of all layers, stacked, as `AViT` holds them.
-      sizes: of the network.
-      dtype: of the products; norms and biases are float32.
-    """
-    heads, head_width = sizes.num_heads, sizes.head_width
-    missing = sizes.num_groups * sizes.group_width // head_width - heads
-
-    def pad(x: jax.Array, axis: int) -> jax.Array:
-        shape = (*x.shape[:axis], heads, head_width, *x.shape[axis + 1 :])
-        widths = [(0, 0)] * len(shape)
-        widths[axis] = (0, missing)
-        x = jnp.pad(x.reshape(shape), widths)
-        return x.reshape(*shape[:axis], -1, *shape[axis + 2 :])
-
-    def pad_qkv(x: jax.Array) -> jax.Array:
-        query, key, value = jnp.split(x.astype(jnp.float32), 3, axis=-1)
-        parts = (query * head_width**-0.5, key, value)
-        return jnp.concatenate([pad(part, part.ndim - 1) for part in parts], axis=-1)
-
-    weights: dict[str, jax.Array] = {}
-    for name in ("qkv", "proj", "fc1", "fc2"):
-        kernel, bias = params[name]["kernel"], params[name]["bias"]
-        if name == "qkv":
-            kernel, bias = pad_qkv(kernel), pad_qkv(bias)
-        if name == "proj":
-            kernel = pad(kernel, 1)
-        weights |= {name: kernel.astype(dtype), f"{name}_bias": bias}
-    for name in ("norm1", "norm2"):
-        weights |= {f"{name}_scale": params[name]["scale"], f"{name}_bias": params[name]["bias"]}
-    rows = {name: x[:, None].astype(jnp.float32) for name, x in weights.items() if x.ndim == 2}
-    return weights | rows
-
-
-def _dot(a: jax.Array, b: jax.Array, transposed: bool = False, precision: Any = None) -> jax.Array:
-    """Returns a @ b, or a @ b.T, in float32."""
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
-
-
-def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * (jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps) * scale) + bias
-
-
-def layer(
-    x: jax.Array, key_bias: jax.Array, weights: Mapping[str, Any], index: jax.Array, sizes: Sizes
-) -> jax.Array:
-    """Runs a layer on the tokens `(n, D)` of an image, inside a kernel.
-
-    Args:
-      x: float32 or bfloat16.
-      key_bias: `(1, n)` bias of each key.
-      weights: from `pack`, or references to them.
-      index: of the layer.
-      sizes: of the network.
-    """
-    w = {name: functools.partial(ref.__getitem__, index) for name, ref in weights.items()}
-    dtype = x.dtype
-    a = _norm(x, w["norm1_scale"](), w["norm1_bias"](), sizes.norm_eps).astype(dtype)
-    qkv = (_dot(a, w["qkv"]()) + w["qkv_bias"]()).astype(dtype)
-    a = _dot(_attend(qkv, key_bias, sizes), w["proj"]()) + w["proj_bias"]()
-    x = (x.astype(jnp.float32) + a).astype(dtype)
-    a = _norm(x, w["norm2_scale"](), w["norm2_bias"](), sizes.norm_eps).astype(dtype)
-    a = _dot(a, w["fc1"]()) + w["fc1_bias"]()
-    a = (0.5 * a * (1.0 + jax.lax.erf(a * 0.5**0.5))).astype(dtype)
-    return (x.astype(jnp.float32) + _dot(a, w["fc2"]()) + w["fc2_bias"]()).astype(dtype)
-
-
-def _attend(qkv: jax.Array, key_bias: jax.Array, sizes: Sizes) -> jax.Array:
-    """Attention of all heads. The heads of a group share its lanes and differ by masks."""
-    width, heads_of_group = sizes.group_width, sizes.group_width // sizes.head_width
-    third = sizes.num_groups * width
-    # Mosaic compiles `//` only if it knows the chip, which it does not on a machine without a TPU.
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
-    head = jax.lax.div(lane, jnp.full_like(lane, sizes.head_width))
-    outputs = []
-    for first in range(0, third, width):
-        query, key, value = (qkv[:, i + first : i + first + width] for i in (0, third, 2 * third))
-        out = jnp.zeros((), jnp.float32)
-        for i in range(min(heads_of_group, sizes.num_heads - first // sizes.head_width)):
-            own = head == i
-            masked = query if heads_of_group == 1 else jnp.where(own, query, jnp.zeros_like(query))
-            logits = _dot(masked, key, transposed=True) + key_bias
-            weight = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-            total = weight.sum(axis=-1, keepdims=True)
-            values = _dot(weight.astype(value.dtype), value) * (1.0 / total)
-            out = jnp.where(own, values, out) if i else values
-        outputs.append(out.astype(qkv.dtype))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 class _Image:
@@ -272,11 +119,10 @@ class _Image:
     def _gate_channel(self, x: jax.Array) -> jax.Array:
         """Returns the gate channel of tokens `(n, D)` as a row `(1, n)`."""
         channel = self.sizes.channel % self.sizes.width
-        first = channel // _LANES * _LANES
-        x = x[:, first : first + _LANES]
+        first = channel // LANES * LANES
+        x = x[:, first : first + LANES]
         one = jax.lax.broadcasted_iota(jnp.int32, (8, x.shape[1]), 1) == channel - first
-        precision = _EXACT if x.dtype == jnp.float32 else None
-        return _dot(one.astype(x.dtype), x, transposed=True, precision=precision)[:1]
+        return dot(one.astype(x.dtype), x, transposed=True, exact=True)[:1]
 
     def _move(self, stays: jax.Array, count: jax.Array, smaller: int) -> None:
         """Moves the tokens that stay to the front, and the values of all others behind them.
@@ -289,14 +135,13 @@ class _Image:
         num = stays.shape[1]
         lane = jax.lax.broadcasted_iota(jnp.int32, (num, num), 1)
         row = jax.lax.broadcasted_iota(jnp.int32, (num, num), 0)
-        before = _dot(jnp.broadcast_to(stays, (8, num)).astype(jnp.bfloat16), _one(row < lane))[:1]
+        before = dot(jnp.broadcast_to(stays, (8, num)).astype(jnp.bfloat16), _one(row < lane))[:1]
         others = jax.lax.broadcasted_iota(jnp.int32, (1, num), 1).astype(jnp.float32) - before
         rank = jnp.where(stays > 0, before, count.astype(jnp.float32) + others)
         to_rank = row == rank.astype(jnp.int32)
         self.rows[:, :num] = _move_exactly(self.rows[:, :num], _one(to_rank))
         x = self.tokens[:num]
-        precision = _EXACT if x.dtype == jnp.float32 else None
-        moved = _dot(to_rank[:smaller].astype(x.dtype), x, precision=precision)
+        moved = dot(to_rank[:smaller].astype(x.dtype), x, exact=True)
         self.tokens[:smaller] = moved.astype(x.dtype)
 
     def finish(self) -> None:
@@ -323,7 +168,7 @@ def _move_exactly(rows: jax.Array, to: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(rest, jnp.int32) & jnp.int32(-(2**16))
         parts.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
         rest = rest - parts[-1]
-    moved = _dot(jnp.concatenate(parts).astype(jnp.bfloat16), to, transposed=True)
+    moved = dot(jnp.concatenate(parts).astype(jnp.bfloat16), to, transposed=True)
     high, middle, low = (moved[i * len(rows) : (i + 1) * len(rows)] for i in range(3))
     return high + (middle + low)
 
@@ -367,7 +212,7 @@ def run(
       exists: `(B,)` bool, False for padding images, which do not run.
       gate: gamma and beta.
       params: of all layers, stacked, as `AViT` holds them.
-      sizes: of the network; `why_not` must be "".
+      sizes: of the network; see `supports`.
 
     Returns:
       Scores `(L, B, N)` float32, those of halted tokens and finished images are 0. Readout
@@ -376,7 +221,7 @@ def run(
     batch, num_tokens, width = x.shape
     weights = pack(params, sizes, x.dtype)
     largest = sizes.token_counts()[-1]
-    lanes = -(-largest // _LANES) * _LANES
+    lanes = -(-largest // LANES) * LANES
 
     def of_image(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda i, *_: (i, 0, 0))
@@ -401,9 +246,7 @@ def run(
                 pltpu.VMEM((rows, lanes), jnp.float32),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=VMEM, dimension_semantics=("arbitrary",)
-        ),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM),
         name="vit_tpu",
     )(
         jnp.stack([jnp.asarray(g, jnp.float32) for g in gate]),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from avit_jax.kernels import vit_tpu
+from avit_jax.kernels import vit_tpu, vit_tpu_layer
 from avit_jax.models import flops, forward
 from avit_jax.models.block import Block, Gate
 
@@ -24,10 +24,10 @@ _KNOWN = "image_size patch_size channels width depth num_heads mlp_ratio num_cla
 _KNOWN += " halting drop_path dropout norm_eps dtype remat removal fused_attention parent name"
 
 
-def sizes(model: "vit.AViT", token_multiple: int) -> vit_tpu.Sizes:
+def sizes(model: "vit.AViT", token_multiple: int) -> vit_tpu_layer.Sizes:
     """Returns the sizes of a network with halting, as the kernel needs them."""
     assert model.halting is not None
-    return vit_tpu.Sizes(
+    return vit_tpu_layer.Sizes(
         num_tokens=model.num_tokens,
         num_prefix_tokens=model.num_prefix_tokens,
         width=model.width,
@@ -44,9 +44,9 @@ def sizes(model: "vit.AViT", token_multiple: int) -> vit_tpu.Sizes:
 def supports(model: "vit.AViT", dtype: jax.typing.DTypeLike, token_multiple: int) -> bool:
     """Returns whether the kernel can run a network.
 
-    It needs: halting without merging; tokens in float32 or bfloat16; heads whose width divides 128
-    or is a multiple of it; a multiple of 16 as `token_multiple`; defaults for options that are not
-    in `_KNOWN`; and weights that fit into the VMEM of a chip. The last one excludes DeiT-B.
+    It needs halting without merging, a `token_multiple` that is a multiple of 16, the default of
+    every option that is not in `_KNOWN`, and what `vit_tpu.supports` needs. The weights of DeiT-B
+    are too large.
 
     Args:
       model: the network.
@@ -58,7 +58,7 @@ def supports(model: "vit.AViT", dtype: jax.typing.DTypeLike, token_multiple: int
     for field in dataclasses.fields(model):
         if field.name not in _KNOWN.split() and getattr(model, field.name) != field.default:
             return False
-    return not vit_tpu.why_not(sizes(model, token_multiple), dtype)
+    return vit_tpu.supports(sizes(model, token_multiple), dtype)
 
 
 def executor(model: "vit.AViT", token_multiple: int) -> forward.AtOnce:
@@ -67,7 +67,7 @@ def executor(model: "vit.AViT", token_multiple: int) -> forward.AtOnce:
 
 
 def _run(
-    sizes: vit_tpu.Sizes, block: Block, gate: Gate, carry: forward.Carry, params: Any
+    sizes: vit_tpu_layer.Sizes, block: Block, gate: Gate, carry: forward.Carry, params: Any
 ) -> tuple[jax.Array, jax.Array]:
     del block
     return vit_tpu.run(carry.x, carry.state.active.any(axis=1), gate, params, sizes)

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from avit_jax.kernels import vit_tpu
+from avit_jax.kernels import vit_tpu_layer
 
 # Address, label of a block, depth in loops, instructions.
 _LINE = re.compile(r"\s*0x[0-9a-f]+\s*([A-Z]+)?\s*:\s*(>*)\s*\{(.*)")
@@ -81,7 +81,7 @@ class Kernel:
         return total
 
 
-def kernel(text: str, sizes: vit_tpu.Sizes) -> Kernel:
+def kernel(text: str, sizes: vit_tpu_layer.Sizes) -> Kernel:
     """Returns the bundles of the kernel, from its dump.
 
     Raises:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import avit_jax
-from avit_jax.kernels import vit_tpu
+from avit_jax.kernels import vit_tpu, vit_tpu_layer
 from avit_jax.models import flops, one_kernel
 from avit_jax.utils import errors
 from experiments import results
@@ -38,7 +38,7 @@ _BATCH = 16
 
 
 def compile_kernel(
-    chip: str, model: avit_jax.AViT, sizes: vit_tpu.Sizes, *, is_static: bool = False
+    chip: str, model: avit_jax.AViT, sizes: vit_tpu_layer.Sizes, *, is_static: bool = False
 ) -> float:
     """Compiles the kernel, or its static twin, for a chip; returns the seconds."""
     here = jax.sharding.SingleDeviceSharding(aot.devices(f"{chip}:2x2")[0])

@@ -10,10 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from avit_jax.core import halting
-from avit_jax.kernels import attention, vit_tpu
+from avit_jax.kernels import attention, vit_tpu, vit_tpu_layer
 
 
-def _kernel(names: tuple[str, ...], sizes: vit_tpu.Sizes, x: Any, *refs: Any) -> None:
+def _kernel(names: tuple[str, ...], sizes: vit_tpu_layer.Sizes, x: Any, *refs: Any) -> None:
     weights, (readout, tokens) = dict(zip(names, refs, strict=False)), refs[len(names) :]
     tokens[...] = jnp.zeros_like(tokens)
     tokens[: sizes.num_tokens] = x[...]
@@ -21,15 +21,15 @@ def _kernel(names: tuple[str, ...], sizes: vit_tpu.Sizes, x: Any, *refs: Any) ->
     key_bias: Any = attention.key_bias(lane < sizes.num_tokens, None)
 
     def body(index: jax.Array, _: None) -> None:
-        tokens[...] = vit_tpu.layer(tokens[...], key_bias, weights, index, sizes)
+        tokens[...] = vit_tpu_layer.layer(tokens[...], key_bias, weights, index, sizes)
 
     jax.lax.fori_loop(0, sizes.depth, body, None)
     readout[...] = tokens[: sizes.num_prefix_tokens].astype(jnp.float32)
 
 
-def run(x: jax.Array, params: Mapping[str, Any], sizes: vit_tpu.Sizes) -> jax.Array:
+def run(x: jax.Array, params: Mapping[str, Any], sizes: vit_tpu_layer.Sizes) -> jax.Array:
     """Returns the prefix tokens `(B, R, D)` after the last layer; arguments as `vit_tpu.run`."""
-    weights = vit_tpu.pack(params, sizes, x.dtype)
+    weights = vit_tpu_layer.pack(params, sizes, x.dtype)
     whole = [
         pl.BlockSpec(w.shape, lambda _: (0, 0, 0), pipeline_mode=pl.Buffered(1))
         for w in weights.values()
