@@ -215,7 +215,13 @@ def score(
     width = tokens.shape[-1]
     if not -width <= channel < width:  # JAX would clamp the index
         raise ValueError(f"halting channel {channel} is not among the {width} channels of a token.")
-    gate = tokens[..., channel]
+    return score_of_gate(tokens[..., channel], gamma=gamma, beta=beta)
+
+
+def score_of_gate(
+    gate: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.ArrayLike
+) -> jax.Array:
+    """Computes `score` from the gate channel of the tokens, of any shape and float dtype."""
     gate = gate.astype(at_least_float32(gate.dtype))
     return jax.nn.sigmoid(gamma * gate + beta)
 

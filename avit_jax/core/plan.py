@@ -23,6 +23,9 @@ class Plan:
       use_switch: selects the compiled number of tokens by a switch instead of loops, and puts
         tokens back by one scatter. Use it on GPUs: the host reads the condition of a loop, but not
         the index of a switch in a command buffer. Avoid it on CPUs: XLA runs a switch on one core.
+      one_kernel: on TPUs, one kernel runs all layers of an image, if it supports the network, see
+        `one_kernel.supports`. It is compiled for the same multiples of tokens. Other devices, and
+        other networks, use buckets. For inference only.
 
     Raises:
       ValueError: a size is below 1.
@@ -33,6 +36,7 @@ class Plan:
     chunk: int = 96
     full_bucket: int = 12
     use_switch: bool = False
+    one_kernel: bool = False
 
     def __post_init__(self) -> None:
         if min(self.bucket, self.token_multiple, self.chunk, self.full_bucket) < 1:

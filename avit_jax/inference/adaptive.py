@@ -26,13 +26,14 @@ _NO_GRADIENT = (
     "adaptive.apply has no gradient: train with model.apply (AViT(removal=...) removes halted "
     "tokens there too), or put jax.lax.stop_gradient around the variables and the images."
 )
+_KERNEL_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 
 
 def default_plan(batch: int | None, backend: str | None = None, cores: int | None = None) -> Plan:
     """Returns a good plan for batches of this size.
 
     Chosen by measuring DeiT-T on two cores of a CPU and on one NVIDIA H200. The plan for TPUs is a
-    guess.
+    guess: it was never run on one. It uses the kernel on the chips for which the tests compile it.
 
     Args:
       batch: images of a call, None if unknown.
@@ -45,7 +46,8 @@ def default_plan(batch: int | None, backend: str | None = None, cores: int | Non
         bucket, chunk = (256, 1024) if batch else (64, 256)
         return Plan(bucket=bucket, token_multiple=32, chunk=chunk, use_switch=True)
     if backend != "cpu":
-        return Plan(bucket=16, token_multiple=32, chunk=256)
+        kernel = getattr(jax.devices()[0], "device_kind", "") in _KERNEL_CHIPS
+        return Plan(bucket=16, token_multiple=32, chunk=256, one_kernel=kernel)
     if (cores or cores_per_device()) <= 1:  # one core is almost as fast with one image at a time
         return Plan(bucket=1, token_multiple=8, chunk=16, full_bucket=2)
     # Large buckets are faster, but need more padding, most of all in small batches.
@@ -217,15 +219,42 @@ def _classify(
     model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, plan: Plan
 ) -> tuple[jax.Array, vit.Aux]:
     """Maps the tokens `(B, N, D)` of one chunk to logits and `Aux` with the image axis first."""
+    bucketed = functools.partial(
+        _classify_by, model, forward.Bucketed(plan), functools.partial(_bucketed_macs, model, plan)
+    )
+    if not plan.one_kernel:
+        return bucketed(variables, x, exists)
+    from avit_jax.models import one_kernel  # loads Pallas
+
+    multiple = plan.token_multiple
+    if not one_kernel.supports(model, x.dtype, multiple):
+        return bucketed(variables, x, exists)
+    macs = functools.partial(one_kernel.padded_macs, model, token_multiple=multiple)
+    kernel = functools.partial(_classify_by, model, one_kernel.executor(model, multiple), macs)
+    return jax.lax.platform_dependent(variables, x, exists, tpu=kernel, default=bucketed)
+
+
+def _classify_by(
+    model: vit.AViT,
+    executor: forward.Executor | forward.AtOnce,
+    layer_macs: Callable[[jax.Array], jax.Array],
+    variables: Any,
+    x: jax.Array,
+    exists: jax.Array,
+) -> tuple[jax.Array, vit.Aux]:
+    """`_classify` by an executor; `layer_macs` maps active `(L, B, N)` to padded MACs `(B,)`."""
     network = model.clone(removal=None, remat=False)
     run: Any = network.apply
-    logits, aux = run(variables, x, forward.Bucketed(plan), exists=exists, method="from_tokens")
+    logits, aux = run(variables, x, executor, exists=exists, method="from_tokens")
+    # Rounding may leave the sum below the MACs without padding.
+    macs = jnp.maximum(flops.fixed_macs(model) + layer_macs(aux.active), aux.macs)
+    return logits, _swap_layers_and_images(dataclasses.replace(aux, macs_padded=macs))
+
+
+def _bucketed_macs(model: vit.AViT, plan: Plan, active: jax.Array) -> jax.Array:
     is_last = jnp.arange(model.depth) == model.depth - 1
     padded = jax.vmap(lambda active, is_last: padded_macs(model, active, plan, is_last))
-    macs = flops.fixed_macs(model) + padded(aux.active, is_last).sum(axis=0)
-    # Rounding may leave the sum below the MACs without padding.
-    aux = dataclasses.replace(aux, macs_padded=jnp.maximum(macs, aux.macs))
-    return logits, _swap_layers_and_images(aux)
+    return padded(active, is_last).sum(axis=0)
 
 
 def _swap_layers_and_images(aux: vit.Aux) -> vit.Aux:

@@ -75,11 +75,12 @@ def _candidates(batch: int) -> tuple[Plan, list[Plan]]:
     default = adaptive.default_plan(batch)
     default = dataclasses.replace(default, bucket=min(default.bucket, batch))
     half, double = max(1, default.bucket // 2), min(2 * default.bucket, batch)
-    return default, [
-        dataclasses.replace(default, bucket=bucket, token_multiple=multiple)
+    plans = [
+        dataclasses.replace(default, bucket=bucket, token_multiple=multiple, one_kernel=False)
         for bucket in sorted({half, default.bucket, double})
         for multiple in (default.token_multiple, 2 * default.token_multiple)
     ]
+    return default, [default, *plans] if default.one_kernel else plans
 
 
 def _measure(model: vit.AViT, variables: Any, images: jax.Array, plans: list[Plan]) -> list[float]:

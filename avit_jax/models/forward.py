@@ -1,7 +1,8 @@
 """The one forward pass over all layers. Axes as in `vit`.
 
-An executor runs a layer: `masked` on all tokens, `Bucketed` on the active ones. The executor
-affects neither which tokens halt, nor how outputs are averaged, nor the fields of `Aux`.
+An executor runs a layer: `masked` on all tokens, `Bucketed` on the active ones. `AtOnce` runs all
+layers by one function. The executor affects neither which tokens halt, nor how outputs are
+averaged, nor the fields of `Aux`.
 """
 
 import dataclasses
@@ -56,6 +57,18 @@ class Bucketed:
         self, layer: ragged.Layer, *args: PyTree[Array]
     ) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
         return ragged.transform(layer, self.plan, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtOnce:
+    """Runs all layers by one function, which decides which tokens halt; for inference only.
+
+    Attributes:
+      layers: maps `(block, gate, carry, params)`, as in `run`, to scores `(L, B, N)` and readout
+        `(B, R, D)`. Finished images must stop. Scores of halted tokens mean nothing.
+    """
+
+    layers: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @no_type_check  # JAX also fills it with leaves of other types and shapes
@@ -200,7 +213,7 @@ def _layer(
 
 def run(
     block: Block,
-    executor: Executor,
+    executor: Executor | AtOnce,
     gate: Gate | None,
     carry: Carry,
     params: PyTree[Array],
@@ -215,7 +228,7 @@ def run(
 
     Args:
       block: the layer.
-      executor: runs each layer.
+      executor: runs each layer, or all of them.
       gate: gamma and beta; None for a network without halting, whose layers all run on all tokens.
       carry: from `start`.
       params: of all layers, stacked.
@@ -230,6 +243,8 @@ def run(
       The carry, and score and active `(L, B, N)`. Without halting, the score is 0 and all tokens
       are active.
     """
+    if isinstance(executor, AtOnce):
+        return _run_at_once(block, executor, gate, carry, params)
     num_layers = len(jax.tree.leaves(params)[0])
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
     layers = (params, jnp.arange(num_layers) == num_layers - 1, keep, keys)
@@ -247,6 +262,25 @@ def run(
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     carry, by_layer = jax.lax.scan(body, carry, layers)
     return (carry, by_layer) if gate is not None else _end_without_halting(carry, num_layers)
+
+
+def _run_at_once(
+    block: Block, executor: AtOnce, gate: Gate | None, carry: Carry, params: Any
+) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    """Runs all layers by one function, then derives the state of halting from the scores."""
+    config = block.halting
+    assert config is not None
+    score, readout = executor.layers(block, gate, carry, params)
+    is_last = jnp.arange(len(score)) == len(score) - 1
+
+    def body(carry: Carry, layer: tuple[jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
+        score, is_last = layer
+        before = carry.state
+        state, _ = halting.accumulate(before, score, epsilon=config.epsilon, is_last=is_last)
+        return _stop_finished(dataclasses.replace(carry, state=state)), before.active
+
+    carry, active = jax.lax.scan(body, carry, (score, is_last))
+    return dataclasses.replace(carry, readout=readout), (score, active)
 
 
 def _step_without_halting(

@@ -251,7 +251,7 @@ class AViT(nn.Module):
     def from_tokens(
         self,
         x: Float[Array, "B N D"],
-        executor: forward.Executor,
+        executor: forward.Executor | forward.AtOnce,
         *,
         exists: Bool[Array, "B"] | None = None,
         image_index: Int[Array, "B"] | None = None,

@@ -1,0 +1,126 @@
+"""Estimates how much faster the TPU kernel gets when tokens halt, from its compiled program.
+
+pip install '.[tpu]'
+JAX_PLATFORMS=cpu python -m experiments.tpu_kernel.run --out=experiments/tpu_kernel/result.json
+
+Nothing is run. The kernel and its static twin (`static.py`) are compiled in bfloat16, and their
+instruction bundles counted. The token counts are those of `counts.py`. The ideal speed-up is that
+of the MACs of the layers alone.
+"""
+
+import glob
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+import avit_jax
+from avit_jax.kernels import vit_tpu, vit_tpu_layer
+from avit_jax.models import flops, one_kernel
+from avit_jax.utils import errors
+from experiments import results
+from experiments.aot import compile as aot
+from experiments.tpu_kernel import bundles, static
+from experiments.tpu_kernel import counts as counts_lib
+
+_OUT = flags.DEFINE_string("out", None, "JSON file, to which rows are added", required=True)
+_CHIPS = flags.DEFINE_list("chips", ["v5e", "v6e"], "that libtpu knows")
+_MODELS = flags.DEFINE_list("models", ["deit_tiny", "deit_small"], "networks")
+_MULTIPLE = flags.DEFINE_integer("token_multiple", 32, "see `adaptive.default_plan`")
+_BATCH = 16
+
+
+def compile_kernel(
+    chip: str, model: avit_jax.AViT, sizes: vit_tpu_layer.Sizes, *, is_static: bool = False
+) -> float:
+    """Compiles the kernel, or its static twin, for a chip; returns the seconds."""
+    here = jax.sharding.SingleDeviceSharding(aot.devices(f"{chip}:2x2")[0])
+
+    def on_chip(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    images = jax.ShapeDtypeStruct((1, *model.pixels, model.channels), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]["layers"]
+    params = jax.tree.map(lambda x: on_chip(x.shape, x.dtype), params)
+    x = on_chip((_BATCH, model.num_tokens, model.width), model.dtype or jnp.float32)
+    run: Callable[..., Any]
+    if is_static:
+        run = lambda x, exists, gamma, beta, params: static.run(x, params, sizes)  # noqa: E731
+    else:
+        run = lambda x, exists, gamma, beta, params: vit_tpu.run(  # noqa: E731
+            x, exists, (gamma, beta), params, sizes
+        )
+    scalar = on_chip((), jnp.float32)
+    started = time.perf_counter()
+    jax.jit(run).lower(x, on_chip((_BATCH,), bool), scalar, scalar, params).compile()
+    return time.perf_counter() - started
+
+
+def estimate(
+    kernel: bundles.Kernel, static_image: int, counts: list[list[int]], model: avit_jax.AViT
+) -> dict[str, float]:
+    """Returns MACs ratio of the layers, estimated speed-up, and its share of the ideal.
+
+    Args:
+      kernel: bundles of the kernel.
+      static_image: bundles of an image in the static kernel.
+      counts: tokens that each image computes in each layer.
+      model: for its sizes.
+    """
+    macs = statistics.fmean(sum(flops.layer_macs(n, model) for n in image) for image in counts)
+    ratio = macs / (model.depth * flops.layer_macs(model.num_tokens, model))
+    speed_up = static_image / statistics.fmean(kernel.image(image) for image in counts)
+    return {"macs_ratio": ratio, "speed_up": speed_up, "share_of_ideal": speed_up * ratio}
+
+
+def _row(chip: str, name: str, folder: str) -> dict[str, Any]:
+    model = getattr(avit_jax, name)(dtype=jnp.dtype("bfloat16"))
+    sizes = one_kernel.sizes(model, _MULTIPLE.value)
+    texts, seconds = [], 0.0
+    for is_static in (True, False):
+        before = set(glob.glob(f"{folder}/*"))
+        seconds = compile_kernel(chip, model, sizes, is_static=is_static)
+        new = set(glob.glob(f"{folder}/*vit_tpu*final_bundles.txt")) - before
+        (file,) = (path for path in new if "analysis" not in path)
+        with open(file) as dump:
+            texts.append(dump.read())
+    (loop,), outside = bundles.read(texts[0])
+    static_image = outside + model.depth * loop.layer
+    kernel = bundles.kernel(texts[1], sizes)
+    row = {
+        "jax": jax.__version__,
+        "static_layer_bundles": loop.layer,
+        "layer_bundles": {str(n): loop.layer for n, loop in kernel.loops.items()},
+        "move_bundles": {str(n): loop.move for n, loop in kernel.loops.items()},
+        "outside_bundles": kernel.outside,
+        "compile_seconds": seconds,
+    }
+    counts = json.loads(counts_lib.FILE.read_text())[name]
+    of_ratio = {key: estimate(kernel, static_image, each, model) for key, each in counts.items()}
+    return row | {"by_macs_ratio": of_ratio}
+
+
+def main(_: list[str]) -> None:
+    """Adds a row for each chip and network."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when libtpu starts.
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
+        for chip in _CHIPS.value:
+            for name in _MODELS.value:
+                row = _row(chip, name, folder)
+                print(chip, name, json.dumps(row["by_macs_ratio"]), flush=True)
+                results.add(_OUT.value, f"{name}, {chip}", row)
+
+
+if __name__ == "__main__":
+    app.run(errors.exit_on_user_error(main))
