@@ -238,7 +238,7 @@ def accumulate(
     score: Float[Array, "*B N"],
     *,
     epsilon: Shaped[ArrayLike, ""],
-    is_last: Shaped[ArrayLike, ""] = False,
+    is_last: Shaped[ArrayLike, ""] | Shaped[ArrayLike, "*B N"] = False,
 ) -> tuple[HaltingState, Float[Array, "*B N"]]:
     """Adds the scores of a layer, decides which tokens halt, and weights the layer's output.
 

@@ -51,7 +51,7 @@ def test_the_kernel_runs_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         run = jax.jit(functools.partial(adaptive.apply, model, plan=_PLAN))
         logits, got = run(variables, images)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    computed = np.asarray(flops.is_computed(aux.active, 1))
+    computed = np.asarray(flops.is_computed(jnp.asarray(aux.active), 1))
     np.testing.assert_array_equal(got.active, computed)
     padded = np.where(computed.any(axis=-1), 0, -100) + 1 + computed[..., 1:].sum(axis=-1)
     padded = np.maximum(-(-padded // 16) * 16, 0)  # to a multiple of 16; nothing of finished images

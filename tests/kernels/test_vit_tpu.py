@@ -55,7 +55,7 @@ def _check(model: vit.AViT, variables: Any, images: Any, multiple: int = 16) -> 
     expected, aux = jax.device_get(golden.forward(model)(variables, images))
     logits, got = _interpret(model, variables, images, multiple)
     assert logits.dtype == expected.dtype and got.score.dtype == aux.score.dtype
-    computed = np.asarray(flops.is_computed(aux.active, model.num_prefix_tokens))
+    computed = np.asarray(flops.is_computed(jnp.asarray(aux.active), model.num_prefix_tokens))
     np.testing.assert_array_equal(got.active, computed)
     np.testing.assert_array_equal(got.depth, computed.sum(axis=0))
     close = functools.partial(np.testing.assert_allclose, rtol=0)
@@ -213,7 +213,7 @@ def test_an_executor_of_all_layers_gives_the_same_aux() -> None:
         variables, x, forward.AtOnce(layers), exists=jnp.ones(3, bool), method="from_tokens"
     )
     np.testing.assert_allclose(got[0], logits, rtol=0, atol=1e-6)
-    computed = flops.is_computed(aux.active, 1)
+    computed = flops.is_computed(jnp.asarray(aux.active), 1)
     np.testing.assert_array_equal(got[1].active, computed)
     whole = np.asarray(computed.sum(axis=0) == aux.depth)
     np.testing.assert_array_equal(got[1].ponder_cost[whole], aux.ponder_cost[whole])
