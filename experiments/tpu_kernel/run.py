@@ -19,11 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 
 import avit_jax
 from avit_jax.kernels import vit_tpu, vit_tpu_layer
-from avit_jax.models import flops, one_kernel
+from avit_jax.models import one_kernel
 from avit_jax.utils import errors
 from experiments import results
 from experiments.aot import compile as aot
@@ -74,8 +75,7 @@ def estimate(
       counts: tokens that each image computes in each layer.
       model: for its sizes.
     """
-    macs = statistics.fmean(sum(flops.layer_macs(n, model) for n in image) for image in counts)
-    ratio = macs / (model.depth * flops.layer_macs(model.num_tokens, model))
+    ratio = counts_lib.macs_ratio(model, np.asarray(counts))
     speed_up = static_image / statistics.fmean(kernel.image(image) for image in counts)
     return {"macs_ratio": ratio, "speed_up": speed_up, "share_of_ideal": speed_up * ratio}
 
