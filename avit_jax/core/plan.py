@@ -25,7 +25,8 @@ class Plan:
         the index of a switch in a command buffer. Avoid it on CPUs: XLA runs a switch on one core.
       one_kernel: on TPUs, one kernel runs all layers of an image, if it supports the network, see
         `one_kernel.supports`. It is compiled for the same multiples of tokens. Other devices, and
-        other networks, use buckets. For inference only.
+        other networks, use buckets. For inference only. JAX cannot export a program for several
+        platforms with it.
 
     Raises:
       ValueError: a size is below 1.

@@ -1,5 +1,7 @@
 """Exports a trained network as one file that `serving` runs without the rest of this package."""
 
+import dataclasses
+import functools
 import io
 import json
 import logging
@@ -86,7 +88,13 @@ def _program(
     platforms: Sequence[str],
 ) -> jax.export.Exported:
     """Exports (leaves of the parameters, images) -> (logits, depths)."""
-    apply = adaptive.make_apply(model.clone(fused_attention=False))  # the file must not need cuDNN
+    network = model.clone(fused_attention=False)  # the file must not need cuDNN
+    apply: Any = network.apply
+    if model.halting is not None:
+        plan = adaptive.default_plan(batch or None)
+        # JAX cannot lower a kernel for one of several platforms.
+        plan = dataclasses.replace(plan, one_kernel=plan.one_kernel and len(platforms) == 1)
+        apply = functools.partial(adaptive.apply, network, plan=plan)
 
     def run(leaves: list[jax.Array], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         variables = {"params": jax.tree.unflatten(tree, leaves)}

@@ -5,10 +5,14 @@ JAX_PLATFORMS=cpu python -m experiments.tpu_kernel.run --out=experiments/tpu_ker
 
 Nothing is run. The kernel and its static twin (`static.py`) are compiled in bfloat16, and their
 instruction bundles counted. The token counts are those of `counts.py`. The ideal speed-up is that
-of the MACs of the layers alone.
+of the MACs of the layers alone. Bundles that the file already has are not compiled again.
+
+In the file, `layer` and `move` are bundles of a layer and of moving the tokens that stay, by number
+of tokens; `outside` and `static_image` are bundles of an image.
 """
 
 import glob
+import itertools
 import json
 import os
 import statistics
@@ -19,11 +23,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 
 import avit_jax
 from avit_jax.kernels import vit_tpu, vit_tpu_layer
-from avit_jax.models import flops, one_kernel
+from avit_jax.models import one_kernel
 from avit_jax.utils import errors
 from experiments import results
 from experiments.aot import compile as aot
@@ -33,7 +38,7 @@ from experiments.tpu_kernel import counts as counts_lib
 _OUT = flags.DEFINE_string("out", None, "JSON file, to which rows are added", required=True)
 _CHIPS = flags.DEFINE_list("chips", ["v5e", "v6e"], "that libtpu knows")
 _MODELS = flags.DEFINE_list("models", ["deit_tiny", "deit_small"], "networks")
-_MULTIPLE = flags.DEFINE_integer("token_multiple", 32, "see `adaptive.default_plan`")
+_TOKEN_MULTIPLE = 32  # of `adaptive.default_plan`
 _BATCH = 16
 
 
@@ -74,15 +79,14 @@ def estimate(
       counts: tokens that each image computes in each layer.
       model: for its sizes.
     """
-    macs = statistics.fmean(sum(flops.layer_macs(n, model) for n in image) for image in counts)
-    ratio = macs / (model.depth * flops.layer_macs(model.num_tokens, model))
+    ratio = counts_lib.macs_ratio(model, np.asarray(counts))
     speed_up = static_image / statistics.fmean(kernel.image(image) for image in counts)
     return {"macs_ratio": ratio, "speed_up": speed_up, "share_of_ideal": speed_up * ratio}
 
 
-def _row(chip: str, name: str, folder: str) -> dict[str, Any]:
-    model = getattr(avit_jax, name)(dtype=jnp.dtype("bfloat16"))
-    sizes = one_kernel.sizes(model, _MULTIPLE.value)
+def _compile(chip: str, model: avit_jax.AViT, folder: str) -> dict[str, Any]:
+    """Returns the bundles of the kernel and of its static twin."""
+    sizes = one_kernel.sizes(model, _TOKEN_MULTIPLE)
     texts, seconds = [], 0.0
     for is_static in (True, False):
         before = set(glob.glob(f"{folder}/*"))
@@ -92,19 +96,29 @@ def _row(chip: str, name: str, folder: str) -> dict[str, Any]:
         with open(file) as dump:
             texts.append(dump.read())
     (loop,), outside = bundles.read(texts[0])
-    static_image = outside + model.depth * loop.layer
     kernel = bundles.kernel(texts[1], sizes)
-    row = {
+    return {
         "jax": jax.__version__,
-        "static_layer_bundles": loop.layer,
-        "layer_bundles": {str(n): loop.layer for n, loop in kernel.loops.items()},
-        "move_bundles": {str(n): loop.move for n, loop in kernel.loops.items()},
-        "outside_bundles": kernel.outside,
         "compile_seconds": seconds,
+        "static_image": outside + model.depth * loop.layer,
+        "outside": kernel.outside,
+        "layer": {n: loop.layer for n, loop in kernel.loops.items()},
+        "move": {n: loop.move for n, loop in kernel.loops.items()},
     }
+
+
+def _row(row: dict[str, Any], name: str, model: avit_jax.AViT) -> dict[str, Any]:
+    """Adds the estimates to the bundles."""
+    loops = {
+        int(n): bundles.Loop(layer=layer, move=row["move"][n]) for n, layer in row["layer"].items()
+    }
+    kernel = bundles.Kernel(loops=loops, outside=row["outside"])
     counts = json.loads(counts_lib.FILE.read_text())[name]
-    of_ratio = {key: estimate(kernel, static_image, each, model) for key, each in counts.items()}
-    return row | {"by_macs_ratio": of_ratio}
+    by_ratio = {
+        ratio: estimate(kernel, row["static_image"], images, model)
+        for ratio, images in counts.items()
+    }
+    return row | {"by_macs_ratio": by_ratio}
 
 
 def main(_: list[str]) -> None:
@@ -115,11 +129,13 @@ def main(_: list[str]) -> None:
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
             "--xla_jf_dump_llo_pass_label_regex=final_bundles"
         )
-        for chip in _CHIPS.value:
-            for name in _MODELS.value:
-                row = _row(chip, name, folder)
-                print(chip, name, json.dumps(row["by_macs_ratio"]), flush=True)
-                results.add(_OUT.value, f"{name}, {chip}", row)
+        for chip, name in itertools.product(_CHIPS.value, _MODELS.value):
+            model = getattr(avit_jax, name)(dtype=jnp.dtype("bfloat16"))
+            key = f"{name}, {chip}"
+            row = results.load(_OUT.value).get(key) or _compile(chip, model, folder)
+            row = _row(row, name, model)
+            print(key, json.dumps(row["by_macs_ratio"]), flush=True)
+            results.add(_OUT.value, key, row)
 
 
 if __name__ == "__main__":

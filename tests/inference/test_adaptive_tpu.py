@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from avit_jax.core import halting
 from avit_jax.core.plan import Plan
-from avit_jax.inference import adaptive, autotune
+from avit_jax.inference import adaptive, autotune, export
 from avit_jax.models import flops, vit
 
 _PLAN = Plan(bucket=2, token_multiple=16, chunk=4, one_kernel=True)
@@ -32,11 +32,11 @@ def _inputs(model: vit.AViT, count: int) -> tuple[Any, jax.Array]:
     return jax.jit(model.init)(jax.random.key(1), images[:1]), images
 
 
-def _export(model: vit.AViT, plan: Plan, batch: Any, platforms: tuple[str, ...]) -> Any:
+def _export(model: vit.AViT, plan: Plan, batch: Any, platform: str) -> Any:
     variables, _ = jax.eval_shape(functools.partial(_inputs, model, 1))
     images = jax.ShapeDtypeStruct((batch, *model.pixels, model.channels), jnp.float32)
     run = jax.jit(lambda variables, images: adaptive.apply(model, variables, images, plan=plan))
-    return jax.export.export(run, platforms=platforms)(variables, images)
+    return jax.export.export(run, platforms=[platform])(variables, images)
 
 
 def test_the_kernel_runs_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,19 +60,31 @@ def test_the_kernel_runs_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(np.unique(padded)) > 2
 
 
-def test_a_cpu_keeps_the_buckets() -> None:
-    """With a plan for TPUs too, and for any batch in a program that is exported for both."""
+def test_only_a_tpu_leaves_the_buckets() -> None:
+    """With the same plan, for any batch in an exported program."""
     model = _model()
-    exported = _export(model, _PLAN, jax.export.symbolic_shape("b")[0], ("cpu", "tpu"))
+    exported = _export(model, _PLAN, jax.export.symbolic_shape("b")[0], "tpu")
     assert _KERNEL in exported.mlir_module()
     variables, images = _inputs(model, 5)
     buckets = Plan(bucket=2, token_multiple=16, chunk=4)
-    expected, aux = jax.jit(functools.partial(adaptive.apply, model, plan=buckets))(
-        variables, images
+    (expected, aux), (logits, got) = (
+        jax.jit(functools.partial(adaptive.apply, model, plan=plan))(variables, images)
+        for plan in (buckets, _PLAN)
     )
-    logits, got = exported.call(variables, images)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(got.macs_padded, aux.macs_padded, rtol=1e-6)
+
+
+@pytest.mark.parametrize("platforms", [("cpu", "tpu"), ("tpu",)])
+def test_a_file_holds_the_kernel_only_if_it_is_for_tpus_alone(
+    monkeypatch: pytest.MonkeyPatch, platforms: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(adaptive, "default_plan", lambda batch: _PLAN)
+    model = _model()
+    leaves, tree = jax.tree.flatten(_inputs(model, 1)[0]["params"])
+    colors = [[0.5] * 3] * 2
+    exported = export._program(leaves, tree, model, *colors, 0, platforms)
+    assert (_KERNEL in exported.mlir_module()) == (len(platforms) == 1)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,7 @@ def test_a_cpu_keeps_the_buckets() -> None:
 def test_a_tpu_keeps_the_buckets_without_the_kernel(unsupported: dict[str, Any]) -> None:
     plan = unsupported.get("plan", _PLAN)
     changes = {name: value for name, value in unsupported.items() if name != "plan"}
-    assert _KERNEL not in _export(_model(**changes), plan, 4, ("tpu",)).mlir_module()
+    assert _KERNEL not in _export(_model(**changes), plan, 4, "tpu").mlir_module()
 
 
 @pytest.mark.parametrize(
