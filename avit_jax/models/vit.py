@@ -134,7 +134,7 @@ class AViT(nn.Module):
 
     def check(self) -> None:
         """Raises ValueError if the attributes are invalid; the message says what to change."""
-        if len(self.pixels) != 2:
+        if isinstance(self.image_size, Sequence) and len(self.image_size) != 2:
             raise ValueError(
                 f"image_size must be one number or (height, width); got {self.image_size}."
             )
