@@ -301,7 +301,9 @@ def test_data_set_without_labels(tmp_path: pathlib.Path, label: str | None) -> N
             raise NotImplementedError
 
     UnlabelledPictures(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    with pytest.raises(errors.UserError, match=r"no image with one label: .* image.*; name another"):
+    with pytest.raises(
+        errors.UserError, match=r"no image with one label: .* image.*; name another"
+    ):
         sources.load(
             UnlabelledPictures.name, split="train", data_dir=str(tmp_path), image_size=(8, 8)
         )
