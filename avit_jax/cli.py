@@ -269,7 +269,7 @@ def interruptible(predictions: Iterator[object], *, keeps: bool) -> Iterator[Ite
 
 
 @contextlib.contextmanager
-def exit_on_user_error() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Ends the program with one sentence after an error that the user can correct.
 
     Handles UserError, OSError, ImportError, MemoryError, and KeyboardInterrupt (status 130).

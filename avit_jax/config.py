@@ -186,8 +186,8 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
         config.update(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise errors.UserError(
-            "the run is of another version of this program and cannot be used "
-            f"({errors.first_line(error)})."
+            "another version of this program wrote the run's configuration "
+            f"({errors.first_line(error)}): use that version, or set another --workdir."
         ) from error
     check(config)
     return config

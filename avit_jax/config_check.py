@@ -172,7 +172,7 @@ def _mismatches(values: dict[str, Any]) -> Iterator[str]:
             "config.halting.merge these tokens are merged: set one of the two only."
         )
     if 0 <= values["model.width"] * values["model.mlp_ratio"] < 1:
-        yield "config.model.mlp_ratio is too small: the MLP would have no width."
+        yield "config.model.mlp_ratio is too small, so the MLP would have no width: raise it."
     rate = values["optimizer.learning_rate"]
     for key in ("optimizer.warmup_learning_rate", "optimizer.min_learning_rate"):
         if values[key] > rate:

@@ -18,7 +18,7 @@ flags.adopt_module_key_flags(cli)  # --help shows them
 
 def main(argv: list[str]) -> None:
     """Runs the mode that the flags choose."""
-    with cli.exit_on_user_error():
+    with cli.exit_on_error():
         from avit_jax.training import distributed
 
         cli.start_devices()

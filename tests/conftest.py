@@ -1,8 +1,8 @@
 """Settings of every test: eight CPU devices, exact matmuls, no silent promotion of ranks or dtypes,
 types that are checked, quick compilation.
 
-AVIT_TEST_PLATFORM=cuda (or tpu) runs what needs one device on an accelerator; without `-n`, as each
-process takes its memory.
+AVIT_TEST_PLATFORM=cuda (or tpu) runs the tests that need one device on an accelerator. Set `-n 0`
+too, because each process reserves the memory of the device.
 """
 
 import os
@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
 if jax.__version_info__ < (
     0,
     11,
-):  # newer ones have no other emitters than those that take three times as long to compile
+):  # the default emitters take three times as long to compile; newer versions have no others
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 _PLATFORM = os.environ.get("AVIT_TEST_PLATFORM", "cpu")
@@ -33,8 +33,8 @@ jaxtyping.install_import_hook(
     ["avit_jax.core", "avit_jax.kernels", "avit_jax.models"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
-# Compiling is nearly all that the tests do: all processes share what has been compiled, and it is
-# kept for the next time.
+# Most of the time of the tests is compilation. All processes share compiled programs, also with
+# later runs.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -47,15 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _compile_quickly(request: pytest.FixtureRequest) -> None:
-    """Programs are optimised less, but for the comparison with the released implementation."""
+    """Compiles with few optimizations, except in comparisons with the released implementation."""
     quickly = _PLATFORM == "cpu" and "golden" not in request.module.__name__
     jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
-    """Every program takes memory maps, of which a process may have 65,530: those of a file of tests
-    go when it is done.
-    """
+    """Frees the compiled programs after each file: a process may have at most 65,530 memory maps."""
     yield
     jax.clear_caches()

@@ -316,7 +316,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.model.image_size=(0,0)"], "(height, width) in pixels"),
         ([_DIGITS, "--config.model.image_size=(-16,-16)"], "(height, width) in pixels"),
         ([_DIGITS, "--config.model.mlp_ratio=inf"], "config.model.mlp_ratio"),
-        ([_DIGITS, "--config.model.mlp_ratio=0.01"], "the MLP would have no width"),
+        ([_DIGITS, "--config.model.mlp_ratio=0.01"], "the MLP would have no width: raise it"),
         ([_DIGITS, "--config.model.width=-64"], "width must be at least 1"),
         ([_DIGITS, "--config.model.image_size=32"], "(height, width) in pixels; got (32,)"),
         (

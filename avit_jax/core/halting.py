@@ -31,7 +31,9 @@ from typing import SupportsIndex, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Float32, Int32, Shaped
+
+from avit_jax.core.arrays import Array
 
 _LARGEST_CHANNEL = 50.0  # no network reaches this value in a token's gate channel
 _MANY_LAYERS = 1000  # no network has more

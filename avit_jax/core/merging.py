@@ -16,9 +16,10 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Shaped
 
 from avit_jax.core import halting
+from avit_jax.core.arrays import Array
 
 
 @no_type_check  # JAX also fills it with leaves of other types and shapes

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
+
+from avit_jax.core.arrays import Array
 
 _Result = TypeVar("_Result", bound=PyTree[Array])
 

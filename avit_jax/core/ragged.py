@@ -16,8 +16,9 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
+from jaxtyping import Bool, Float, Int, Int32, PyTree, Shaped
 
+from avit_jax.core.arrays import Array
 from avit_jax.core.plan import Plan
 
 

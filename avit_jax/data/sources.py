@@ -80,7 +80,8 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
         differing = sorted(set(train.label_names) ^ set(evaluation.label_names))
         raise errors.UserError(
             f"{train.name} and {evaluation.name} differ in their classes: "
-            f"{', '.join(differing[:5]) or 'their order'}."
+            f"{', '.join(differing[:5]) or 'their order'}: set --config.data.train_split and "
+            "eval_split to splits with the same classes."
         )
 
 
@@ -222,7 +223,8 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
     named = {"image", "label"} <= set(features)
     if not named or not isinstance(features["label"], tfds.features.ClassLabel):
         raise errors.UserError(
-            f'"{name}" has no image with one label: its records hold {", ".join(sorted(features))}.'
+            f'"{name}" has no image with one label: its records hold '
+            f"{', '.join(sorted(features))}; name another data set."
         )
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})

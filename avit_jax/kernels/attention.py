@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from avit_jax.core import halting
+from avit_jax.core.arrays import Array
 
 # Bias of halted keys. It is so negative that their weight underflows to exactly 0. It is finite, so
 # an image whose tokens have all halted gives no NaN.

@@ -7,10 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
 
 from avit_jax.core import halting as halting_lib
 from avit_jax.core import merging
+from avit_jax.core.arrays import Array
 from avit_jax.core.ragged import Inputs
 from avit_jax.kernels import attention as attention_lib
 

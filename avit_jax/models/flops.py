@@ -10,7 +10,9 @@ merging, the comparison of all pairs of tokens.
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float32, Int32
+from jaxtyping import ArrayLike, Bool, Float32, Int32
+
+from avit_jax.core.arrays import Array
 
 if TYPE_CHECKING:
     from avit_jax.models import vit

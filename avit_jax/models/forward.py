@@ -13,9 +13,10 @@ from typing import Any, no_type_check
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, Key, PyTree, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32, Key, PyTree, Shaped
 
 from avit_jax.core import halting, merging, ragged
+from avit_jax.core.arrays import Array
 from avit_jax.core.plan import Plan
 from avit_jax.core.ragged import Inputs
 from avit_jax.models.block import Block, Gate

@@ -2,9 +2,10 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import ArrayLike, Float, Shaped
 
 from avit_jax.core import halting
+from avit_jax.core.arrays import Array
 
 
 class Halting(nn.Module):

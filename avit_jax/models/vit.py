@@ -12,14 +12,16 @@ Reference: Touvron et al., arXiv 2012.12877 (DeiT); Yin et al., arXiv 2112.07658
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from avit_jax.core import halting as halting_lib
+from avit_jax.core.arrays import Array, UncheckedArray
 from avit_jax.core.plan import Plan
 from avit_jax.models import block, flops, forward, halting_linen
 from avit_jax.models.forward import Aux
@@ -65,7 +67,7 @@ class AViT(nn.Module):
       logits, aux = model.apply({"params": params}, images)
     """
 
-    image_size: int | tuple[int, int] = 224
+    image_size: int | Sequence[int] = 224
     patch_size: int = 16
     channels: int = 3
     width: int = 192
@@ -132,7 +134,7 @@ class AViT(nn.Module):
 
     def check(self) -> None:
         """Raises ValueError if the attributes are invalid; the message says what to change."""
-        if len(self.pixels) != 2:
+        if isinstance(self.image_size, Sequence) and len(self.image_size) != 2:
             raise ValueError(
                 f"image_size must be one number or (height, width); got {self.image_size}."
             )
@@ -164,7 +166,7 @@ class AViT(nn.Module):
                 "of a token."
             )
 
-    def check_images(self, images: jax.Array) -> None:
+    def check_images(self, images: UncheckedArray) -> None:
         """Raises ValueError if the images do not have the model's dtype or shape.
 
         The batch may be symbolic.
@@ -214,7 +216,7 @@ class AViT(nn.Module):
         self.head = dense(self.num_classes)
 
     def embed(
-        self, images: Array, image_index: Int[Array, "B"] | None = None
+        self, images: UncheckedArray, image_index: Int[Array, "B"] | None = None
     ) -> Float[Array, "B N D"]:
         """Maps images `(B, H, W, C)` to tokens `(B, N, D)`; `image_index` turns dropout on."""
         self.check_images(images)
@@ -304,7 +306,11 @@ class AViT(nn.Module):
         return self.classify(carry.readout, train=train), aux
 
     def __call__(
-        self, images: Array, *, train: bool = False, image_index: Int[Array, "B"] | None = None
+        self,
+        images: UncheckedArray,
+        *,
+        train: bool = False,
+        image_index: Int[Array, "B"] | None = None,
     ) -> tuple[Logits, Aux]:
         """Classifies images; halted tokens are masked, or removed with the attribute `removal`.
 

@@ -208,7 +208,8 @@ def imagenet2012(tars: pathlib.Path, data_dir: pathlib.Path) -> None:
         unknown = {member.label for member in members} - labels
         if unknown:
             raise errors.UserError(
-                f'"{path}" holds the class "{min(unknown)}", which ImageNet-1k does not have.'
+                f'"{path}" holds the class "{min(unknown)}", which ImageNet-1k does not have: get '
+                "the tar again."
             )
         writers[split] = SplitWriter(builder, split, path, members, unfinished)
     _check_space(unfinished, writers)

@@ -122,7 +122,8 @@ class Checkpoints:
             )
         except Exception as error:  # a damaged checkpoint that could not be renamed
             raise errors.UserError(
-                f"{self._directory} cannot be read ({errors.first_line(error)})."
+                f"{self._directory} cannot be read ({errors.first_line(error)}): correct that, or "
+                "set another --workdir."
             ) from error
         # Disables Orbax's preemption check, which would advance the counter of `distributed.Stop`.
         self._manager.reached_preemption = lambda step: False

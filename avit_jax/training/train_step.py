@@ -15,8 +15,8 @@ from avit_jax.training import devices, losses
 from avit_jax.training.state import TrainState
 
 Values = dict[str, jax.Array]  # metrics of one step by name
-# Change of the gate bias per step and unit of error in the MACs ratio: slow compared with the
-# noise of a batch.
+# Change of the gate bias per step if the MACs ratio is off by 1. It is small: the noise of single
+# batches hardly moves the bias.
 _BUDGET_RATE = 1.0
 
 
@@ -207,8 +207,8 @@ def update_budget_bias(gate: Any, before: Any, macs_ratio: jax.Array, *, budget:
     """Returns the gate's parameters after a step towards a MACs ratio.
 
     If the ratio is above the budget, the bias rises, so more tokens halt. The optimizer's update of
-    the bias is dropped. If the bias must move by d per step, the ratio is off by
-    d / `_BUDGET_RATE`.
+    the bias is dropped. If training needs the bias to move by d per step, the
+    ratio is off by d / `_BUDGET_RATE`.
 
     Args:
       gate: gamma and beta after the optimizer's update.

@@ -2,10 +2,15 @@
 
 python -m experiments.mutations.run --count=60 --seed=0 --out=experiments/mutations/result.json
 
-Modules take turns; a line of each is drawn, and a break of it. Run it in a clone: files are
-changed, and changed back. Only the tests that run the line are run, as a coverage database with
-contexts tells (`pip install pytest-cov`, then `python -m pytest --cov=avit_jax
---cov-context=test`). What is there in the result file already is not tried again.
+Modules take turns. Each turn draws a line and a break of it. Run it in a clone, because it changes
+files and restores them. First measure which tests run a line, and how long each test takes:
+
+pip install pytest-cov
+python -m pytest --cov=avit_jax --cov-context=test --junitxml=tests.xml
+
+For each break, it runs the tests that run the line and passed before; if there are more than 25,
+only the 25 fastest. So a missed break may be caught by a slower test. A line that only
+subprocesses run counts as missed, with 0 tests. Breaks in the result file are not tried again.
 """
 
 import argparse
@@ -13,11 +18,14 @@ import ast
 import json
 import pathlib
 import random
+import re
 import sqlite3
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 
+_MOST_TESTS = 25
 _SWAPPED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -105,48 +113,68 @@ def covering(database: pathlib.Path, file: pathlib.Path, line: int) -> list[str]
         for context, bits in rows
         if len(bits) > line // 8 and bits[line // 8] >> line % 8 & 1
     ]
-    return sorted({context.split("|")[0] for context in hit if context})
+    return sorted({context.rpartition("|")[0] for context in hit if context})
+
+
+def seconds(report: pathlib.Path) -> dict[str, float]:
+    """Time of each test that passed, by its identifier, from a JUnit file of pytest."""
+    return {
+        f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}": float(
+            case.attrib["time"]
+        )
+        for case in ET.parse(report).iter("testcase")
+        if len(case) == 0
+    }
+
+
+def run_tests(tests: list[str]) -> tuple[bool, str]:
+    """Whether one of these tests fails, and the first line that says so."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=--strict-markers"]
+    try:
+        done = subprocess.run(command + tests, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        return True, "more than 900 seconds"
+    if done.returncode == 0:
+        return False, ""
+    if done.returncode not in (1, 2):  # a test failed; a module cannot be imported
+        raise RuntimeError(done.stdout + done.stderr)
+    return True, re.search(r"^(FAILED|ERROR) .*", done.stdout, re.M).group()
 
 
 def main() -> None:
-    """Tries the breaks and writes what became of them."""
+    """Tries the breaks and writes which ones the tests caught."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coverage", type=pathlib.Path, default=".coverage")
+    parser.add_argument("--report", type=pathlib.Path, default="tests.xml")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     options = parser.parse_args()
     rows = json.loads(options.out.read_text()) if options.out.exists() else {}
+    took = seconds(options.report)
     for file, line, before, source in draw(options.count, options.seed):
         whole = file.read_text()
         after = source.splitlines()[line - 1].strip()
         name = f"{file}:{line}: {after}"
         if name in rows:
             continue
-        tests = covering(options.coverage, file, line)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=--strict-markers"]
+        tests = [test for test in covering(options.coverage, file, line) if test in took]
+        tests.sort(key=lambda test: took[test])
         started = time.monotonic()
         try:
             file.write_text(source)
-            status = (
-                subprocess.run(
-                    command + tests, capture_output=True, timeout=900, check=False
-                ).returncode
-                if tests
-                else 0
-            )
-        except subprocess.TimeoutExpired:
-            status = -1
+            caught, by = run_tests(tests[:_MOST_TESTS]) if tests else (False, "")
         finally:
             file.write_text(whole)
         rows[name] = {
             "was": before,
             "tests": len(tests),
-            "caught": status != 0,
+            "caught": caught,
+            "by": by,
             "seconds": round(time.monotonic() - started, 1),
         }
         options.out.write_text(json.dumps(rows, indent=2) + "\n")
-        print(f"{len(rows)}/{options.count} {'caught' if status else 'MISSED'} {name}", flush=True)
+        print(f"{len(rows)}/{options.count} {'caught' if caught else 'MISSED'} {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -136,3 +136,10 @@ def test_a_network_that_asks_for_it_runs_without_a_gpu(
         np.testing.assert_allclose(ours, exact, atol=0.03 * float(jnp.abs(exact).max()) + 1e-6)
     run(model.clone(fused_attention=True, dtype=jnp.float32))
     assert all(call["dtype"] == jnp.bfloat16 for call in cudnn)
+
+
+def test_large_logits_give_finite_weights() -> None:
+    query, key, value = (
+        jnp.array(x).reshape(1, 1, 2, 1) for x in ([200.0, 0.0], [5.0, 1.0], [1.0, 3.0])
+    )
+    np.testing.assert_allclose(attention.exact(query, key, value, None).ravel(), [1.0, 2.0])

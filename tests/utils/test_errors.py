@@ -41,3 +41,13 @@ def test_a_log_line_is_harmless_and_keeps_the_traceback_of_an_exception() -> Non
     assert formatter.format(record) == r"read \x1b]0;title\x07\n"
     record.exc_text = "Traceback:\n  line"
     assert formatter.format(record).endswith("\nTraceback:\n  line")
+
+
+def test_a_wrapped_main_ends_with_one_sentence(capsys: pytest.CaptureFixture) -> None:
+    def main(argv: list[str]) -> None:
+        raise errors.UserError(f"no recipe among {argv}.")
+
+    with pytest.raises(SystemExit) as exit_:
+        errors.exit_on_user_error(main)(["a"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: no recipe among ['a'].\n"

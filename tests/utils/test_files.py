@@ -21,6 +21,11 @@ def test_text_and_bytes(tmp_path: pathlib.Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_missing_folders_are_created(tmp_path: pathlib.Path) -> None:
+    files.write(tmp_path / "new/folder/a", "text")
+    assert (tmp_path / "new/folder/a").read_text() == "text"
+
+
 def test_links_and_devices_stay_what_they_are(tmp_path: pathlib.Path) -> None:
     (tmp_path / "link").symlink_to("folder/file")
     files.write(tmp_path / "link", "through it")  # into a folder that was missing
