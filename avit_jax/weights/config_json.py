@@ -264,7 +264,8 @@ def _parse(
     if given.get("id2label"):
         _put(sizes, "num_classes", len(given["id2label"]))
     if "model_type" in section:
-        sizes["distilled"] = section["model_type"] == "deit"
+        is_deit = section["model_type"] == "deit"  # without its head, the token is a register
+        sizes["distilled"] = is_deit and not actual["shown"]["num_registers"]
     elif "distilled" in section:  # of `timm_names`
         sizes["distilled"] = section["distilled"]
     image = given.get("image_size", given.get("img_size"))

@@ -17,6 +17,7 @@ from avit_jax.weights import architecture, name_maps
 from avit_jax.weights.positions import fit_positions, num_prefix_tokens, with_prefix
 from avit_jax.weights.reading import WeightFile, read
 
+_HEAD_WIDTH = 64  # channels of a head in all common vision transformers
 _MAX_NAMED = 12  # mismatches in one message
 _logger = logging.getLogger(__name__)
 
@@ -108,9 +109,13 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
             raise errors.UserError(
                 f"{name} has {key}={given[key]}: set --config.model.{key}={given[key]}."
             )
-    if unknown := [key for key, value in given.items() if value is None]:
-        assumed = ", ".join(f"{key}={getattr(model, key, ours.get(key))}" for key in unknown)
-        _logger.info("%s does not give %s: assumed", errors.printable(name), assumed)
+    unknown = [key for key, value in given.items() if value is None]
+    assumed = ", ".join(f"{key}={getattr(model, key, ours.get(key))}" for key in unknown)
+    is_plain = not architecture.changed(architecture.of_tensors(file.tensors))
+    is_risky = not is_plain and set(unknown) & set(architecture.UNSEEN)
+    if unknown:
+        level = logging.WARNING if is_risky else logging.INFO
+        _logger.log(level, "%s does not give %s: assumed", errors.printable(name), assumed)
 
 
 def infer(
@@ -135,6 +140,11 @@ def infer(
         width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
         hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
         ratio = hidden / width
+        if not file.num_heads and width % _HEAD_WIDTH:
+            raise ValueError(
+                f"neither it nor a config.json beside it gives num_heads, and {width} channels "
+                f"are not heads of {_HEAD_WIDTH}"
+            )
         grid = tuple(side // patch_size for side in image_size)
         attributes = _inferred_attributes(file, grid)
         if attributes.get("position_class") is False:
@@ -146,7 +156,7 @@ def infer(
             channels=channels,
             width=width,
             depth=len([key for key in tensors if key.endswith("attn.qkv.weight")]),
-            num_heads=file.num_heads or width // 64,
+            num_heads=file.num_heads or width // _HEAD_WIDTH,
             mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
             num_classes=len(tensors.get("head.weight", ())),
             distilled="dist_token" in tensors,
@@ -171,7 +181,7 @@ def _inferred_attributes(file: WeightFile, grid: tuple[int, ...]) -> dict[str, A
     if "position_class" not in attributes:
         count = np.shape(file.tensors["pos_embed"])[1]
         patches = count - num_prefix_tokens(file.tensors)
-        for whole in (math.prod(file.grid or grid), math.isqrt(patches) ** 2):
+        for whole in (math.prod(file.grid or grid), math.isqrt(max(0, patches)) ** 2):
             if whole in (patches, count):
                 break
         else:

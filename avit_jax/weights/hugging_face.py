@@ -124,5 +124,10 @@ def _complete(tensors: Tensors) -> dict[str, Any]:
     if np.shape(tensors.get("head.weight"))[1:] == (2 * width,):
         head = tensors["head.weight"]  # Dinov2's reads the average of the patch tokens too
         tensors["head.weight"] = head if head[:, width:].any() else head[:, :width]
+    registers = {}
+    if "dist_token" in tensors and "head_dist.weight" not in tensors:
+        tensors["reg_token"] = tensors.pop("dist_token")  # no classifier reads it
+    elif "reg_token" in tensors:
+        registers = name_maps.fold_class_position(tensors)
     attributes: dict[str, Any] = {"pool": "token" if "cls_token" in tensors else "avg"}
-    return attributes | name_maps.fold_class_position(tensors)
+    return attributes | registers

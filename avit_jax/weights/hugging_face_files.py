@@ -60,19 +60,15 @@ def from_timm(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any
     """
     parts = architecture.of_model(model)
     options = set(architecture.changed(parts)) - {"mlp", "qkv_bias", "position_class"}
-    is_gelu = parts["mlp"] == "gelu"
+    options |= {"mlp"} if parts["mlp"] == "swiglu" else set()  # others have any activation
     if not model.distilled and parts["pre_norm"] and options == {"pre_norm"} and parts["qkv_bias"]:
         return _clip(tensors, model)
     if parts["pool"] == "avg" and options == {"pool", "class_token"} and parts["qkv_bias"]:
         return _siglip(tensors, model)
-    has_dinov2 = not model.distilled and parts["layer_scale"]
-    if (
-        has_dinov2
-        and options <= {"layer_scale", "num_registers"}
-        and parts["mlp"] in ("gelu", "swiglu")
-    ):
+    is_dinov2 = parts["layer_scale"] and options <= {"layer_scale", "num_registers", "mlp"}
+    if is_dinov2 and not model.distilled:
         return _dinov2(tensors, model)
-    if not options and is_gelu and model.num_classes:
+    if not options:
         return _vit(tensors, model)
     raise errors.UserError(
         "Hugging Face has no network of these parts: "
@@ -84,11 +80,13 @@ def _vit(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:
     kind = "deit" if model.distilled else "vit"
     heads = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
     heads = heads if model.distilled else {"head": "classifier"}
-    names = {name: f"{kind}.{there}" for name, there in _OUTSIDE_VIT.items()} | heads
+    start = f"{kind}." if model.num_classes else ""
+    names = {name: start + there for name, there in _OUTSIDE_VIT.items()} | heads
     tensors = _with_class_position(tensors, model)
     suffix = "WithTeacher" if model.distilled else ""
     name = f"{'DeiT' if model.distilled else 'ViT'}ForImageClassification{suffix}"
-    return _named(tensors, names, f"{kind}.encoder.layer", _VIT), _config(model, name, kind)
+    name = name if model.num_classes else "ViTModel"
+    return _named(tensors, names, f"{start}encoder.layer", _VIT), _config(model, name, kind)
 
 
 def _dinov2(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:
@@ -96,12 +94,12 @@ def _dinov2(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]
     parts = architecture.of_model(model)
     kind = "dinov2_with_registers" if parts["num_registers"] else "dinov2"
     gated = parts["mlp"] == "swiglu"
-    if (
-        gated
-        and model.mlp_width != (int(model.width * model.mlp_ratio * 1.5) * 2 // 3 + 7) // 8 * 8
-    ):
+    widths = {ratio: _dinov2_width(ratio * model.width, gated) for ratio in range(1, 17)}
+    ratio = next((ratio for ratio in widths if widths[ratio] == model.mlp_width), None)
+    if ratio is None:
         raise errors.UserError(
-            f"Dinov2 has no gated MLP of {model.mlp_width} channels: write the names of timm."
+            f"Dinov2 has no MLP of {model.mlp_width} channels at width {model.width}: write the "
+            "names of timm."
         )
     tensors = _with_class_position(tensors, model)
     start = f"{kind}." if model.num_classes else ""
@@ -113,8 +111,13 @@ def _dinov2(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]
     result[f"{start}embeddings.mask_token"] = np.zeros((1, model.width), np.float32)
     name = "Dinov2WithRegisters" if parts["num_registers"] else "Dinov2"
     config = _config(model, name + ("ForImageClassification" if start else "Model"), kind)
-    config |= {"mlp_ratio": model.mlp_ratio * (1.5 if gated else 1), "use_swiglu_ffn": gated}
+    config |= {"mlp_ratio": ratio, "use_swiglu_ffn": gated}
     return result, config | {"num_register_tokens": parts["num_registers"]}
+
+
+def _dinov2_width(hidden: int, gated: bool) -> int:
+    """Returns the channels of Dinov2's MLP after its activation; gated ones are rounded up to 8."""
+    return (hidden * 2 // 3 + 7) // 8 * 8 if gated else hidden
 
 
 def _clip(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:

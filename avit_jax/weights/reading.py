@@ -126,10 +126,9 @@ def _tell_dropped(path: pathlib.Path, dropped: list[str], *, is_used: bool) -> N
     """Logs names that are left out; as a warning if an attention pooling is among them."""
     pooling = any("attn_pool" in name or "head" in name.lower() for name in dropped)
     level = logging.WARNING if pooling and is_used else logging.INFO
-    message = "%s: %s%s left out"
-    rest = f" and {len(dropped) - _MAX_NAMED} more are" if len(dropped) > _MAX_NAMED else " are"
-    named = [errors.printable(name) for name in sorted(dropped)[:_MAX_NAMED]]
-    _logger.log(level, message, errors.printable(str(path)), ", ".join(named), rest)
+    rest = f" and {len(dropped) - _MAX_NAMED} more" if len(dropped) > _MAX_NAMED else ""
+    named = errors.printable(", ".join(sorted(dropped)[:_MAX_NAMED]))
+    _logger.log(level, "%s: left out: %s%s", errors.printable(str(path)), named, rest)
     if level == logging.WARNING:
         _warn("%s: its patch tokens are averaged instead of its attention pooling", path)
 
