@@ -31,6 +31,10 @@ def default() -> ConfigDict:
         "init": "",
         # Rows and columns of patches in `init` or --checkpoint; empty: from the file, or a square.
         "init_grid": (),
+        # Reads the moving average (EMA) of the weights from a checkpoint of PyTorch.
+        "init_ema": False,
+        # Resizes position embeddings as timm does, with antialiasing, and not as PyTorch's default.
+        "init_antialias": False,
         # Starts the classifier at 0 if `init` has none or has another number of classes.
         "init_new_head": False,
         # Target MACs ratio of training, reached by moving the gate bias; 0: no budget.

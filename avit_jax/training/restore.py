@@ -119,20 +119,23 @@ def _zeros(create: Callable[[], TrainState]) -> TrainState:
 def initial_params(config: ConfigDict, model: vit.AViT) -> _Params:
     """Returns the parameters that `config.init` names, fitted to the model."""
     how = {"new_head": config.init_new_head, "grid": config.init_grid}
-    return weight_files.to_params(weights_of(config.init), model, name=config.init, **how)
+    how["antialias"] = config.init_antialias
+    file = weights_of(config.init, ema=config.init_ema)
+    return weight_files.to_params(file, model, name=config.init, **how)
 
 
-def weights_of(path: epath.PathLike) -> weight_files.WeightFile:
+def weights_of(path: epath.PathLike, *, ema: bool = False) -> weight_files.WeightFile:
     """Reads weights; the same on all processes.
 
     Args:
       path: a weight file, a name on the hub, or the workdir of a run: its last checkpoint.
+      ema: as in `weight_files.read`; a workdir has its own key, config.eval.
 
     Raises:
       errors.UserError: it is not readable.
     """
     if distributed.from_first_json(tensor_files.is_weights(path)):
-        file = weight_files.read(path)
+        file = weight_files.read(path, ema=ema)
         distributed.check_same(weight_files.fingerprint(file), path)
         return file
     saved: dict[str, Any] = {}
@@ -181,7 +184,8 @@ def trained(
       errors.UserError: it is not readable, or does not fit.
     """
     if distributed.from_first_json(tensor_files.is_weights(checkpoint)):
-        return weight_files.load(checkpoint, model, grid=config.init_grid), []
+        how = {"grid": config.init_grid, "antialias": config.init_antialias}
+        return weight_files.load(checkpoint, model, ema=config.init_ema, **how), []
     weights, metadata = params(config, model, checkpoint)
     if metadata is None:
         return weights, []

@@ -1,36 +1,56 @@
 """Translates the tensors of big_vision and of AugReg to timm's names and layouts."""
 
+import re
+from typing import Any
+
 import numpy as np
 
 from avit_jax.weights.name_maps import Tensors
 
 _MAX_LAYERS = 1000
+# Parts of a network of images and texts that are not the image network.
+_OTHER_TOWER = re.compile(r"txt/.*|t|b")
+_IMAGE_TOWER = "img/"
+_POOLING = "MAPHead_0/"
 
 
 def matches(tensors: Tensors) -> bool:
     """Returns whether the names are those of big_vision or AugReg."""
-    return any(name.startswith("Transformer/") for name in tensors)
+    return any(name.removeprefix(_IMAGE_TOWER).startswith("Transformer/") for name in tensors)
 
 
-def to_timm(tensors: Tensors) -> tuple[Tensors, int]:
+def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     """Translates names and layouts of the current big_vision, or of AugReg, to timm's.
 
-    The current big_vision adds position embeddings before it inserts the class token. The class
-    token gets a position embedding of zeros, which is equivalent.
+    Its GELU is the approximation by tanh. Without a class token it averages the patch tokens, but
+    for networks with an attention pooling and no classifier, whose pooling is left out.
 
     Returns:
-      The tensors, and the number of heads.
+      The tensors; the number of heads and the attributes of `AViT`; names that are left out.
 
     Raises:
       KeyError: a tensor is missing.
       ValueError: a tensor has no place in timm's layout, or layers differ in their number of heads.
     """
     left = dict(tensors)  # used tensors are removed
+    dropped = []
+    if any(name.startswith(_IMAGE_TOWER) for name in left):
+        dropped = [name for name in left if _OTHER_TOWER.fullmatch(name)]
+        left = {name.removeprefix(_IMAGE_TOWER): left[name] for name in left.keys() - set(dropped)}
+    pooling = [name for name in left if name.startswith(_POOLING)]
+    if pooling and "head/kernel" not in left:
+        dropped += pooling
+        left = {name: left[name] for name in left.keys() - set(pooling)}
     _unstack(left)
-    result: Tensors = {"cls_token": left.pop("cls")}
+    attributes: dict[str, Any] = {"mlp": "gelu_tanh"}
+    result: Tensors = {}
+    if "cls" in left:
+        result["cls_token"] = left.pop("cls")
+    else:
+        attributes["pool"] = "avg"
     if "pos_embedding" in left:
-        positions = left.pop("pos_embedding")
-        result["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
+        result["pos_embed"] = left.pop("pos_embedding")
+        attributes["position_class"] = "cls_token" not in result  # added before the class token
     else:
         result["pos_embed"] = left.pop("Transformer/posembed_input/pos_embedding")
     result["patch_embed.proj.weight"] = left.pop("embedding/kernel").transpose(3, 2, 0, 1)
@@ -51,7 +71,7 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, int]:
             f"its attention has {' and '.join(map(str, numbers)) or 'no'} heads, and every layer "
             "must have the same"
         )
-    return result, head_shapes.pop()[0]
+    return result, {"num_heads": head_shapes.pop()[0], **attributes}, dropped
 
 
 def _move_layer(

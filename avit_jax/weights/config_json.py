@@ -8,14 +8,13 @@ import json
 import logging
 import math
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from avit_jax.models import vit
 from avit_jax.utils import errors
+from avit_jax.weights import architecture, timm_names
 
 _MAX_BYTES = 10 * 2**20
 # Sizes of our network -> keys of a config that give them.
@@ -29,30 +28,27 @@ _SIZES = {
     "num_classes": ("num_classes", "num_labels"),
 }
 # Keys that change what a network computes -> values for which it computes what ours does. None,
-# timm's default, is always such a value.
+# timm's default, is always such a value. `architecture.of_config` reads more keys.
 _SUPPORTED = {
-    "model_type": ("vit", "deit", "vit_msn"),
-    "hidden_act": ("gelu", "gelu_python"),
-    "act_layer": ("gelu",),
     "norm_layer": ("layernorm",),
-    "global_pool": ("token",),
     "pos_embed": ("learn",),
-    **dict.fromkeys(("class_token", "qkv_bias", "proj_bias", "final_norm"), (True,)),
-    **dict.fromkeys(("pre_norm", "fc_norm", "qk_norm", "reg_tokens"), (False,)),
-    **dict.fromkeys(("scale_attn_norm", "scale_mlp_norm"), (False,)),
-    **dict.fromkeys(("init_values", "embed_norm_layer", "mlp_layer", "block_fn"), ()),
+    **dict.fromkeys(("proj_bias", "final_norm"), (True,)),
+    **dict.fromkeys(("scale_attn_norm", "scale_mlp_norm", "pool_include_prefix"), (False,)),
+    **dict.fromkeys(("embed_norm_layer", "mlp_layer", "block_fn", "attn_layer"), ()),
 }
-# Architectures of timm that may be ours; the last two have no_embed_class without saying so.
-_FAMILIES = ("vit_", "deit_", "test_vit", "deit3_", "flexivit_")
-_NO_EMBED_CLASS = _FAMILIES[-2:]
-# Sizes in timm's names of architectures -> width, number of layers, number of heads.
-_VARIANTS = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
+# Hugging Face's kinds of networks -> its default activation.
+_MODEL_TYPES = {
+    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa"), "gelu"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "gelu"),
+    "clip_vision_model": "quick_gelu",
+    "siglip_vision_model": "gelu_pytorch_tanh",
 }
+# Configs of a network of images and texts leave defaults of the image network out.
+_NESTED = {
+    "clip": {"model_type": "clip_vision_model", "layer_norm_eps": 1e-5},
+    "siglip": {"model_type": "siglip_vision_model", "layer_norm_eps": 1e-6},
+}
+_NESTED_HEADS = 12
 # What parsing an untrusted config can raise.
 _UNUSABLE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 _UNUSABLE += (RecursionError, OSError)
@@ -70,7 +66,8 @@ def read(
       required: whether the config must exist and give Hugging Face's epsilon and number of heads.
 
     Returns:
-      norm_eps, num_heads, grid and no_embed_class, if the config gives them.
+      norm_eps, num_heads, grid, mean, std and label_names, if the config gives them, and
+      attributes: those of `AViT` that the config gives or the tensors show.
 
     Raises:
       errors.UserError: the config is missing, cannot be read, or describes another network.
@@ -82,15 +79,15 @@ def read(
             f"{path}."
         )
     if not config.exists():
-        return {}
+        return {"attributes": architecture.of_tensors(tensors)}
     try:
         if config.stat().st_size > _MAX_BYTES:
             raise ValueError("it is too large")
-        content = json.loads(config.read_text())
+        content = _image_network(json.loads(config.read_text()))
         needed = [content[key] for key in ("layer_norm_eps", "num_attention_heads") if required]
         if not isinstance(content, dict) or None in needed:
             raise TypeError("it does not describe a network")
-        return _compare(config, path, content, _sizes_of(tensors))
+        return _compare(config, path, content, _sizes_of(tensors)) | _about_data(config, content)
     except _UNUSABLE as error:
         problem = f"beside {path} makes no sense"
         if required:
@@ -99,16 +96,47 @@ def read(
         raise errors.UserError(f"{config} {problem} ({reason}): correct it.") from error
 
 
+def _image_network(content: Any) -> Any:
+    """Returns a config, or the part of it about images if it describes images and texts."""
+    defaults = _NESTED.get(str(content.get("model_type"))) if isinstance(content, dict) else None
+    if defaults is None or not isinstance(content.get("vision_config"), dict):
+        return content
+    labels = {key: content[key] for key in ("id2label",) if key in content}
+    return {"num_attention_heads": _NESTED_HEADS, **defaults, **content["vision_config"], **labels}
+
+
+def _about_data(config: pathlib.Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns mean and std of the pixels, and names of the classes, if the files give them."""
+    source = content.get("pretrained_cfg") or {}
+    found = {"mean": source.get("mean"), "std": source.get("std")}
+    processor = config.with_name("preprocessor_config.json")
+    if processor.exists() and processor.stat().st_size <= _MAX_BYTES:
+        values = json.loads(processor.read_text())
+        found = {"mean": values.get("image_mean"), "std": values.get("image_std")}
+    result: dict[str, Any] = {
+        key: tuple(float(value) for value in values) for key, values in found.items() if values
+    }
+    names = content.get("label_names") or source.get("label_names")
+    if by_index := content.get("id2label"):
+        names = [by_index[str(i)] for i in range(len(by_index))]
+    if names and names != [f"LABEL_{i}" for i in range(len(names))]:
+        result["label_names"] = tuple(str(name) for name in names)
+    return result
+
+
 def _sizes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the sizes that the tensors show."""
     dims = {name: np.shape(array) for name, array in tensors.items()}
     sizes: dict[str, Any] = {"distilled": "dist_token" in tensors}
+    sizes["shown"] = architecture.of_tensors(tensors)
     sizes["depth"] = len([name for name in tensors if name.endswith("attn.qkv.weight")])
     if len(kernel := dims.get("patch_embed.proj.weight", ())) == 4:
         sizes["width"], sizes["channels"], sizes["patch_size"], _ = kernel
     for size, name in (("mlp_width", "blocks.0.mlp.fc1.weight"), ("num_classes", "head.weight")):
         if len(dims.get(name, ())) == 2:
             sizes[size] = dims[name][0]
+    if sizes["shown"].get("mlp") == "swiglu":
+        sizes.pop("mlp_width", None)  # configs differ in what they call it
     if len(embedding := dims.get("pos_embed", ())) == 3:
         sizes["positions"] = embedding[1]
     return sizes
@@ -117,7 +145,7 @@ def _sizes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def _compare(
     config: pathlib.Path, path: pathlib.Path, content: dict[str, Any], actual: dict[str, Any]
 ) -> dict[str, Any]:
-    """Compares the sections of a config with the sizes that the tensors show.
+    """Compares the sections of a config with what the tensors show.
 
     The top level and `model_args` describe this network, and must agree. `pretrained_cfg` and
     `architecture` describe the network that training started from, which may have other sizes.
@@ -125,23 +153,20 @@ def _compare(
     """
     own = [content, content.get("model_args") or {}]
     source = content.get("pretrained_cfg") or {}
-    architecture = str(content.get("architecture") or source.get("architecture") or "")
-    _check_supported(config, [*own, source], architecture)
-    no_embed_class = any(section.get("no_embed_class", False) for section in own)
-    no_embed_class |= architecture.startswith(_NO_EMBED_CLASS)
+    name = str(content.get("architecture") or source.get("architecture") or "")
+    _check_supported(config, [*own, source], name)
+    attributes = _attributes(config, path, own, name, actual["shown"])
     sizes: dict[str, Any] = {}
     for section in own:
         for key, value in _parse(section, actual).items():
             _put(sizes, key, value)
     for key, value in sizes.items():
-        if not _agrees(key, value, actual, no_embed_class):
-            raise errors.UserError(
-                f"{config} contradicts {path}: it gives {key}={value}, and the tensors have "
-                f"{_shown(key, actual)}; correct it, or move it away if it belongs to another file."
-            )
-    for section in (_parse(source, actual, use_input_size=True), _parse_name(architecture, actual)):
+        if not _agrees(key, value, actual, attributes):
+            raise _contradiction(config, path, key, value, _shown(key, actual))
+    named = _parse(timm_names.sizes(name), actual)
+    for section in (_parse(source, actual, use_input_size=True), named):
         other = {key: value for key, value in section.items() if key not in sizes}
-        wrong = [key for key in other if not _agrees(key, other[key], actual, no_embed_class)]
+        wrong = [key for key in other if not _agrees(key, other[key], actual, attributes)]
         for key in wrong:
             message = (
                 "%s: pretrained_cfg or architecture gives %s=%s, and the tensors of %s have %s; "
@@ -150,28 +175,72 @@ def _compare(
             _warn(message, config, key, other[key], path, _shown(key, actual))
         if not {"width", "depth"} & set(wrong):  # otherwise it describes another network
             sizes |= {key: value for key, value in other.items() if key not in wrong}
-    result = {key: sizes[key] for key in ("norm_eps", "num_heads", "grid") if key in sizes}
-    return result | ({"no_embed_class": True} if no_embed_class else {})
+    sizes = {"norm_eps": timm_names.norm_eps(name)} | sizes
+    sizes = {"num_heads": timm_names.num_heads(name, actual.get("width", 0))} | sizes
+    if "position_class" not in attributes and "grid" in sizes:
+        has_none = actual.get("positions") == math.prod(sizes["grid"])
+        attributes["position_class"] = not (has_none and _num_prefix_tokens(actual))
+    result = {key: sizes.get(key) for key in ("norm_eps", "num_heads", "grid")}
+    found = {key: value for key, value in result.items() if value is not None}
+    return found | {"attributes": attributes}
 
 
-def _check_supported(
-    config: pathlib.Path, sections: list[dict[str, Any]], architecture: str
-) -> None:
+def _attributes(
+    config: pathlib.Path,
+    path: pathlib.Path,
+    own: list[dict[str, Any]],
+    name: str,
+    shown: dict[str, Any],
+) -> dict[str, Any]:
+    """Returns the attributes that a config gives or the tensors show."""
+    given: dict[str, Any] = {}
+    try:
+        for section in own:
+            for key, value in architecture.of_config(section, shown).items():
+                _put(given, key, value)
+    except ValueError as error:
+        raise errors.UserError(
+            f"{config} describes a network that is not supported: {_text(error)}."
+        ) from error
+    if own[0].get("model_type") in _MODEL_TYPES and "mlp" not in {**given, **shown}:
+        default = {"hidden_act": _MODEL_TYPES[own[0]["model_type"]]}
+        given |= architecture.of_config(default, shown)
+    for key in given.keys() & shown.keys():
+        if given[key] != shown[key]:
+            raise _contradiction(config, path, key, given[key], shown[key])
+    known = timm_names.attributes(name) if name.startswith(timm_names.FAMILIES) else {}
+    if not shown["class_token"] and known.get("pool") == "token":
+        del known["pool"]
+    return known | given | shown
+
+
+def _contradiction(
+    config: pathlib.Path, path: pathlib.Path, key: str, value: Any, shown: Any
+) -> errors.UserError:
+    return errors.UserError(
+        f"{config} contradicts {path}: it gives {key}={value}, and the tensors have {shown}; "
+        "correct it, or move it away if it belongs to another file."
+    )
+
+
+def _check_supported(config: pathlib.Path, sections: list[dict[str, Any]], name: str) -> None:
     unsupported = {
         key: section[key]
         for section in sections
         for key, values in _SUPPORTED.items()
         if section.get(key) is not None and section[key] not in values
     }
-    if "quickgelu" in architecture:
-        unsupported["architecture"] = architecture
+    if (kind := sections[0].get("model_type")) is not None and kind not in _MODEL_TYPES:
+        unsupported["model_type"] = kind
+    if timm_names.is_post_norm(name):
+        unsupported["architecture"] = name
     for key, value in unsupported.items():
         raise errors.UserError(
             f"{config} describes a network that is not supported: its {key} is {_text(value)}."
         )
-    if architecture and not architecture.startswith(_FAMILIES):
+    if name and not name.startswith(timm_names.FAMILIES):
         message = "%s has the architecture %s; its tensors are read as a vision transformer's"
-        _warn(message, config, architecture)
+        _warn(message, config, name)
 
 
 def _parse(
@@ -195,7 +264,10 @@ def _parse(
     if given.get("id2label"):
         _put(sizes, "num_classes", len(given["id2label"]))
     if "model_type" in section:
-        sizes["distilled"] = section["model_type"] == "deit"
+        is_deit = section["model_type"] == "deit"  # without its head, the token is a register
+        sizes["distilled"] = is_deit and not actual["shown"]["num_registers"]
+    elif "distilled" in section:  # of `timm_names`
+        sizes["distilled"] = section["distilled"]
     image = given.get("image_size", given.get("img_size"))
     if given.get("img_size", image) != image:
         raise ValueError(f"it contradicts itself: images of {image} and {given['img_size']} pixels")
@@ -212,19 +284,6 @@ def _parse(
     return sizes
 
 
-def _parse_name(architecture: str, actual: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sizes that timm's name of an architecture gives."""
-    parts = re.fullmatch(
-        r"(?:vit|deit)_(tiny|small|base|large|huge)(_distilled)?_patch(\d{1,3})_(\d{1,5})(\..*)?",
-        architecture,
-    )
-    if parts is None:
-        return {}
-    sizes = dict(zip(("width", "depth", "num_heads"), _VARIANTS[parts[1]], strict=True))
-    images = _parse({"patch_size": int(parts[3]), "image_size": int(parts[4])}, actual)
-    return sizes | images | {"distilled": parts[2] is not None}
-
-
 def _put(sizes: dict[str, Any], key: str, value: Any) -> None:
     if sizes.setdefault(key, value) != value:
         raise ValueError(f"it contradicts itself: {key}={sizes[key]} and {key}={value}")
@@ -236,11 +295,19 @@ def _whole(key: str, value: Any) -> int:
     return int(value)
 
 
-def _agrees(key: str, value: Any, actual: Mapping[str, Any], no_embed_class: bool) -> bool:
+def _agrees(key: str, value: Any, actual: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
     if key != "grid":
         return actual.get(key, value) == value
-    num_prefix_tokens = 0 if no_embed_class else 2 if actual["distilled"] else 1
-    return actual.get("positions") in (None, value[0] * value[1] + num_prefix_tokens)
+    counts = {True: math.prod(value) + _num_prefix_tokens(actual), False: math.prod(value)}
+    known = attributes.get("position_class")
+    return actual.get("positions") in (
+        {None, *counts.values()} if known is None else {None, counts[known]}
+    )
+
+
+def _num_prefix_tokens(actual: Mapping[str, Any]) -> int:
+    shown = actual["shown"]
+    return shown["class_token"] + actual["distilled"] + shown["num_registers"]
 
 
 def _shown(key: str, actual: Mapping[str, Any]) -> Any:
@@ -253,22 +320,3 @@ def _text(value: Any) -> str:
 
 def _warn(message: str, *values: Any) -> None:
     _logger.warning(message, *map(_text, values))
-
-
-def of_model(model: vit.AViT) -> dict[str, Any]:
-    """Returns the `config.json` of a model in Hugging Face's format."""
-    suffix = "WithTeacher" if model.distilled else ""
-    return {
-        "architectures": [f"{'DeiT' if model.distilled else 'ViT'}ForImageClassification{suffix}"],
-        "model_type": "deit" if model.distilled else "vit",
-        "hidden_size": model.width,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.mlp_width,
-        "layer_norm_eps": model.norm_eps,
-        "image_size": model.pixels[0] if len(set(model.pixels)) == 1 else list(model.pixels),
-        "patch_size": model.patch_size,
-        "num_channels": model.channels,
-        "id2label": {str(i): str(i) for i in range(model.num_classes)},
-        "label2id": {str(i): i for i in range(model.num_classes)},
-    }

@@ -9,6 +9,7 @@ _MAX_INSTRUCTIONS = 300_000  # in a pickle: thirty per tensor; checking them tak
 _MAX_INT_KEY = 2**32  # of a dictionary; larger integers can be chosen to share one hash
 _MAX_OBJECTS = 10**7  # inside one object; a shared object counts each time it is used
 _MAX_NESTING = 1000
+_MAX_COMPRESSION = 20  # bytes for each compressed one; weights compress to a half at best
 _MAX_UNSAFE_KEYS = 1000  # dictionary keys and set members that are not `is_safe_key`
 # Which operands of an instruction become keys; the last operand comes first.
 _KEY_OPERANDS = {
@@ -44,17 +45,26 @@ def check_count(count: int) -> None:
         )
 
 
-def check_archive(archive: zipfile.ZipFile) -> None:
-    """Raises RefusedFile if reading an archive may need more memory than the archive has bytes.
+def check_archive(archive: zipfile.ZipFile, *, compressed: bool = False) -> None:
+    """Raises RefusedFile if reading an archive may need much more memory than it has bytes.
 
     This is so if it has too many members, or if members are compressed or overlap.
+
+    Args:
+      archive: the archive.
+      compressed: accepts members that are compressed as weights are, but not much more.
     """
     members = archive.infolist()
     check_count(len(members))
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise RefusedFile("its archive is compressed; PyTorch and np.savez write uncompressed ones")
-    if sum(member.file_size for member in members) > archive.start_dir:
+    kinds = {zipfile.ZIP_STORED} | ({zipfile.ZIP_DEFLATED} if compressed else set())
+    if any(member.compress_type not in kinds for member in members):
+        raise RefusedFile("its archive is compressed, and its writer writes uncompressed ones")
+    stored = sum(member.compress_size for member in members)
+    size = sum(member.file_size for member in members)
+    if stored > archive.start_dir or (size > archive.start_dir and not compressed):
         raise RefusedFile("the members of its archive overlap")
+    if size > _MAX_COMPRESSION * archive.start_dir:
+        raise RefusedFile("its archive is compressed more than weights can be")
 
 
 def check_pickle(file: IO[bytes]) -> None:

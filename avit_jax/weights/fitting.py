@@ -13,17 +13,26 @@ from etils import epath
 from avit_jax.core import halting
 from avit_jax.models import vit
 from avit_jax.utils import errors
-from avit_jax.weights import name_maps
-from avit_jax.weights.positions import fit_positions
+from avit_jax.weights import architecture, name_maps
+from avit_jax.weights.positions import fit_positions, num_prefix_tokens, with_prefix
 from avit_jax.weights.reading import WeightFile, read
 
+_HEAD_WIDTH = 64  # channels of a head in all common vision transformers
 _MAX_NAMED = 12  # mismatches in one message
 _logger = logging.getLogger(__name__)
 
 
-def load(path: epath.PathLike, model: vit.AViT, *, grid: Sequence[int] = ()) -> dict[str, Any]:
+def load(
+    path: epath.PathLike,
+    model: vit.AViT,
+    *,
+    grid: Sequence[int] = (),
+    ema: bool = False,
+    antialias: bool = False,
+) -> dict[str, Any]:
     """Returns the parameters of a model from a weight file; see `read` and `to_params`."""
-    return to_params(read(path), model, name=str(path), grid=grid)
+    file = read(path, ema=ema)
+    return to_params(file, model, name=str(path), grid=grid, antialias=antialias)
 
 
 def to_params(
@@ -33,11 +42,13 @@ def to_params(
     name: str,
     new_head: bool = False,
     grid: Sequence[int] = (),
+    antialias: bool = False,
 ) -> dict[str, Any]:
     """Returns the parameters of a model from the content of a file.
 
-    If the model's gate is learnable, its gamma and beta come from the file. If the model halts, a
-    warning reports a gate of the file that differs otherwise.
+    A log line names what the file does not give and the model assumes. If the model's gate is
+    learnable, its gamma and beta come from the file. If the model halts, a warning reports a gate
+    of the file that differs otherwise.
 
     Args:
       file: the content.
@@ -45,10 +56,11 @@ def to_params(
       name: of the file, for messages.
       new_head: as in `fit`.
       grid: (rows, columns) of patches of the file's position embeddings; empty if unknown.
+      antialias: as in `positions.resize_positions`.
 
     Raises:
       errors.UserError: the tensors do not fit, or the file has another number of heads, another
-        epsilon of the layer norms, or another grid.
+        epsilon of the layer norms, another grid, or another pooling or activation.
       ValueError: the grid is not two numbers.
     """
     if len(grid) not in (0, 2):
@@ -63,7 +75,12 @@ def to_params(
         value = getattr(file, key)
         if value is not None and value != getattr(model, key):
             raise errors.UserError(f"{name} has {key}={value}: set --config.model.{key}={value}.")
-    params = fit(file.tensors, model, new_head=new_head, grid=grid, name=name)
+    _check_attributes(file, model, name=name, new_head=new_head)
+    tensors = file.tensors
+    if file.attributes.get("position_class") is False and grid:
+        has_none = np.shape(tensors.get("pos_embed"))[1:2] == (math.prod(grid),)
+        tensors = with_prefix(tensors) if has_none else tensors
+    params = fit(tensors, model, new_head=new_head, grid=grid, antialias=antialias, name=name)
     if file.gate and model.halting:
         gate = halting.HaltingConfig(**file.gate)
         gate = dataclasses.replace(gate, learnable=model.halting.learnable)
@@ -77,13 +94,38 @@ def to_params(
     return params
 
 
+def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head: bool) -> None:
+    """Compares what the tensors do not show; a log line names what nothing gives."""
+    ours = architecture.of_model(model)
+    given = {"num_heads": file.num_heads, "norm_eps": file.norm_eps}
+    given |= {key: file.attributes.get(key) for key in architecture.UNSEEN}
+    for key in architecture.UNSEEN:
+        if given[key] in (None, ours[key]):
+            continue
+        if (key == "pool" and new_head) or {given[key], ours[key]} == {"gelu", "gelu_tanh"}:
+            message = "%s has %s=%s, and the model %s"
+            _logger.warning(message, errors.printable(name), key, given[key], ours[key])
+        else:
+            raise errors.UserError(
+                f"{name} has {key}={given[key]}: set --config.model.{key}={given[key]}."
+            )
+    unknown = [key for key, value in given.items() if value is None]
+    assumed = ", ".join(f"{key}={getattr(model, key, ours.get(key))}" for key in unknown)
+    is_plain = not architecture.changed(architecture.of_tensors(file.tensors))
+    is_risky = not is_plain and set(unknown) & set(architecture.UNSEEN)
+    if unknown:
+        level = logging.WARNING if is_risky else logging.INFO
+        _logger.log(level, "%s does not give %s: assumed", errors.printable(name), assumed)
+
+
 def infer(
     file: WeightFile, *, image_size: tuple[int, int], name: str
 ) -> tuple[vit.AViT, dict[str, Any]]:
     """Returns the model that a file belongs to, and its parameters.
 
     If the file does not give the number of heads, heads have 64 channels, as in all common vision
-    transformers.
+    transformers. If it gives no pooling, the class token is read out, or the average of the patch
+    tokens if there is none. Without a classifier, the model has no classes.
 
     Args:
       file: the content.
@@ -93,30 +135,59 @@ def infer(
     Raises:
       errors.UserError: the file holds no complete vision transformer.
     """
-    tensors = file.tensors
     try:
+        tensors = file.tensors
         width, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
-        hidden = len(tensors["blocks.0.mlp.fc1.weight"])
+        hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
         ratio = hidden / width
+        if not file.num_heads and width % _HEAD_WIDTH:
+            raise ValueError(
+                f"neither it nor a config.json beside it gives num_heads, and {width} channels "
+                f"are not heads of {_HEAD_WIDTH}"
+            )
+        grid = tuple(side // patch_size for side in image_size)
+        attributes = _inferred_attributes(file, grid)
+        if attributes.get("position_class") is False:
+            tensors = with_prefix(tensors) if "position_class" not in file.attributes else tensors
+        architecture.check_supported(name, attributes)
         model = vit.AViT(
             image_size=image_size,
             patch_size=patch_size,
             channels=channels,
             width=width,
             depth=len([key for key in tensors if key.endswith("attn.qkv.weight")]),
-            num_heads=file.num_heads or width // 64,
+            num_heads=file.num_heads or width // _HEAD_WIDTH,
             mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
-            num_classes=len(tensors["head.weight"]),
+            num_classes=len(tensors.get("head.weight", ())),
             distilled="dist_token" in tensors,
             norm_eps=file.norm_eps or vit.AViT.norm_eps,
             halting=halting.HaltingConfig(**file.gate) if file.gate else None,
+            **{key: attributes[key] for key in attributes.keys() & architecture.SUPPORTED},
         )
         model.check()
     except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise errors.UserError(
             f"{name} holds no vision transformer that can be run: {errors.first_line(error)}"
         ) from error
+    file = dataclasses.replace(file, tensors=tensors)
     return model, to_params(file, model, name=name)
+
+
+def _inferred_attributes(file: WeightFile, grid: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the attributes of a file, and assumptions about the others."""
+    attributes = architecture.of_tensors(file.tensors) | file.attributes
+    pooled = not attributes["class_token"] or attributes["fc_norm"]
+    attributes.setdefault("pool", "avg" if pooled else "token")
+    if "position_class" not in attributes:
+        count = np.shape(file.tensors["pos_embed"])[1]
+        patches = count - num_prefix_tokens(file.tensors)
+        for whole in (math.prod(file.grid or grid), math.isqrt(max(0, patches)) ** 2):
+            if whole in (patches, count):
+                break
+        else:
+            whole = math.isqrt(count) ** 2
+        attributes["position_class"] = not (patches != whole == count)
+    return attributes
 
 
 def fit(
@@ -125,6 +196,7 @@ def fit(
     *,
     new_head: bool = False,
     grid: tuple[int, int] | None = None,
+    antialias: bool = False,
     name: str = "the file",
 ) -> dict[str, Any]:
     """Returns the parameters of a model from tensors; resizes position embeddings if necessary.
@@ -134,6 +206,7 @@ def fit(
       model: the model that they must fit.
       new_head: whether classifiers start at zero if they are missing or have other classes.
       grid: (rows, columns) of patches of the position embeddings; None if unknown.
+      antialias: as in `positions.resize_positions`.
       name: of the file, for messages.
 
     Returns:
@@ -151,11 +224,9 @@ def fit(
     heads = {key: array for key, array in expected.items() if key.startswith("head")}
     if new_head and any(np.shape(tensors.get(key)) != x.shape for key, x in heads.items()):
         tensors |= heads
-    ours, theirs = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
-    if len(theirs) == 3 and theirs[::2] == ours[::2] and tensors.keys() == expected.keys():
-        tensors["pos_embed"] = fit_positions(
-            tensors["pos_embed"], model.grid, model.num_prefix_tokens, old_grid=grid, name=name
-        )
+    if "norm_pre.weight" in tensors and "patch_embed.proj.bias" not in tensors:
+        tensors["patch_embed.proj.bias"] = expected["patch_embed.proj.bias"]  # CLIP has none
+    _fit_positions(tensors, expected, model, grid=grid, antialias=antialias, name=name)
     if mismatches := _mismatches(tensors, expected):
         rest = f", and {len(mismatches) - _MAX_NAMED} more" if len(mismatches) > _MAX_NAMED else ""
         hint = "" if new_head else ", or --config.init_new_head=True if only the classes differ"
@@ -167,6 +238,35 @@ def fit(
     if "gate" in shapes:  # tensors do not hold the gate
         params["gate"] = {key: np.float32(getattr(model.halting, key)) for key in shapes["gate"]}
     return params
+
+
+def _fit_positions(
+    tensors: dict[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    model: vit.AViT,
+    *,
+    grid: tuple[int, int] | None,
+    antialias: bool,
+    name: str,
+) -> None:
+    """Resizes position embeddings, in place, if all other tensors may fit."""
+    ours, theirs = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
+    if not (len(theirs) == 3 and theirs[::2] == ours[::2] and tensors.keys() == expected.keys()):
+        return
+    count = model.num_prefix_tokens
+    has_none = not getattr(model, "position_class", True)
+    if has_none and theirs[1] == math.prod(grid or model.grid) != count + math.prod(model.grid):
+        tensors["pos_embed"] = with_prefix(tensors)["pos_embed"]
+    tensors["pos_embed"] = fit_positions(
+        tensors["pos_embed"], model.grid, count, old_grid=grid, antialias=antialias, name=name
+    )
+    if has_none:  # each prefix token takes its position embedding in
+        prefix, tensors["pos_embed"] = np.split(tensors["pos_embed"], [count], axis=1)
+        for token in ("cls_token", "dist_token", "reg_token"):
+            if token in tensors:
+                size = tensors[token].shape[1]
+                tensors[token] = tensors[token] + prefix[:, :size]
+                prefix = prefix[:, size:]
 
 
 def _mismatches(tensors: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> list[str]:

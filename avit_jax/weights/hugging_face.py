@@ -1,9 +1,15 @@
-"""Translates the tensor names of Hugging Face's ViT and DeiT to and from timm's."""
+"""Translates the tensor names of Hugging Face's vision transformers to and from timm's.
+
+These are ViT, DeiT, MSN, I-JEPA, Dinov2 with and without registers, and the vision networks of CLIP
+and SigLIP. Names are those of files and, since transformers 5, those of models in memory.
+"""
 
 import re
+from typing import Any
 
 import numpy as np
 
+from avit_jax.weights import name_maps
 from avit_jax.weights.name_maps import Tensors, add
 
 # Inside a layer: Hugging Face's name -> timm's, except query, key and value.
@@ -13,47 +19,74 @@ _LAYER_MODULES = {
     "attention.output.dense": "attn.proj",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
-}
-# Models of transformers 5 have these names in memory; `save_pretrained` writes the names above.
-_LAYER_MODULES_5 = {
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "self_attn.out_proj": "attn.proj",
     "attention.o_proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+    "layer_scale1": "ls1",
+    "layer_scale2": "ls2",
+    "mlp.weights_in": "mlp.fc1",
+    "mlp.weights_out": "mlp.fc2",
+    "mlp.down_proj": "mlp.fc2",
 }
-_LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
-_QKV = re.compile(r"attention\.(?:attention\.)?(query|key|value|[qkv]_proj)")
-_QKV_PARTS = ("query", "key", "value")
+_KINDS = {"lambda1": "gamma"}
+_LAYER = re.compile(r"(?:encoder\.layers?|layers)\.(\d+)\.(.+)\.(weight|bias|lambda1)")
+_QKV = re.compile(r"(?:attention|self_attn)\.(?:attention\.)?(query|key|value|[qkv]_proj)")
+# The gated MLP of transformers 5 in memory; timm has both parts in one.
+_GATED = re.compile(r"mlp\.(gate|up)_proj")
 _OUTSIDE_LAYERS = {
     "embeddings.cls_token": "cls_token",
+    "embeddings.class_embedding": "cls_token",
     "embeddings.distillation_token": "dist_token",
+    "embeddings.register_tokens": "reg_token",
     "embeddings.position_embeddings": "pos_embed",
+    "embeddings.position_embedding.weight": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "pre_layrnorm": "norm_pre",
     "layernorm": "norm",
+    "post_layernorm": "norm",
     "classifier": "head",
     "cls_classifier": "head",
+    "visual_projection": "head",
     "distillation_classifier": "head_dist",
 }
+_MODEL = re.compile(r"^(vit|deit|ijepa|dinov2|dinov2_with_registers|vision_model)\.")
+# What the image network does not use: the pooler of a model without a head, the token of masked
+# patches, the text network of CLIP and SigLIP.
+_UNUSED = re.compile(
+    r"pooler\..*|embeddings\.mask_token|text_model\..*|text_projection\..*|logit_(scale|bias)"
+)
+_ATTENTION_POOLING = re.compile(r"head\.(probe|(attention|layernorm|mlp)\..*)")
 
 
 def matches(tensors: Tensors) -> bool:
     """Returns whether the names are Hugging Face's."""
-    return any(_LAYER.fullmatch(_without_model(name)) for name in tensors)
+    return any(_LAYER.fullmatch(_MODEL.sub("", name)) for name in tensors)
 
 
-def to_timm(tensors: Tensors) -> Tensors:
-    """Translates Hugging Face's names to timm's; drops tensors of the pooler.
+def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
+    """Translates Hugging Face's names to timm's.
+
+    Without a class token, patch tokens are averaged. The attention pooling of SigLIP is left out.
+
+    Returns:
+      The tensors; attributes of `AViT` that follow from the names; names that are left out.
 
     Raises:
       KeyError: query, key or value is missing.
-      ValueError: two tensors with different values get one name.
+      ValueError: two tensors with different values get one name, or the classifier reads what
+        `AViT` does not have.
     """
     result: Tensors = {}
-    qkv: dict[str, Tensors] = {}
+    parts: dict[str, Tensors] = {}  # timm's name -> its parts
+    dropped = []
     for full_name, array in tensors.items():
-        name = _without_model(full_name)
-        layer = _LAYER.fullmatch(name)
-        if name.startswith("pooler."):  # of a model without a head
+        name = _MODEL.sub("", full_name)
+        if _UNUSED.fullmatch(name) or _ATTENTION_POOLING.fullmatch(name):
+            dropped.append(full_name)
             continue
+        layer = _LAYER.fullmatch(name)
         if layer is None:
             module, _, kind = name.rpartition(".")
             translated = f"{_OUTSIDE_LAYERS.get(module, module)}.{kind}" if module else name
@@ -61,43 +94,40 @@ def to_timm(tensors: Tensors) -> Tensors:
             continue
         index, module, kind = layer.groups()
         if part := _QKV.fullmatch(module):
-            add(qkv.setdefault(f"blocks.{index}.attn.qkv.{kind}", {}), part[1][0], array)
+            add(parts.setdefault(f"blocks.{index}.attn.qkv.{kind}", {}), part[1][0], array)
+        elif part := _GATED.fullmatch(module):
+            add(parts.setdefault(f"blocks.{index}.mlp.fc1.{kind}", {}), part[1], array)
         else:
-            module = (_LAYER_MODULES | _LAYER_MODULES_5).get(module, module)
-            add(result, f"blocks.{index}.{module}.{kind}", array)
-    for name, parts in qkv.items():
-        for part in _QKV_PARTS:
-            if part[0] not in parts:
-                raise KeyError(part)
-        add(result, name, np.concatenate([parts[letter] for letter in "qkv"]))
-    return result
+            module = _LAYER_MODULES.get(module, module)
+            add(result, f"blocks.{index}.{module}.{_KINDS.get(kind, kind)}", array)
+    for name, found in parts.items():
+        wanted = {"q": "query", "k": "key", "v": "value"}
+        wanted = wanted if "attn" in name else {"gate": "gate_proj", "up": "up_proj"}
+        if missing := [part for key, part in wanted.items() if key not in found]:
+            raise KeyError(missing[0])
+        add(result, name, np.concatenate([found[key] for key in wanted]))
+    return result, _complete(result), dropped
 
 
-def from_timm(tensors: Tensors) -> Tensors:
-    """Translates timm's names to Hugging Face's; the inverse of `to_timm`."""
-    distilled = "dist_token" in tensors
-    unused = "classifier" if distilled else "cls_classifier"
-    outside = {ours: name for name, ours in _OUTSIDE_LAYERS.items() if name != unused}
-    modules = {ours: name for name, ours in _LAYER_MODULES.items()}
-    prefix = "deit." if distilled else "vit."
-    result: Tensors = {}
-    for name, array in tensors.items():
-        module, _, kind = name.rpartition(".")
-        if name in outside:
-            result[prefix + outside[name]] = array
-        elif not module.startswith("blocks."):
-            translated = f"{outside[module]}.{kind}"
-            result[translated if "classifier" in translated else prefix + translated] = array
-        else:
-            _, index, module = module.split(".", 2)
-            start = f"{prefix}encoder.layer.{index}."
-            if module == "attn.qkv":
-                for part, rows in zip(_QKV_PARTS, np.split(array, 3), strict=True):
-                    result[f"{start}attention.attention.{part}.{kind}"] = rows
-            else:
-                result[f"{start}{modules[module]}.{kind}"] = array
-    return result
-
-
-def _without_model(name: str) -> str:
-    return re.sub(r"^(vit|deit)\.", "", name)
+def _complete(tensors: Tensors) -> dict[str, Any]:
+    """Adds axes and zeros that timm's layout has; returns the attributes of `AViT`."""
+    for name, ndim in (("cls_token", 1), ("pos_embed", 2)):
+        if np.ndim(tensors.get(name)) == ndim:
+            tensors[name] = tensors[name].reshape(*(1,) * (3 - ndim), *tensors[name].shape)
+    if "norm_pre.weight" in tensors and "head.weight" in tensors:
+        if "head.bias" in tensors:
+            raise ValueError(
+                "the classifier of CLIPForImageClassification averages tokens without their norm"
+            )
+        tensors["head.bias"] = np.zeros(len(tensors["head.weight"]), np.float32)  # a projection
+    width = len(tensors.get("norm.weight", ()))
+    if np.shape(tensors.get("head.weight"))[1:] == (2 * width,):
+        head = tensors["head.weight"]  # Dinov2's reads the average of the patch tokens too
+        tensors["head.weight"] = head if head[:, width:].any() else head[:, :width]
+    registers = {}
+    if "dist_token" in tensors and "head_dist.weight" not in tensors:
+        tensors["reg_token"] = tensors.pop("dist_token")  # no classifier reads it
+    elif "reg_token" in tensors:
+        registers = name_maps.fold_class_position(tensors)
+    attributes: dict[str, Any] = {"pool": "token" if "cls_token" in tensors else "avg"}
+    return attributes | registers

@@ -5,9 +5,10 @@ The names are those of timm, DeiT and the released A-ViT, such as `blocks.3.attn
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,11 +18,25 @@ Tensors = dict[str, np.ndarray]
 _LAYER_MODULES = {
     "norm1": "norm1",
     "qkv": "attn.qkv",
+    "q_norm": "attn.q_norm",
+    "k_norm": "attn.k_norm",
     "proj": "attn.proj",
+    "ls1": "ls1",
     "norm2": "norm2",
     "fc1": "mlp.fc1",
     "fc2": "mlp.fc2",
+    "ls2": "ls2",
 }
+# Modules that a layer may lack; all of a group are there, or none.
+_LAYER_OPTIONS = (("q_norm", "k_norm"), ("ls1", "ls2"))
+# Names of tensors that every network has, in timm's and Hugging Face's names, after any prefix.
+_ANCHOR = re.compile(
+    r"((?:.*?\.)??)(?:patch_embed\.proj\.weight|cls_token"
+    r"|(?:(?:vit|deit|ijepa|dinov2|dinov2_with_registers|vision_model)\.)?embeddings\."
+    r"(?:cls_token|class_embedding|patch_embeddings?(?:\.projection)?\.weight))"
+)
+_TOKENS = ("cls_token", "dist_token", "reg_token")
+_LEAVES = {"scale": "weight", "kernel": "weight", "bias": "bias", "gamma": "gamma"}
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -29,7 +44,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     Args:
       state_dict: PyTorch name -> array, as timm, DeiT and the released A-ViT name them. The number
-        of layers and the distillation token follow from the names.
+        of layers, the tokens and the optional parts follow from the names.
 
     Returns:
       Tree for `model.apply({"params": tree}, images)`. Layers are stacked along the first axis;
@@ -42,7 +57,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
       params = from_torch({name: x.numpy() for name, x in module.state_dict().items()})
     """
     num_layers = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
-    layout = _layout(num_layers, distilled="dist_token" in state_dict)
+    layout = _layout(num_layers, state_dict)
     expected = {name for names in layout.values() for name in names}
     missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
     if not num_layers:
@@ -75,36 +90,62 @@ def to_torch(
     Returns:
       PyTorch name -> array.
     """
-    num_layers = params["layers"]["norm1"]["scale"].shape[0]
     state_dict = {}
-    for path, names in _layout(num_layers, distilled="dist_token" in params).items():
-        node = params
-        for key in path:
-            node = node[key]
-        for i, name in enumerate(names):
-            array = np.asarray(node[i] if path[0] == "layers" else node)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, array in [(tuple(key.key for key in keys), leaf) for keys, leaf in leaves]:
+        if path[0] == "gate":
+            continue
+        for i, weight in enumerate(np.asarray(array if path[0] == "layers" else [array])):
+            name = _name(path, i)
             if name == "patch_embed.proj.weight":
-                array = array.reshape(*patch_shape, -1).transpose(3, 2, 0, 1)
-            state_dict[name] = array.T if array.ndim == 2 else array
+                weight = weight.reshape(*patch_shape, -1).transpose(3, 2, 0, 1)
+            state_dict[name] = weight.T if weight.ndim == 2 else weight
     return state_dict
 
 
-def _layout(num_layers: int, *, distilled: bool) -> dict[tuple[str, ...], list[str]]:
-    """Returns path in our tree -> its PyTorch name; a path of stacked layers has one name each."""
-    names = ["cls_token", "pos_embed"] + ["dist_token"] * distilled
-    layout = {(name,): [name] for name in names}
-    modules = ["patch_embed.proj", "norm", "head"] + ["head_dist"] * distilled
-    for kind in ("weight", "bias"):
-        for module in modules:
-            layout[module.removesuffix(".proj"), _leaf(module, kind)] = [f"{module}.{kind}"]
-        for ours, theirs in _LAYER_MODULES.items():
-            names = [f"blocks.{i}.{theirs}.{kind}" for i in range(num_layers)]
-            layout["layers", ours, _leaf(ours, kind)] = names
-    return layout
+def _name(path: tuple[str, ...], layer: int) -> str:
+    """Returns the PyTorch name of a path in our tree."""
+    if len(path) == 1:
+        return path[0]
+    leaf = _LEAVES[path[-1]]
+    if path[0] == "layers":
+        return f"blocks.{layer}.{_LAYER_MODULES[path[1]]}.{leaf}"
+    return f"{'patch_embed.proj' if path[0] == 'patch_embed' else path[0]}.{leaf}"
 
 
-def _leaf(module: str, kind: str) -> str:
-    return "bias" if kind == "bias" else "scale" if "norm" in module else "kernel"
+def _layout(num_layers: int, present: Container[str]) -> dict[tuple[str, ...], list[str]]:
+    """Returns path in our tree -> its PyTorch name; a path of stacked layers has one name each.
+
+    A part that a network may lack is expected if any of its names is present.
+    """
+
+    def has(*names: str) -> bool:
+        return any(name in present for name in names)
+
+    paths: list[tuple[str, ...]] = [(token,) for token in _TOKENS if has(token)]
+    norm = "fc_norm" if has("fc_norm.weight") and not has("norm.weight", "norm.bias") else "norm"
+    modules = ["patch_embed", norm]
+    heads = ("norm_pre", "head", "head_dist")
+    modules += [name for name in heads if has(f"{name}.weight", f"{name}.bias")]
+    paths += [("pos_embed",), *((name, leaf) for name in modules for leaf in _leaves(name))]
+    missing = set()
+    for group in _LAYER_OPTIONS:
+        options = [("layers", name, leaf) for name in group for leaf in _leaves(name)]
+        if not has(*(_name(path, i) for path in options for i in range(num_layers))):
+            missing |= set(group)
+    for name in _LAYER_MODULES.keys() - missing:
+        paths += [("layers", name, leaf) for leaf in _leaves(name)]
+    if not has(*(_name(("layers", "qkv", "bias"), i) for i in range(num_layers))):
+        paths.remove(("layers", "qkv", "bias"))
+    count = {"layers": num_layers}
+    return {path: [_name(path, i) for i in range(count.get(path[0], 1))] for path in paths}
+
+
+def _leaves(module: str) -> tuple[str, ...]:
+    """Returns the names of a module's parameters in our tree."""
+    if module.startswith("ls"):
+        return ("gamma",)
+    return ("scale" if "norm" in module else "kernel", "bias")
 
 
 def _from_torch_layout(array: np.ndarray) -> np.ndarray:
@@ -114,11 +155,58 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
     return array.T if array.ndim == 2 else array
 
 
+def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
+    """Translates names of DINOv2's own files, and timm's names of parts that we join, to timm's.
+
+    An attention pooling without a classifier is left out; patch tokens are then averaged.
+
+    Returns:
+      The tensors; attributes of `AViT` that follow from the names; names that are left out.
+
+    Raises:
+      ValueError: two tensors with different values get one name.
+    """
+    result: Tensors = {}
+    dropped = [name for name in tensors if name == "mask_token"]
+    pooling = [name for name in tensors if name.startswith("attn_pool.")]
+    dropped += pooling if "head.weight" not in tensors else []
+    for name in tensors.keys() - set(dropped):
+        module, _, kind = name.rpartition(".")
+        if module.endswith(".mlp.fc1_g"):  # the gate comes first
+            value = tensors.get(f"{module[:-2]}_x.{kind}")
+            parts = [tensors[name]] if value is None else [tensors[name], value]
+            add(result, f"{module[:-2]}.{kind}", np.concatenate(parts))
+        elif not (module.endswith(".mlp.fc1_x") and f"{module[:-2]}_g.{kind}" in tensors):
+            module = re.sub(r"\.mlp\.w12$", ".mlp.fc1", re.sub(r"\.mlp\.w3$", ".mlp.fc2", module))
+            add(result, f"{module}.{kind}" if module else name, tensors[name])
+    attributes: dict[str, Any] = {"pool": "avg"} if pooling and set(pooling) <= set(dropped) else {}
+    if "register_tokens" in result:
+        result["reg_token"] = result.pop("register_tokens")
+        attributes |= fold_class_position(result)
+    return result, attributes, dropped
+
+
+def fold_class_position(tensors: Tensors) -> dict[str, Any]:
+    """Adds, in place, the position of the class token to the token, if there are registers.
+
+    The registers of DINOv2's own files and of Hugging Face have no positions.
+
+    Returns:
+      position_class, if there are registers.
+    """
+    if not {"reg_token", "pos_embed", "cls_token"} <= tensors.keys():
+        return {}
+    positions = tensors["pos_embed"]
+    tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
+    tensors["pos_embed"] = positions[:, 1:]
+    return {"position_class": False}
+
+
 def without_prefix(tensors: Tensors) -> tuple[Tensors, str]:
     """Removes a prefix, such as `module.`, that a wrapper put before the names.
 
-    The prefix is what stands before the class token. Names without it, such as those of a head, do
-    not change.
+    The prefix is what stands before the patch embedding or the class token. Names without it, such
+    as those of a head, do not change.
 
     Returns:
       The tensors, and the prefix, which may be empty.
@@ -126,9 +214,8 @@ def without_prefix(tensors: Tensors) -> tuple[Tensors, str]:
     Raises:
       ValueError: there are several networks, or two names become one.
     """
-    class_token = r"((?:.*?\.)??)(?:(?:(?:vit|deit)\.)?embeddings\.cls_token|cls_token)"
-    matches = [re.fullmatch(class_token, name) for name in tensors]
-    prefixes = sorted(match[1] for match in matches if match)
+    matches = [_ANCHOR.fullmatch(name) for name in tensors]
+    prefixes = sorted({match[1] for match in matches if match})
     if not prefixes or "" in prefixes:
         return tensors, ""
     if len(prefixes) > 1:

@@ -14,9 +14,18 @@ from etils import epath
 
 from avit_jax.core import halting
 from avit_jax.utils import errors
-from avit_jax.weights import big_vision, config_json, hugging_face, name_maps, tensor_files
+from avit_jax.weights import (
+    architecture,
+    big_vision,
+    config_json,
+    hugging_face,
+    name_maps,
+    positions,
+    tensor_files,
+)
 from avit_jax.weights.name_maps import Tensors
 
+_MAX_NAMED = 5  # tensors in one message
 _GATE_NUMBERS = ("gamma", "beta", "epsilon", "redundancy")
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +40,11 @@ class WeightFile:
       num_heads: heads of the attention.
       gate: fields of the halting gate, such as gamma and beta; see `HaltingConfig`.
       grid: (rows, columns) of patches of the position embeddings.
+      attributes: of `AViT`, such as pool, that the file or its config gives or the tensors show;
+        see `architecture.PLAIN`.
+      mean: of each channel of pixels scaled to [0, 1], in training.
+      std: as `mean`, the standard deviation.
+      label_names: names of the classes.
     """
 
     tensors: Tensors
@@ -38,75 +52,112 @@ class WeightFile:
     num_heads: int | None = None
     gate: dict[str, float] | None = None
     grid: tuple[int, int] | None = None
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    label_names: tuple[str, ...] | None = None
 
 
 def fingerprint(file: WeightFile) -> str:
-    """Returns the SHA-256 of everything in a file."""
-    grid = [file.grid] if file.grid and file.grid[0] != file.grid[1] else []
-    digest = hashlib.sha256(json.dumps([file.norm_eps, file.num_heads, file.gate, *grid]).encode())
+    """Returns the SHA-256 of everything in a file that its logits depend on."""
+    more: list[Any] = [file.grid] if file.grid and file.grid[0] != file.grid[1] else []
+    unseen = {key: value for key, value in file.attributes.items() if key in architecture.UNSEEN}
+    more += [changed] if (changed := architecture.changed(unseen)) else []
+    digest = hashlib.sha256(json.dumps([file.norm_eps, file.num_heads, file.gate, *more]).encode())
     for name, array in sorted(file.tensors.items()):
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
-def read(path: epath.PathLike) -> WeightFile:
+def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     """Reads a weight file.
 
     Args:
       path: a file, a folder of Hugging Face or timm, or `hf-hub:owner/name`.
+      ema: reads the moving average of the weights of a training checkpoint of PyTorch.
 
     Raises:
       errors.UserError: the file cannot be read, holds more than tensors, holds no vision
-        transformer, or contradicts the `config.json` beside it.
+        transformer, contradicts the `config.json` beside it, or needs what `AViT` lacks.
     """
     path = tensor_files.find(path)
-    tensors, metadata = tensor_files.read(path)
-    sizes: dict[str, Any] = {}
+    tensors, metadata = tensor_files.read(path, ema=ema)
     try:
-        if big_vision.matches(tensors):
-            tensors, sizes["num_heads"] = big_vision.to_timm(tensors)
         tensors, prefix = name_maps.without_prefix(tensors)
-        if prefix:
-            _warn("%s: the prefix %s of its tensors' names is left out", path, prefix)
         is_hugging_face = hugging_face.matches(tensors)
-        if is_hugging_face:
-            tensors = hugging_face.to_timm(tensors)
+        names = hugging_face if is_hugging_face else name_maps
+        names = big_vision if big_vision.matches(tensors) else names
+        tensors, hints, dropped = names.to_timm(tensors)
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise errors.UserError(
             f"{path} holds no whole vision transformer: {errors.first_line(error)}."
         ) from error
+    if prefix:
+        _warn("%s: the prefix %s of its tensors' names is left out", path, prefix)
+    if dropped:
+        _tell_dropped(path, dropped, is_used="head.weight" not in tensors)
+    _refuse_rotary(path, tensors)
+    hints = architecture.supported_or_close(hints)
+    sizes = {key: hints.pop(key) for key in ("num_heads",) if key in hints}
     config = config_json.read(path, tensors, required=is_hugging_face)
-    for source in (_sizes_in(path, metadata), config):
-        for key, value in source.items():
-            if sizes.setdefault(key, value) != value:
+    attributes = config.pop("attributes")
+    if attributes.get("pool") == "map" and hints.get("pool") == "avg":
+        del attributes["pool"]  # the attention pooling is left out
+    sources = [_sizes_in(path, metadata), config, {"attributes": hints}]
+    for key, value in [item for source in sources for item in source.items()]:
+        target, values = (attributes, value) if key == "attributes" else (sizes, {key: value})
+        for name, known in values.items():
+            if target.setdefault(name, known) != known:
                 raise errors.UserError(
-                    f"{path} contradicts the config.json beside it: {key}={sizes[key]} and "
-                    f"{key}={value}; correct one of them."
+                    f"{path} contradicts the config.json beside it: {name}={target[name]} and "
+                    f"{name}={known}; correct one of them."
                 )
-    num_layers = len([name for name in tensors if name.endswith("attn.qkv.weight")])
-    if sizes.pop("no_embed_class", False):
-        tensors = _with_prefix_positions(tensors)
+    architecture.check_supported(path, attributes)
+    if attributes.get("position_class") is False:
+        tensors = positions.with_prefix(tensors)
     _check_sizes(path, sizes)
-    return WeightFile(tensors=tensors, gate=_read_gate(path, metadata, num_layers), **sizes)
+    num_layers = len([name for name in tensors if name.endswith("attn.qkv.weight")])
+    gate = _read_gate(path, metadata, num_layers)
+    return WeightFile(tensors=tensors, gate=gate, attributes=attributes, **sizes)
 
 
-def _with_prefix_positions(tensors: Tensors) -> Tensors:
-    """Adds position embeddings of zero for the prefix tokens, which timm's no_embed_class lacks."""
-    patches = tensors.get("pos_embed", np.zeros(0))
-    if patches.ndim != 3:
-        return tensors
-    num_prefix_tokens = 2 if "dist_token" in tensors else 1
-    zeros = np.zeros_like(patches, shape=(len(patches), num_prefix_tokens, patches.shape[2]))
-    return tensors | {"pos_embed": np.concatenate([zeros, patches], axis=1)}
+def _tell_dropped(path: pathlib.Path, dropped: list[str], *, is_used: bool) -> None:
+    """Logs names that are left out; as a warning if an attention pooling is among them."""
+    pooling = any("attn_pool" in name or "head" in name.lower() for name in dropped)
+    level = logging.WARNING if pooling and is_used else logging.INFO
+    rest = f" and {len(dropped) - _MAX_NAMED} more" if len(dropped) > _MAX_NAMED else ""
+    named = errors.printable(", ".join(sorted(dropped)[:_MAX_NAMED]))
+    _logger.log(level, "%s: left out: %s%s", errors.printable(str(path)), named, rest)
+    if level == logging.WARNING:
+        _warn("%s: its patch tokens are averaged instead of its attention pooling", path)
+
+
+def _refuse_rotary(path: pathlib.Path, tensors: Tensors) -> None:
+    """Raises errors.UserError if a network has no position embeddings."""
+    is_network = any(
+        name.endswith(("attn.qkv.weight", "attention.q_proj.weight")) for name in tensors
+    )
+    if is_network and "pos_embed" not in tensors:
+        raise errors.UserError(
+            f"{path} has no position embeddings: networks with rotary ones (RoPE), such as DINOv3, "
+            "are not supported."
+        )
 
 
 def _sizes_in(path: pathlib.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the sizes in the metadata that `writing.write` adds."""
+    """Returns the sizes and attributes in the metadata that `writing.write` adds."""
     kinds = {"norm_eps": float, "num_heads": int, "grid": _parse_grid}
     try:
-        return {key: kind(metadata[key]) for key, kind in kinds.items() if key in metadata}
-    except (ValueError, OverflowError) as error:
+        sizes = {key: kind(metadata[key]) for key, kind in kinds.items() if key in metadata}
+        if "num_heads" in metadata:  # `write` wrote it
+            attributes = json.loads(metadata.get("attributes", "{}"))
+            plain = {name: architecture.PLAIN[name] for name in architecture.UNSEEN}
+            if not attributes.keys() <= architecture.PLAIN.keys():
+                raise ValueError(f"attributes {attributes}")
+            sizes["attributes"] = plain | attributes
+        return sizes
+    except (ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise _refused(path, "metadata", error) from error
 
 

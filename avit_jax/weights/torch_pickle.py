@@ -6,6 +6,7 @@ tensors and plain containers only. It never imports or calls any other name: it 
 
 import dataclasses
 import io
+import logging
 import math
 import pathlib
 import pickle
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avit_jax.utils import errors
-from avit_jax.weights import file_limits
+from avit_jax.weights import file_limits, pickle_extras
 from avit_jax.weights.file_limits import RefusedFile
 
 _STORAGES = {
@@ -32,8 +33,13 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+# Entries of a training checkpoint that hold its weights, and the moving average of its weights.
+_PLAIN = ("model", "state_dict", "model_state_dict", "module", "net", "network", "student")
+_EMA = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher")
+_MAX_NAMED = 5  # entries in one message
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_logger = logging.getLogger(__name__)
 
 
 class _Sealed:
@@ -128,9 +134,11 @@ class _Namespace:
 
 
 _ALLOWED = {
+    **dict.fromkeys(pickle_extras.NAMES, pickle_extras.PassedOver),
     ("collections", "OrderedDict"): _Dict,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    ("torch._utils", "_rebuild_parameter_with_state"): _RebuildParameter(),
     ("argparse", "Namespace"): _Namespace,
 }
 
@@ -155,7 +163,8 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(name)
         if (module, name) not in _ALLOWED:
             raise RefusedFile(
-                f"it asks for {module}.{name}, which is neither a tensor nor a plain container"
+                f"it asks for {module}.{name}, which is neither a tensor nor a plain container; "
+                "save its state dict alone"
             )
         return _ALLOWED[module, name]
 
@@ -168,39 +177,89 @@ class _Unpickler(pickle.Unpickler):
         raise RefusedFile("the description of a storage makes no sense")
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads the state dict of a PyTorch file: its entry "model" or "state_dict", or the whole file.
+def read(path: pathlib.Path, *, ema: bool = False) -> dict[str, np.ndarray]:
+    """Reads the state dict of a PyTorch file: the whole file, or an entry of a checkpoint.
+
+    Objects that are no tensors are passed over; a log line names them.
+
+    Args:
+      path: the file.
+      ema: reads the moving average of the weights, such as the entry "model_ema" or "teacher",
+        instead of the weights, such as the entry "model", "state_dict" or "student".
 
     Returns:
       Name -> read-only array; arrays may share memory.
 
     Raises:
-      RefusedFile: the file is damaged, holds no state dict, or asks for more than tensors and plain
-        containers. Nothing of it has run.
+      RefusedFile: the file is damaged, holds no such state dict, or asks for more than tensors,
+        plain containers and harmless objects. Nothing of it has run.
       OSError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
             content = _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file)
-        for key in ("model", "state_dict"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-        if not isinstance(content, dict) or not content:
-            raise RefusedFile("it holds no state dict")
-        file_limits.check_count(len(content))
-        for name, value in content.items():
-            if not isinstance(name, str) or not isinstance(value, _Tensor):
-                raise RefusedFile(f"{str(name)[:80]} in its state dict is no tensor")
-        storages = {id(tensor.storage): tensor.storage for tensor in content.values()}.values()
+        tensors = _tensors_in(path, _state_dict(path, content, ema))
+        storages = {id(tensor.storage): tensor.storage for tensor in tensors.values()}.values()
         stored = sum(storage.size * storage.dtype.itemsize for storage in storages)
-        used = sum(math.prod(x.shape) * x.storage.dtype.itemsize for x in content.values())
+        used = sum(math.prod(x.shape) * x.storage.dtype.itemsize for x in tensors.values())
         if used > 4 * stored:
             raise RefusedFile("too many of its tensors share the same data")
-        return {name: value.array() for name, value in content.items()}
+        return {name: value.array() for name, value in tensors.items()}
     except (RefusedFile, OSError):
         raise
     except Exception as error:  # an unpickler can raise anything if the bytes are no pickle
         raise RefusedFile(f"it is damaged ({errors.first_line(error)})") from error
+
+
+def _state_dict(path: pathlib.Path, content: object, ema: bool) -> dict[Any, Any]:
+    """Returns the dictionary of a checkpoint that holds its weights, or their moving average."""
+    if not isinstance(content, dict):
+        raise RefusedFile("it holds no state dict")
+    inside = {key: value for key, value in content.items() if _holds_tensors(value)}
+    averages = [key for key in _EMA if key in inside]
+    plain = [key for key in _PLAIN if key in inside]
+    is_state_dict = any(isinstance(value, _Tensor) for value in content.values())
+    if ema:
+        if not averages:
+            raise RefusedFile(f"it holds no moving average (EMA), such as {' or '.join(_EMA[:2])}")
+        return _state_dict(path, inside[averages[0]], False)
+    if is_state_dict and not plain:
+        return content
+    if not plain and len(inside) > 1:
+        names = ", ".join(str(key)[:80] for key in list(inside)[:_MAX_NAMED])
+        raise RefusedFile(f"it holds several networks, {names}: save one of them")
+    if not inside:
+        raise RefusedFile("it holds no state dict")
+    if plain and averages:
+        message = "%s: the weights %s are read, and not their moving average %s"
+        _logger.warning(message, errors.printable(str(path)), plain[0], averages[0])
+    return _state_dict(path, inside[(plain or list(inside))[0]], False)
+
+
+def _holds_tensors(value: object, depth: int = 2) -> bool:
+    """Returns whether a value is a state dict, or a dictionary of state dicts."""
+    if not isinstance(value, dict) or not depth:
+        return False
+    named = [inside for key, inside in value.items() if isinstance(key, str)]
+    return any(isinstance(inside, _Tensor) or _holds_tensors(inside, depth - 1) for inside in named)
+
+
+def _tensors_in(path: pathlib.Path, state: dict[Any, Any]) -> dict[str, _Tensor]:
+    """Returns the tensors of a state dict; a log line names what else is in it."""
+    file_limits.check_count(len(state))
+    tensors: dict[str, _Tensor] = {}
+    others = []
+    for name, value in state.items():
+        if isinstance(value, _Tensor) and isinstance(name, str):
+            tensors[name] = value
+        elif isinstance(value, _Tensor):
+            raise RefusedFile(f"{str(name)[:80]} in its state dict is no tensor's name")
+        else:
+            others.append(errors.printable(str(name))[:80])
+    if others:
+        named = ", ".join(others[:_MAX_NAMED])
+        _logger.info("%s: what is no tensor is passed over: %s", errors.printable(str(path)), named)
+    return tensors
 
 
 def _is_count(value: object) -> bool:

@@ -1,6 +1,7 @@
 """Writes weight files as safetensors. See `weight_files`."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from etils import epath
 
 from avit_jax.models import vit
 from avit_jax.utils import files
-from avit_jax.weights import config_json, hugging_face, name_maps
+from avit_jax.weights import architecture, hugging_face_files, name_maps
 from avit_jax.weights.reading import WeightFile, gate_fields
 
 
@@ -39,11 +40,13 @@ def write(
     tensors = file.tensors
     metadata = {"format": "pt", "norm_eps": str(file.norm_eps), "num_heads": str(file.num_heads)}
     metadata["grid"] = "x".join(map(str, file.grid))
+    if changed := architecture.changed(file.attributes):
+        metadata["attributes"] = json.dumps(changed)
     if file.gate is not None:
         metadata["halting"] = json.dumps(file.gate)
     if names == "huggingface":
-        tensors = hugging_face.from_timm(tensors)
-        config = json.dumps(config_json.of_model(model), indent=2)
+        tensors, config = hugging_face_files.from_timm(tensors, model)
+        config = json.dumps(config, indent=2)
         files.write(path.with_name("config.json"), config + "\n")
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     files.write(path, safetensors.numpy.save(contiguous, metadata))
@@ -59,10 +62,19 @@ def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
         numbers = {name: float(str(np.float32(value))) for name, value in learned}
         gate = gate_fields(model.halting) | numbers | {"learnable": False}
     patch_shape = (model.patch_size, model.patch_size, model.channels)
+    tensors = name_maps.to_torch(params, patch_shape=patch_shape)
+    if "norm_pre.weight" in tensors:  # timm and CLIP have no bias there; positions take it in
+        bias, prefix = (
+            tensors.pop("patch_embed.proj.bias"),
+            model.num_tokens - math.prod(model.grid),
+        )
+        tensors["pos_embed"] = np.array(tensors["pos_embed"])
+        tensors["pos_embed"][:, prefix * architecture.of_model(model)["position_class"] :] += bias
     return WeightFile(
-        tensors=name_maps.to_torch(params, patch_shape=patch_shape),
+        tensors=tensors,
         norm_eps=model.norm_eps,
         num_heads=model.num_heads,
         gate=gate,
         grid=model.grid,
+        attributes=architecture.of_model(model),
     )

@@ -110,11 +110,11 @@ def test_dtype_is_kept() -> None:
 def test_missing_and_unexpected_names_are_reported() -> None:
     state_dict = _state_dict()
     del state_dict["blocks.1.mlp.fc1.bias"], state_dict["norm.weight"]
-    state_dict |= {"fc_norm.weight": np.zeros(8), "blocks.0.ls1.gamma": np.zeros(8)}
+    state_dict |= {"fc_norm.weight": np.zeros(8), "blocks.0.attn.norm.bias": np.zeros(8)}
     with pytest.raises(ValueError) as error:
         weights.from_torch(state_dict)
     assert "missing ['blocks.1.mlp.fc1.bias', 'norm.weight']" in str(error.value)
-    assert "unexpected ['blocks.0.ls1.gamma', 'fc_norm.weight']" in str(error.value)
+    assert "unexpected ['blocks.0.attn.norm.bias', 'fc_norm.weight']" in str(error.value)
 
 
 def test_something_else_altogether_is_refused() -> None:

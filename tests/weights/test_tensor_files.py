@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 
 import fixtures
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -184,17 +185,104 @@ def test_a_folder_of_hugging_face(tmp_path: pathlib.Path) -> None:
     assert not tensor_files.is_weights(tmp_path)
 
 
+def _split(folder: pathlib.Path, **changes: object) -> dict[str, str]:
+    """Writes the tensors of Hugging Face's ViT as two files and their index; returns the index."""
+    shutil.copy(_DATA / "vit/config.json", folder)
+    tensors = _tensors("vit/model.safetensors")
+    index = {}
+    for i in (0, 1):
+        part = f"model-0000{i + 1}-of-00002.safetensors"
+        names = sorted(tensors)[i::2]
+        safetensors.numpy.save_file({name: tensors[name] for name in names}, folder / part)
+        index |= dict.fromkeys(names, part)
+    content = {"metadata": {}, "weight_map": index | changes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return index
+
+
 @pytest.mark.parametrize(
     "name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", ""]
 )
 def test_a_model_in_several_files(tmp_path: pathlib.Path, name: str) -> None:
-    shutil.copy(_DATA / "vit/model.safetensors", tmp_path / "model-00001-of-00002.safetensors")
-    (tmp_path / "model.safetensors.index.json").touch()
+    _split(tmp_path)
     assert tensor_files.is_weights(tmp_path / name)
-    with pytest.raises(
-        errors.UserError, match=r"in several files, which are not read: save it as one file"
-    ):
-        weight_files.read(tmp_path / name)
+    _check_logits(tmp_path / name, "vit", norm_eps=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": "../model-00001-of-00002.safetensors"}, "does not name files beside it"),
+        ({"x": "/etc/passwd"}, "does not name files beside it"),
+        ({"x": 3}, "as an index it makes no sense"),
+        ({"x": "model-00009-of-00002.safetensors"}, "00009-of-00002.safetensors, .* is missing"),
+        ({"x": "model-00001-of-00002.safetensors"}, "00001-of-00002.safetensors lacks x"),
+        (
+            {"classifier.bias": "model-00002-of-00002.safetensors"},
+            "00001-of-00002.safetensors holds classifier.bias, which it does not list there",
+        ),
+    ],
+)
+def test_an_index_that_is_wrong(
+    tmp_path: pathlib.Path, changes: dict[str, object], message: str
+) -> None:
+    _split(tmp_path, **changes)
+    with pytest.raises(errors.UserError, match=message):
+        weight_files.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', "[" * 100_000])
+def test_an_index_that_makes_no_sense(tmp_path: pathlib.Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(errors.UserError, match="as an index it makes no sense"):
+        weight_files.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("legacy.pth", "x.pth.tar"), ("legacy.pth", "last.ckpt"), ("legacy.pth", "X.PT.TAR")],
+)
+def test_names_of_checkpoints(tmp_path: pathlib.Path, file: str, name: str) -> None:
+    shutil.copy(_DATA / file, tmp_path / name)
+    _check_logits(tmp_path / name, "timm")
+    _check_logits(tmp_path, "timm")  # the only weight file of its folder
+
+
+def test_a_folder_of_several_weight_files(tmp_path: pathlib.Path) -> None:
+    for name in ("a.pth", "b.pth"):
+        shutil.copy(_DATA / "legacy.pth", tmp_path / name)
+    with pytest.raises(errors.UserError, match=r"several weight files, a\.pth, b\.pth: name one"):
+        weight_files.read(tmp_path)
+    shutil.copy(_DATA / "timm.safetensors", tmp_path / "model.safetensors")
+    _check_logits(tmp_path, "timm")
+
+
+def test_arrays_of_bfloat16_and_compressed_ones(tmp_path: pathlib.Path) -> None:
+    tensors = {name: array.astype(jnp.bfloat16) for name, array in _big_vision().items()}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", **tensors)
+        read, _ = tensor_files.read(tmp_path / "x.npz")
+        assert {array.dtype.name for array in read.values()} == {"bfloat16"}
+        for name, array in read.items():
+            np.testing.assert_array_equal(array, tensors[name])
+    np.savez_compressed(tmp_path / "x.npz", **_big_vision())
+    _check_logits(tmp_path / "x.npz", "timm")
+    np.savez(tmp_path / "x.npz", **{"head/kernel": np.zeros(3, "V1")})
+    with pytest.raises(errors.UserError, match="head/kernel is of dtype"):
+        weight_files.read(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("start", ["params/", "opt/target/", "target/"])
+def test_whole_training_states_of_flax(tmp_path: pathlib.Path, start: str) -> None:
+    state = {f"{start}{name}": array for name, array in _big_vision().items()}
+    state |= {"opt/state/step": np.int32(3), "opt/mu/head/bias": np.zeros(5, np.float32)}
+    np.savez(tmp_path / "x.npz", **state)
+    _check_logits(tmp_path / "x.npz", "timm")
+
+
+def test_only_checkpoints_of_pytorch_have_a_moving_average() -> None:
+    with pytest.raises(errors.UserError, match="only one PyTorch file can hold a moving average"):
+        tensor_files.read(_DATA / "timm.safetensors", ema=True)
 
 
 @pytest.mark.parametrize("path", ["http://x/y.pth", "nonsense://x"])

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import datetime
 import functools
 import io
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from avit_jax.utils import errors
-from avit_jax.weights import file_limits, torch_pickle, weight_files
+from avit_jax.weights import file_limits, tensor_files, torch_pickle, weight_files
 
 _DATA = pathlib.Path(__file__).parents[1] / "data/weights"
 
@@ -205,6 +206,66 @@ def test_names_that_are_no_plain_text(tmp_path: pathlib.Path, name: bytes) -> No
     assert str(refused.value).isprintable()
 
 
+_EXTRAS = {
+    "epoch": 3,
+    "best": np.float64(0.5),
+    "history": np.arange(3),
+    "output": pathlib.PurePosixPath("runs/1"),
+    "device": _Reduced(_Named("torch", "device"), ("cuda", 0)),
+    "dtype": _Named("torch", "float16"),
+    "size": _Reduced(_Named("torch", "Size"), ((2, 3),)),
+    "counts": collections.Counter("aab"),
+    "lists": collections.defaultdict(list, {"a": [1]}),
+    "when": datetime.datetime(2026, 1, 1),
+    "hyper_parameters": _Reduced(
+        _Named("pytorch_lightning.utilities.parsing", "AttributeDict"), (), {"lr": 1.0}
+    ),
+    "optimizer": {"state": {0: {"exp_avg": _tensor()}}, "param_groups": [{"betas": (0.9, 0.99)}]},
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("inside", [False, True])
+def test_harmless_objects_beside_tensors_are_passed_over(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, protocol: int, inside: bool
+) -> None:
+    state = {"a": _tensor(), "steps": _tensor(kind="LongStorage", key="1", size=6)}
+    content = _EXTRAS | state if inside else _EXTRAS | {"state_dict": state}
+    file = io.BytesIO()
+    _Pickler(file, protocol=protocol).dump(content)
+    path = tmp_path / "x.pth"
+    path.write_bytes(_archive(file.getvalue(), **{"data/1": np.arange(6).tobytes()}))
+    with caplog.at_level("INFO", logger="avit_jax"):
+        assert list(torch_pickle.read(path)) == ["a", "steps"]
+        assert ("what is no tensor is passed over: epoch, best" in caplog.text) == inside
+        assert list(tensor_files.read(path)[0]) == ["a"]
+    assert "buffers of integers are passed over: steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("plain", "average"),
+    [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("student", "teacher")],
+)
+def test_the_moving_average_is_read_if_it_is_wanted(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, plain: str, average: str
+) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(_file({average: {"b": _tensor()}, plain: {"a": _tensor()}}))
+    assert list(torch_pickle.read(path, ema=True)) == ["b"] and not caplog.records
+    assert list(torch_pickle.read(path)) == ["a"]
+    assert f"the weights {plain} are read, and not their moving average {average}" in caplog.text
+    path.write_bytes(_file({plain: {"a": _tensor()}}))
+    with pytest.raises(file_limits.RefusedFile, match=r"it holds no moving average \(EMA\)"):
+        torch_pickle.read(path, ema=True)
+
+
+@pytest.mark.parametrize("key", ["weights", "teacher", "a/b"])
+def test_the_only_state_dict_of_a_checkpoint_is_found(tmp_path: pathlib.Path, key: str) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(_file({"lr": 1.0, key: {"a": _tensor()}, "scaler": {"scale": 1.0}}))
+    assert list(torch_pickle.read(path)) == ["a"]
+
+
 def _deep() -> bytes:
     return pickle.PROTO + b"\x02" + b"(" * 100_000 + b"." * 2
 
@@ -268,7 +329,10 @@ _HOSTILE = {
     "imports": (lambda: _archive(pickle.dumps(_Calls(__import__, "antigravity"))), "__import__"),
     "gets an attribute": (lambda: _file(_Named("builtins", "getattr")), "builtins.getattr"),
     "wraps a call": (lambda: _archive(pickle.dumps(functools.partial(print))), "functools.partial"),
-    "numpy object": (lambda: _archive(pickle.dumps(np.array([1, "a"], object))), "numpy"),
+    "numpy object": (lambda: _archive(pickle.dumps(np.array([1, "a"], object))), "no state dict"),
+    "a class of numpy": (lambda: _file(_Named("numpy", "memmap")), "numpy.memmap"),
+    "loads an array": (lambda: _file(_Named("numpy", "load")), "numpy.load, which"),
+    "harmless, then called": (lambda: _archive(pickle.dumps(_Calls(int, "7"))), "no state dict"),
     "a module of torch": (lambda: _file(_Named("torch.nn.modules.linear", "Linear")), "torch.nn.modules.linear.Linear"),
     "a dotted name": (lambda: _file(_Named("collections", "OrderedDict.fromkeys")), "OrderedDict.fromkeys"),
     "changes a tensor": (lambda: _file({"a": _tensor(state={"shape": (10**9,), "strides": (1,)})}), "changes an object after building it"),
@@ -304,10 +368,9 @@ _HOSTILE = {
     "one tensor many times": (lambda: _file({str(i): one for one in [_tensor()] for i in range(5)}), "too many of its tensors share the same data"),
     "files over each other": (lambda: _overlapping(), "overlap"),
     "no dictionary": (lambda: _file([1, 2]), "no state dict"),
-    "options only": (lambda: _file({"args": argparse.Namespace(a=1)}), "args in its state dict is "
-                                                                       "no tensor"),
-    "a number among tensors": (lambda: _file({"model": {"a": _tensor(), "b": 1}}), "b in its state dict is no tensor"),
-    "a name that is no text": (lambda: _file({3: _tensor()}), "3 in its state dict is no tensor"),
+    "options only": (lambda: _file({"args": argparse.Namespace(a=1)}), "no state dict"),
+    "several networks": (lambda: _file({"a": {"x": _tensor()}, "b": {"x": _tensor()}}), "several networks, a, b: save one"),
+    "a name that is no text": (lambda: _file({3: _tensor()}), "3 in its state dict is no tensor's name"),
     "keys that are not there": (lambda: _LEGACY + pickle.dumps(["7"], 2), "damaged"),
     "numbers that are not there": (lambda: _LEGACY + pickle.dumps([], 2), "lacks the data of a tensor"),
     "sizes that differ": (lambda: _LEGACY + pickle.dumps(["0"], 2) + bytes([255] * 8), "another size than its description says"),

@@ -1,0 +1,72 @@
+"""What the names of timm's vision transformers tell, such as `vit_base_patch32_clip_224.openai`.
+
+Source: `timm.models.vision_transformer` and `timm.models.deit` of timm 1.0.31.
+"""
+
+import re
+from typing import Any
+
+# Networks that may be ours; the last two have no position embedding for the class token.
+FAMILIES = ("vit_", "deit_", "test_vit", "eva_large", "deit3_", "flexivit_")
+NO_EMBED_CLASS = FAMILIES[-2:]
+# Sizes -> width, number of layers, number of heads.
+_VARIANTS = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+# (size, width) -> number of heads, for networks of other depths.
+_HEADS = {
+    **{(size, width): heads for size, (width, _, heads) in _VARIANTS.items()},
+    **{("base", 896): 14, ("giant", 1408): 16, ("giant", 1536): 24, ("giantopt", 1536): 16},
+    **{("gigantic", 1664): 16, ("intern300m", 1024): 16, ("so400m", 1152): 16},
+    **{("so150m", 896): 14, ("so150m2", 832): 13, ("betwixt", 640): 10, ("medium", 512): 8},
+    **{("mediumd", 512): 8, ("little", 320): 5, ("wee", 256): 4, ("xsmall", 256): 4},
+}
+_PLAIN = re.compile(
+    r"(?:vit|deit)_(tiny|small|base|large|huge)(_distilled)?_patch(\d{1,3})_(\d{1,5})(\..*)?"
+)
+_TANH = re.compile(
+    r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip.*|vit_large_patch16_siglip.*_512"
+)
+
+
+def sizes(architecture: str) -> dict[str, Any]:
+    """Returns the sizes of a plain network under the keys of timm's arguments, and `distilled`."""
+    parts = _PLAIN.fullmatch(architecture)
+    if parts is None:
+        return {}
+    result = dict(zip(("embed_dim", "depth", "num_heads"), _VARIANTS[parts[1]], strict=True))
+    result |= {"distilled": parts[2] is not None}
+    return result | {"patch_size": int(parts[3]), "img_size": int(parts[4])}
+
+
+def num_heads(architecture: str, width: int) -> int | None:
+    """Returns the number of heads of a network of this name and width; None if unknown."""
+    if architecture.startswith("vit_base_patch16_gap"):
+        return 16 if width == 768 else None
+    return _HEADS.get((architecture.partition("_")[2].partition("_")[0], width))
+
+
+def norm_eps(architecture: str) -> float | None:
+    """Returns the epsilon of the layer norms; None for timm's default, 1e-6."""
+    return 1e-5 if "_clip_" in architecture else None
+
+
+def is_post_norm(architecture: str) -> bool:
+    """Returns whether the layer norms of a network come after its branches."""
+    return "_rpn_" in architecture
+
+
+def attributes(architecture: str) -> dict[str, Any]:
+    """Returns attributes of `AViT` that the tensors do not show."""
+    name = architecture.partition(".")[0]
+    quick = "quickgelu" in name
+    pooled = "_gap" in name or name.startswith("eva_large")
+    return {
+        "mlp": "quick_gelu" if quick else "gelu_tanh" if _TANH.fullmatch(name) else "gelu",
+        "pool": "avg" if pooled else "token",
+        **({"position_class": False} if name.startswith(NO_EMBED_CLASS) else {}),
+    }

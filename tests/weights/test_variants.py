@@ -1,0 +1,222 @@
+"""Networks of timm and transformers besides DeiT: what their files tell, outputs, and the way back."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from avit_jax.models import vit
+from avit_jax.utils import errors
+from avit_jax.weights import architecture, weight_files
+
+# See make_variants.py there.
+_VARIANTS = np.load(pathlib.Path(__file__).parents[1] / "data/weights/variants.npz")
+_NAMES = sorted({name.partition("/")[0] for name in _VARIANTS.files})
+_GAP = {"class_token": False, "pool": "avg"}
+_DINOV2 = {"layer_scale": True}
+_DINOV2_REGISTERS = {"layer_scale": True, "num_registers": 4, "position_class": False}
+_CLIP = {"pre_norm": True, "mlp": "quick_gelu"}
+# What differs from DeiT.
+_CHANGED: dict[str, dict[str, Any]] = {
+    "deit3": {"layer_scale": True, "position_class": False},
+    "dinov2": _DINOV2,
+    "dinov2_registers": _DINOV2_REGISTERS,
+    "registers_with_positions": {"num_registers": 2},
+    "gated": {"layer_scale": True, "mlp": "swiglu"},
+    "clip": {"pre_norm": True},
+    "quick_gelu": {"mlp": "quick_gelu"},
+    "siglip_gap": _GAP | {"mlp": "gelu_tanh"},
+    "fc_norm": _GAP | {"fc_norm": True},
+    "class_and_max": {"pool": "max"},
+    "registers_gap": _GAP
+    | {"fc_norm": True, "layer_scale": True, "num_registers": 4, "position_class": False},
+    "qk_norm": {"qk_norm": True, "qkv_bias": False},
+    "wide": {"position_class": False},
+    "Dinov2": _DINOV2,
+    "Dinov2_memory": _DINOV2,
+    "Dinov2_gated": _DINOV2 | {"mlp": "swiglu"},
+    "Dinov2_gated_memory": _DINOV2 | {"mlp": "swiglu"},
+    "Dinov2WithRegisters": _DINOV2_REGISTERS,
+    "Dinov2WithRegisters_memory": _DINOV2_REGISTERS,
+    "CLIPVision": _CLIP,
+    "CLIPVision_memory": _CLIP,
+    "CLIPVisionWithProjection": _CLIP,
+    "SigLIPVision": _GAP | {"mlp": "gelu_tanh"},
+    "SigLIPClassifier": _GAP | {"mlp": "gelu_tanh"},
+    "DeiTWithoutTeacher": {"num_registers": 1},
+    "IJepa": _GAP,
+}
+_runs = pytest.mark.skipif(
+    len(architecture.SUPPORTED) < len(architecture.PLAIN), reason="this AViT is DeiT only"
+)
+
+
+@pytest.fixture
+def all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads files as if `AViT` had all parts."""
+    monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN))
+
+
+def _tensors(name: str) -> dict[str, np.ndarray]:
+    tensors, data = {}, _VARIANTS[f"{name}/data"]
+    for key, shape in json.loads(str(_VARIANTS[f"{name}/shapes"])).items():
+        array, data = np.split(data, [int(np.prod(shape))])
+        tensors[key] = array.reshape(shape)
+    return tensors
+
+
+def _write(folder: pathlib.Path, name: str, *, config: bool = True) -> pathlib.Path:
+    safetensors.numpy.save_file(_tensors(name), folder / "model.safetensors")
+    if config:
+        (folder / "config.json").write_text(str(_VARIANTS[f"{name}/config"]))
+    return folder / "model.safetensors"
+
+
+def test_all_networks_are_known() -> None:
+    assert sorted(_CHANGED) == _NAMES
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_what_a_file_tells(tmp_path: pathlib.Path, all_parts: None, name: str) -> None:
+    file = weight_files.read(_write(tmp_path, name))
+    assert architecture.changed(file.attributes) == _CHANGED[name]
+    assert file.num_heads == 2
+    is_clip = "clip" in name.lower()
+    is_vit = name in ("DeiTWithoutTeacher", "IJepa")
+    assert (file.norm_eps or 1e-6) == (1e-5 if is_clip else 1e-12 if is_vit else 1e-6)
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_a_part_that_is_missing_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = _write(tmp_path, name)
+    needed = sorted(_CHANGED[name].keys() - {"position_class"})
+    for part in needed:
+        monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN) - {part})
+        if _CHANGED[name][part] == "gelu_tanh" and "SigLIP" not in name and name != "siglip_gap":
+            continue
+        with pytest.raises(errors.UserError, match=rf"not supported: its {part} is"):
+            weight_files.read(path)
+    assert needed or name == "wide"
+
+
+def _infer(folder: pathlib.Path, images: np.ndarray) -> tuple[vit.AViT, Any]:
+    file = weight_files.read(folder)
+    return weight_files.infer(file, image_size=images.shape[1:3], name="it")
+
+
+@_runs
+@pytest.mark.parametrize("name", _NAMES)
+def test_outputs_are_those_of_the_library(tmp_path: pathlib.Path, name: str) -> None:
+    _write(tmp_path, name)
+    images = _VARIANTS[f"{name}/images"]
+    model, params = _infer(tmp_path, images)
+    output, _ = jax.jit(model.apply)({"params": params}, images)
+    np.testing.assert_allclose(output, _VARIANTS[f"{name}/expected"], atol=1e-5)
+
+
+@_runs
+@pytest.mark.parametrize("name", [name for name in _NAMES if "memory" not in name])
+def test_what_is_written_equals_what_was_read(tmp_path: pathlib.Path, name: str) -> None:
+    path = _write(tmp_path, name)
+    images, theirs = _VARIANTS[f"{name}/images"], _tensors(name)
+    model, params = _infer(tmp_path, images)
+    is_timm = name[0].islower()
+    names = "timm" if is_timm or name in ("DeiTWithoutTeacher", "IJepa") else "huggingface"
+    weight_files.write(path, params, model, names=names)
+    ours = safetensors.numpy.load_file(path)
+    if is_timm:
+        assert ours.keys() == theirs.keys()
+        for key, array in theirs.items():
+            np.testing.assert_array_equal(ours[key], array, err_msg=key)
+    if is_timm or names == "timm":
+        (tmp_path / "config.json").unlink()  # the metadata tells the same
+    again, params_again = _infer(tmp_path, images)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip_gap", "fc_norm", "dinov2_registers"])
+def test_what_a_file_without_a_config_leaves_open_is_reported(
+    tmp_path: pathlib.Path, all_parts: None, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    file = weight_files.read(_write(tmp_path, name, config=False))
+    assert file.num_heads is None and not {"pool", "mlp"} & file.attributes.keys()
+    with pytest.raises(errors.UserError, match="gives num_heads, and 8 channels are not heads"):
+        weight_files.infer(file, image_size=(8, 8), name="it")
+    if _runs.args[0]:
+        return
+    weight_files.infer(
+        weight_files.WeightFile(tensors=file.tensors, num_heads=2), image_size=(8, 8), name="it"
+    )
+    pool = "token" if name in ("clip", "dinov2_registers") else "avg"
+    assert f"it does not give norm_eps=1e-06, pool={pool}, mlp=gelu: assumed" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["pool", "mlp"])
+def test_a_pooling_or_activation_that_the_model_lacks(
+    tmp_path: pathlib.Path, all_parts: None, part: str
+) -> None:
+    name = {"pool": "class_and_max", "mlp": "quick_gelu"}[part]
+    file = weight_files.read(_write(tmp_path, name))
+    sizes = {"image_size": 8, "patch_size": 4, "channels": 1, "width": 8, "depth": 2}
+    model = vit.AViT(**sizes, num_heads=2, mlp_ratio=2.0, num_classes=3, halting=None)
+    value = _CHANGED[name][part]
+    with pytest.raises(errors.UserError, match=f"set --config.model.{part}={value}"):
+        weight_files.to_params(file, model, name="it")
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        ("CLIPVisionWithProjection", {"classifier.bias": (5,)}, "averages tokens without their"),
+        ("siglip_gap", {"attn_pool.latent": (1, 1, 8)}, None),
+        ("dinov2", {"rope.periods": (4,)}, None),
+    ],
+)
+def test_what_has_no_place_is_refused(
+    tmp_path: pathlib.Path,
+    all_parts: None,
+    name: str,
+    extra: dict[str, tuple[int, ...]],
+    message: str | None,
+) -> None:
+    path = _write(tmp_path, name)
+    more = {key: np.ones(shape, np.float32) for key, shape in extra.items()}
+    safetensors.numpy.save_file(_tensors(name) | more, path)
+    if message:
+        with pytest.raises(errors.UserError, match=message):
+            weight_files.read(path)
+        return
+    file = weight_files.read(path)
+    assert next(iter(extra)) in file.tensors  # which no model expects
+
+
+@pytest.mark.parametrize("name", ["Dinov2", "qk_norm"])
+def test_networks_without_position_embeddings_are_refused(
+    tmp_path: pathlib.Path, all_parts: None, name: str
+) -> None:
+    path = _write(tmp_path, name)
+    tensors = {
+        key: x
+        for key, x in _tensors(name).items()
+        if not key.endswith(("pos_embed", "position_embeddings"))
+    }
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(errors.UserError, match=r"no position embeddings: .* rotary ones"):
+        weight_files.read(path)
+
+
+def test_an_attention_pooling_is_left_out_with_a_warning(
+    tmp_path: pathlib.Path, all_parts: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight_files.read(_write(tmp_path, "SigLIPVision"))
+    assert "its patch tokens are averaged instead of its attention pooling" in caplog.text
+    caplog.clear()
+    weight_files.read(_write(tmp_path, "SigLIPClassifier"))  # whose classifier averages
+    assert not caplog.records
