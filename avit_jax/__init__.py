@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from avit_jax.utils import errors
     from avit_jax.weights import weight_files
 
+__version__ = "0.2.0"
 __all__ = [
     "AViT",
     "HaltingConfig",

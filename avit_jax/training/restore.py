@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
 from avit_jax.models import vit
-from avit_jax.training import build, distributed
+from avit_jax.training import announce, build, distributed
 from avit_jax.training.checkpoint import Checkpoints
 from avit_jax.training.state import RunMetadata, RunState, TrainState
 from avit_jax.utils import errors
@@ -64,7 +64,7 @@ def begin(
     if distributed.from_first_json(int(state.step)):
         return RunState(train=distributed.from_first(state), metadata=metadata)
     params = initial_params() if initial_params else {}
-    state = jax.jit(create)()
+    state = announce.first_call(jax.jit(create), "the initial state")()
     if params:
         params = {**state.params, **params}  # the file may lack some, such as the gate's
         ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)

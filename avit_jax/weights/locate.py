@@ -1,0 +1,30 @@
+"""Resolves the name of a network: of the zoo, or of the hub without its prefix."""
+
+import pathlib
+import re
+
+from etils import epath
+
+from avit_jax import zoo
+from avit_jax.weights import tensor_files
+
+
+def locate(name: epath.PathLike) -> epath.PathLike:
+    """Returns the path or `hf-hub:` name that a name stands for.
+
+    A path that exists is itself. Otherwise a name of the zoo is its file, and `owner/name` is a
+    name on the hub, unless there is a folder `owner`.
+
+    Raises:
+      errors.UserError: a file of the zoo is damaged.
+    """
+    text = str(name)
+    if "://" in text or pathlib.Path(text).exists():
+        return name
+    if text in zoo.NETWORKS:
+        return str(zoo.file(text))
+    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text)
+    is_file = text.lower().endswith((".safetensors", ".npz", ".pth", ".pt", ".bin", ".avit"))
+    if is_hub_name and not is_file and not pathlib.Path(text).parent.exists():
+        return f"{tensor_files.HUB}{text}"
+    return name
