@@ -14,8 +14,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
+from avit_jax.models import vit
 from avit_jax.utils import errors, files
-from avit_jax.weights import tensor_files
+from avit_jax.weights import tensor_files, weight_files
 
 FILE = "config.json"
 _KEY = "avit_jax"  # of a safetensors file's metadata
@@ -41,22 +42,31 @@ def write(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
     files.write(epath.Path(workdir) / FILE, json.dumps(config, indent=2) + "\n")
 
 
-def to_metadata(
-    config: ConfigDict, gate: Mapping[str, Any] | None, label_names: Sequence[str]
-) -> dict[str, str]:
-    """Returns metadata for a safetensors file.
+def write_weights(
+    path: epath.PathLike,
+    params: Any,
+    model: vit.AViT,
+    config: ConfigDict,
+    label_names: Sequence[str],
+) -> None:
+    """Writes safetensors with timm's names, whose metadata holds the configuration.
+
+    Paths of this machine are left out. A learned gate becomes a fixed one.
 
     Args:
+      path: of the file.
+      params: parameters of the model.
+      model: the network.
       config: of the network.
-      gate: the gate that the file holds; None: the network does not halt.
-      label_names: names of the classes.
+      label_names: names of the classes; empty if unknown.
     """
-    values = config_lib.to_json(config)
+    gate, values = weight_files.to_file(params, model).gate, config_lib.to_json(config)
     values |= {"init": "", "budget": 0.0}
     values["distill"] = values["distill"] | {"teacher": ""}
     values["data"] = values["data"] | {"dir": ""}
     values["halting"] = values["halting"] | {"enabled": gate is not None, **(gate or {})}
-    return {_KEY: json.dumps({"config": values, "label_names": list(label_names)})}
+    metadata = {_KEY: json.dumps({"config": values, "label_names": list(label_names)})}
+    weight_files.write(path, params, model, more_metadata=metadata)
 
 
 def read(where: epath.PathLike) -> Saved | None:

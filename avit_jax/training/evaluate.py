@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax.data import augment, loader, sources, transforms
+from avit_jax.data import augment, class_names, loader, sources, transforms
 from avit_jax.inference import adaptive
 from avit_jax.models import flops, vit
 from avit_jax.training import announce, build, devices, distributed, metrics, restore
@@ -167,6 +167,7 @@ def make_eval_step(
 
 
 def _title(label: int, guess: int, names: list[str]) -> str:
+    names = [class_names.words(name) for name in names]
     return names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
 
 

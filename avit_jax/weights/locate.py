@@ -23,8 +23,14 @@ def locate(name: epath.PathLike) -> epath.PathLike:
         return name
     if text in zoo.NETWORKS:
         return str(zoo.file(text))
-    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text)
+    if pathlib.Path(text).parent.exists():
+        return name
+    return hub_name(text) or name
+
+
+def hub_name(text: str) -> str | None:
+    """Returns `hf-hub:owner/name` for `owner/name`; None for other texts and for names of files."""
     is_file = text.lower().endswith((".safetensors", ".npz", ".pth", ".pt", ".bin", ".avit"))
-    if is_hub_name and not is_file and not pathlib.Path(text).parent.exists():
-        return f"{tensor_files.HUB}{text}"
-    return name
+    if is_file or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+        return None
+    return f"{tensor_files.HUB}{text}"

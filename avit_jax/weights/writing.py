@@ -15,7 +15,12 @@ from avit_jax.weights.reading import WeightFile, gate_fields
 
 
 def write(
-    path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, names: str = "timm"
+    path: epath.PathLike,
+    params: Mapping[str, Any],
+    model: vit.AViT,
+    *,
+    names: str = "timm",
+    more_metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes safetensors. The metadata holds the gate and the sizes that tensors do not show.
 
@@ -24,6 +29,7 @@ def write(
       params: parameters of the model.
       model: gives the sizes.
       names: "timm", or "huggingface", which also writes a `config.json` beside the file.
+      more_metadata: is added to the metadata.
 
     Raises:
       ValueError: `names` has another value, or the path does not end in .safetensors.
@@ -41,6 +47,7 @@ def write(
     metadata["grid"] = "x".join(map(str, file.grid))
     if file.gate is not None:
         metadata["halting"] = json.dumps(file.gate)
+    metadata |= more_metadata or {}
     if names == "huggingface":
         tensors = hugging_face.from_timm(tensors)
         config = json.dumps(config_json.of_model(model), indent=2)
