@@ -15,6 +15,7 @@ from avit_jax.models.pretrained import PretrainedAViT
 from avit_jax.utils import errors, files
 from avit_jax.weights import locate, tensor_files
 
+_OWNER = "hf-hub:owner"  # in a model card until the owner is known
 _CARD = """\
 ---
 library_name: avit_jax
@@ -42,7 +43,7 @@ for one in avit_jax.predict(model, params, ["photo.png"]):
     print(one.top5, one.probabilities, one.macs_ratio)
 ```
 
-This network comes from [avit_jax](https://pypi.org/project/avit_jax/), an implementation of
+This network runs with the Python package avit_jax, an implementation of
 [A-ViT](https://arxiv.org/abs/2112.07658): each token stops once its halting score is high enough.
 """
 
@@ -78,8 +79,14 @@ def save(
     weights = path / "model.safetensors"
     run_config.write_weights(weights, params, full, config, full.label_names)
     files.write(path / "config.json", json.dumps(to_json(full), indent=2) + "\n")
-    text = card(path.name, full, source=str(folder), about=about, results=results, license=license)
-    files.write(path / "README.md", text)
+    card = model_card(
+        *(path.name, full),
+        source=f"{_OWNER}/{path.name}",
+        about=about,
+        results=results,
+        license=license,
+    )
+    files.write(path / "README.md", card)
 
 
 def push(folder: epath.PathLike, name: str, *, private: bool = False) -> str:
@@ -97,8 +104,8 @@ def push(folder: epath.PathLike, name: str, *, private: bool = False) -> str:
       errors.UserError: the folder holds no network, huggingface_hub is not installed, or the upload
         fails.
     """
-    name = name.removeprefix(tensor_files.HUB)
-    if not (epath.Path(folder) / "model.safetensors").exists():
+    name, path = name.removeprefix(tensor_files.HUB), epath.Path(folder)
+    if not (path / "model.safetensors").exists():
         raise errors.UserError(f"{folder} holds no network: write one with avit_jax.save first.")
     if locate.hub_name(name) is None:
         raise errors.UserError(f"a name on the hub is owner/name; got {name!r}.")
@@ -108,6 +115,9 @@ def push(folder: epath.PathLike, name: str, *, private: bool = False) -> str:
         raise errors.UserError(
             "an upload needs a package: run `pip install huggingface_hub`."
         ) from error
+    if (path / "README.md").exists():
+        card = (path / "README.md").read_text()
+        files.write(path / "README.md", card.replace(f"{_OWNER}/{path.name}", f"hf-hub:{name}"))
     try:
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
@@ -160,7 +170,7 @@ def to_json(model: PretrainedAViT) -> dict[str, Any]:
     }
 
 
-def card(
+def model_card(
     name: str,
     model: PretrainedAViT,
     *,

@@ -116,6 +116,11 @@ def explain_unknown_key(message: str, arguments: list[str]) -> str:
       message: from `errors.innermost_message`; other messages are returned as they are.
       arguments: of the command line, which give the whole name of the key.
     """
+    pattern = r'Key "(\w+)" does not exist.*?(Did you mean.*)?$'
+    locked = re.match(pattern, message, re.DOTALL)
+    if locked:  # a recipe sets the key; the rest of the message is the whole configuration
+        message = f"unknown configuration key '{locked[1]}'"
+        message += f". {locked[2]}" if locked[2] else ""
     found = re.match(r"unknown configuration key '(\w+)'", message)
     if not found:
         return message

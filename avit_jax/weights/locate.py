@@ -23,7 +23,8 @@ def locate(name: epath.PathLike) -> epath.PathLike:
         return name
     if text in zoo.NETWORKS:
         return str(zoo.file(text))
-    if pathlib.Path(text).parent.exists():
+    # `runs` is where runs go by default: runs/x is a run that is not here.
+    if text.startswith("runs/") or pathlib.Path(text).parent.exists():
         return name
     return hub_name(text) or name
 

@@ -5,7 +5,9 @@
 
 import dataclasses
 import hashlib
+import json
 import pathlib
+from collections.abc import Mapping
 
 from avit_jax.utils import errors
 
@@ -35,7 +37,13 @@ class Network:
     sha256: str
 
 
-NETWORKS: dict[str, Network] = {}
+def read() -> dict[str, Network]:
+    """Returns the networks by name, from networks.json."""
+    content = json.loads(pathlib.Path(__file__).with_name("networks.json").read_text())
+    return {name: Network(**values) for name, values in content.items()}
+
+
+NETWORKS = read()
 
 
 def file(name: str) -> pathlib.Path:
@@ -53,8 +61,8 @@ def file(name: str) -> pathlib.Path:
     return path
 
 
-def table() -> str:
-    """Returns the table of all networks in Markdown."""
+def table(networks: Mapping[str, Network] = NETWORKS) -> str:
+    """Returns a table of networks in Markdown."""
     lines = [
         "| name | top-1 | test images | million MACs | MACs ratio | recipe | SHA-256 starts |",
         "|---|---:|---:|---:|---:|---|---|",
@@ -62,6 +70,6 @@ def table() -> str:
     lines += [
         f"| `{name}` | {100 * one.top1:.2f}% | {one.images:,} | {one.macs / 1e6:.2f} | "
         f"{one.macs_ratio:.3f} | `{one.recipe}` | `{one.sha256[:12]}` |"
-        for name, one in NETWORKS.items()
+        for name, one in networks.items()
     ]
     return "\n".join(lines) + "\n"
