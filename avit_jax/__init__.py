@@ -4,19 +4,25 @@ Modules load when they are first used: the command line has to handle Ctrl-C bef
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avit_jax import halting, halting_linen, halting_nnx, serving, weights
+    from avit_jax import halting, halting_linen, halting_nnx, serving, weights, zoo
     from avit_jax.core.halting import HaltingConfig
     from avit_jax.inference import adaptive, autotune
     from avit_jax.models import vit
     from avit_jax.models.vit import AViT, deit_base, deit_small, deit_tiny
-    from avit_jax.tools import predict
+    from avit_jax.networks import load, predict
+    from avit_jax.publish import push, save
     from avit_jax.training import build, losses, restore
     from avit_jax.utils import errors
     from avit_jax.weights import weight_files
 
+# Hides XLA's alarm about slow compilation. JAX reads it when it is first imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+__version__ = "0.2.0"
 __all__ = [
     "AViT",
     "HaltingConfig",
@@ -30,13 +36,17 @@ __all__ = [
     "halting",
     "halting_linen",
     "halting_nnx",
+    "load",
     "losses",
     "predict",
+    "push",
     "restore",
+    "save",
     "serving",
     "vit",
     "weight_files",
     "weights",
+    "zoo",
 ]
 # Where each name is; a module if the path ends in it.
 _PATHS = {
@@ -49,9 +59,12 @@ _PATHS = {
     "deit_small": "models.vit",
     "deit_tiny": "models.vit",
     "errors": "utils.errors",
+    "load": "networks",
     "losses": "training.losses",
-    "predict": "tools.predict",
+    "predict": "networks",
+    "push": "publish",
     "restore": "training.restore",
+    "save": "publish",
     "vit": "models.vit",
     "weight_files": "weights.weight_files",
 }

@@ -1,24 +1,23 @@
 """Flags of the command line, their checks, the modes they choose, and the program's output."""
 
-import contextlib
 import logging
 import os
 import pathlib
 import re
-import select
-import signal
 import sys
 import threading
-from collections.abc import Iterator
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from avit_jax.utils import errors, files, signals
+import avit_jax
+from avit_jax import output, run_config, usage
+from avit_jax.utils import errors, files
+from avit_jax.weights import locate, tensor_files
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "recipe, a Python file such as configs/digits.py", lock_config=True
+    "config", None, "recipe: its name, such as digits, or a Python file", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; default: runs/<name of the recipe>"
@@ -33,7 +32,8 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "--mode=predict, export and calibrate: a workdir or a weight file; default: the workdir",
+    "all modes but train: a workdir, a weight file, a name of the zoo or hf-hub:owner/name; "
+    "default: the workdir",
 )
 _OUT = flags.DEFINE_string(
     "out",
@@ -73,7 +73,7 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 _ONLY = {  # modes that read a flag; flags that are not here belong to all modes
-    "checkpoint": ("predict", "export", "calibrate"),
+    "checkpoint": ("eval", "predict", "export", "calibrate"),
     "out": ("export", "calibrate"),
     "budget": ("calibrate",),
     "batch": ("export",),
@@ -81,22 +81,20 @@ _ONLY = {  # modes that read a flag; flags that are not here belong to all modes
     "pictures": ("predict",),
     "allow_changed_config": ("train",),
 }
+_NAMES = re.compile(r"--?(config|workdir|checkpoint)(?:=(.*))?", re.DOTALL)
 _PATHS = ("workdir", "checkpoint", "out", "jsonl", "pictures")
 _CONFIG_PATHS = (("", "init"), ("data", "dir"), ("distill", "teacher"))  # section, key
-_NO_READER = 128 + signal.SIGPIPE  # exit status if nothing reads the output, as after `| head`
 
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags and returns the program's name and the images to predict.
 
-    Any mistake, also one in the recipe, ends the program with one sentence.
+    Any mistake, also one in the recipe, ends the program with one sentence. `--help`,
+    `--help_config` and `--version` print a text and end the program with status 0.
     """
     try:
-        recipe = re.compile(r"(--?config=)(~.*)")
-        argv = [
-            match[1] + os.path.expanduser(match[2]) if (match := recipe.fullmatch(arg)) else arg
-            for arg in argv
-        ]
+        _print_information(argv[1:])
+        argv = _with_recipe(argv)
         images = flags.FLAGS(argv)[1:]
         _check_flags(images)
         # ml_collections reports a missing recipe only if a value is read.
@@ -105,8 +103,53 @@ def parse(argv: list[str]) -> list[str]:
     except BrokenPipeError:  # --help writes to a closed pipe
         raise
     except Exception as error:
-        errors.stop(errors.innermost_message(error))
+        errors.stop(usage.explain_unknown_key(errors.innermost_message(error), argv[1:]))
     return [argv[0], *images]
+
+
+def _print_information(arguments: list[str]) -> None:
+    """Prints what --help, --help_config or --version asks for, and ends the program."""
+    texts = {
+        "help": usage.help_text,
+        "h": usage.help_text,
+        "help_config": usage.config_text,
+        "version": lambda: f"avit_jax {avit_jax.__version__}\n",
+    }
+    for argument in arguments:
+        if argument.startswith("-") and argument.lstrip("-") in texts:
+            print(texts[argument.lstrip("-")](), end="")
+            sys.exit(0)
+
+
+def _with_recipe(argv: list[str]) -> list[str]:
+    """Returns the arguments with the file of the recipe, or of the configuration of a run."""
+    result: list[str] = []
+    given: dict[str, str] = {}
+    rest = iter(argv)
+    for argument in rest:
+        if argument == "--":
+            result += [argument, *rest]
+            break
+        match = _NAMES.fullmatch(argument)
+        value = match and (match[2] if match[2] is not None else next(rest, None))
+        if match and value is not None:
+            name, value = match[1], os.path.expanduser(value)
+            if name == "config":
+                value = usage.find_recipe(value)
+            elif name == "checkpoint":
+                value = str(locate.locate(value))
+            given[name] = value
+            argument = f"--{name}={value}"
+        result.append(argument)
+    run = given.get("checkpoint") or given.get("workdir")
+    if "config" in given:
+        return result
+    if run and run_config.read(run):
+        return [result[0], f"--config={run_config.__file__}:{run}", *result[1:]]
+    key = next((argument for argument in result if re.match(r"--?config\.", argument)), None)
+    if key:
+        raise errors.UserError(f"{key} needs a recipe: name one, for example --config=digits.")
+    return result
 
 
 def _check_flags(images: list[str]) -> None:
@@ -124,7 +167,11 @@ def _check_flags(images: list[str]) -> None:
                 f"read it{instead}."
             )
     if CONFIG.value is None:
-        raise errors.UserError("name a recipe, for example --config=configs/digits.py.")
+        run, reason = _CHECKPOINT.value or _WORKDIR.value, ""
+        if run:
+            exists = "://" in run or os.path.exists(run)
+            reason = f"{run} holds no configuration: " if exists else f"there is no {run}: "
+        raise errors.UserError(f"{reason}name a recipe, for example --config=digits.")
 
 
 def _resolve_paths(images: list[str]) -> list[str]:
@@ -149,8 +196,13 @@ def _resolve_paths(images: list[str]) -> list[str]:
 
 def workdir() -> str:
     """Returns the folder of the run."""
-    recipe = pathlib.Path(flags.FLAGS["config"].config_filename)
-    return _WORKDIR.value or f"runs/{recipe.stem}"
+    checkpoint = _CHECKPOINT.value
+    if _WORKDIR.value or (checkpoint and not tensor_files.is_weights(checkpoint)):
+        return _WORKDIR.value or checkpoint
+    recipe = pathlib.Path(flags.FLAGS["config"].config_filename.partition(":")[0])
+    if checkpoint and recipe.samefile(run_config.__file__):
+        recipe = pathlib.Path(checkpoint)
+    return f"runs/{recipe.stem}"
 
 
 def start_devices() -> None:
@@ -198,6 +250,10 @@ def run_mode(images: list[str]) -> None:
     if _MODE.value == "train":
         loop.train(config, workdir(), allow_changed_config=_ALLOW.value)
     elif _MODE.value == "eval":
+        if tensor_files.is_weights(checkpoint):
+            config.init, config.eval.checkpoint = checkpoint, "init"
+        elif checkpoint != workdir():
+            raise errors.UserError("name the run by --checkpoint or by --workdir, not by both.")
         evaluate.evaluate_checkpoint(config, workdir())
     elif _MODE.value == "export":
         if not out:
@@ -226,91 +282,10 @@ def _predict(images: list[str], checkpoint: str) -> None:
     if not distributed.is_first():
         next(predictions, None)  # takes part in restoring the network
         return
-    with interruptible(predictions, keeps=bool(_JSONL.value)) as shown:
+    with output.interruptible(predictions, keeps=bool(_JSONL.value)) as shown:
         predict.report(
             shown,
             num_layers=CONFIG.value.model.depth,
             jsonl=_JSONL.value,
             folder=_PICTURES.value,
         )
-
-
-@contextlib.contextmanager
-def interruptible(predictions: Iterator[object], *, keeps: bool) -> Iterator[Iterator[object]]:
-    """Yields the predictions.
-
-    After the first SIGINT, the next request for a prediction raises KeyboardInterrupt, so that the
-    caller can write the earlier ones. A second SIGINT, or one before the first prediction, ends the
-    program at once.
-
-    Args:
-      predictions: the predictions to yield.
-      keeps: whether the caller writes them; if not, the first SIGINT ends the program at once.
-    """
-    count, asked = 0, False
-
-    def act(number: int) -> None:
-        nonlocal asked
-        if number == signal.SIGINT:
-            if asked or not count or not keeps:
-                signals.interrupted()
-            asked = True
-
-    def shown() -> Iterator[object]:
-        nonlocal count
-        for prediction in predictions:
-            count += 1
-            yield prediction
-            if asked:
-                raise KeyboardInterrupt
-
-    with signals.listen(act):
-        yield shown()
-
-
-@contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Ends the program with one sentence after an error that the user can correct.
-
-    Handles UserError, OSError, ImportError, MemoryError, and KeyboardInterrupt (status 130).
-    """
-    import jax
-
-    try:
-        yield
-    except (errors.UserError, OSError, ImportError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and _has_no_reader():
-            os._exit(_NO_READER)
-        # At exit each process would wait for the others, which may wait for this one.
-        errors.stop(error, at_once=jax.distributed.is_initialized())
-    except KeyboardInterrupt:
-        errors.stop("interrupted.", at_once=jax.distributed.is_initialized(), status=130)
-
-
-def _has_no_reader() -> bool:
-    """Returns whether stdout is a pipe that nothing reads, as after `| head`."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-@contextlib.contextmanager
-def complete_output() -> Iterator[None]:
-    """Writes all output before the program ends.
-
-    If output cannot be written, ends the program with a nonzero exit status.
-    """
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has all characters
-    try:
-        yield
-    except BrokenPipeError:  # --help writes to a closed pipe
-        os._exit(_NO_READER)
-    finally:
-        try:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            os._exit(_NO_READER)
-        except OSError as error:
-            errors.stop(error, at_once=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avit_jax import config_check
+from avit_jax import config_check, config_help
 from avit_jax.utils import errors
 
 # Keys that do not affect training. A run may resume with other values of them.
@@ -17,6 +17,7 @@ _FREE = {
     "data.num_threads",
     "data.num_workers",
     "train.save_every",
+    "train.wandb",
     "eval.pictures",
     "eval.checkpoint",
     "debug.nans",
@@ -27,6 +28,7 @@ _FREE = {
 def default() -> ConfigDict:
     """Returns the configuration that all recipes start from. It is locked: unknown keys fail."""
     start = {
+        "seed": 0,  # of all random numbers: parameters, order of the images, augmentation
         # Initial weights: a weight file, hf-hub:owner/name, or the workdir of a run; empty: random.
         "init": "",
         # Rows and columns of patches in `init` or --checkpoint; empty: from the file, or a square.
@@ -41,7 +43,7 @@ def default() -> ConfigDict:
         # With a budget, the prior's target depth follows from it and loss.target_depth is unused.
         "budget": 0.0,
     }
-    return ConfigDict({"seed": 0, **start, **_input(), **_network(), **_training()}).lock()
+    return ConfigDict({**start, **_input(), **_network(), **_training()}).lock()
 
 
 def recipe(file: str, name: str) -> ConfigDict:
@@ -56,14 +58,14 @@ def recipe(file: str, name: str) -> ConfigDict:
 def _input() -> dict[str, dict[str, Any]]:
     """The data set and its augmentation."""
     return {
-        "data": {
+        "data": {  # the data set and how it is read
             "name": "digits",  # "digits", "folder", or a prepared data set of tensorflow-datasets
             # The image folder, or the data folder of tensorflow-datasets; empty: TFDS's default.
             "dir": "",
-            "train_split": "train",
-            "eval_split": "test",
-            "mean": (0.485, 0.456, 0.406),  # per channel, of pixels scaled to [0, 1]
-            "std": (0.229, 0.224, 0.225),
+            "train_split": "train",  # a name, or a part of it such as "train[:90%]"
+            "eval_split": "test",  # measured during and after training
+            "mean": (0.485, 0.456, 0.406),  # of each channel, for pixels scaled to [0, 1]
+            "std": (0.229, 0.224, 0.225),  # standard deviation of the same pixels
             "crop_ratio": 0.875,  # evaluation: central fraction of the resized image
             "num_threads": 2,  # reading and transforming threads, per worker
             "num_workers": 0,  # reading processes for training; 0: the training process reads
@@ -71,7 +73,7 @@ def _input() -> dict[str, dict[str, Any]]:
             # Training or evaluation stops if a larger fraction of records is unreadable.
             "max_bad_share": 0.01,
         },
-        # See avit_jax/data/transforms.py and augment.py. By default: crop and flip only.
+        # Augmentation of training images. By default: crop and flip only.
         "augment": {
             "crop_scale": (0.08, 1.0),  # fraction of the image's area
             "flip": 0.5,  # probability
@@ -83,8 +85,13 @@ def _input() -> dict[str, dict[str, Any]]:
             "cutmix": 0.0,  # Beta parameter; DeiT: 1
             "switch": 0.5,  # probability of cutmix if mixup is on too
         },
-        # Random affine map, see avit_jax/data/augment.py; all 0: off.
-        "affine": {"rotate": 0.0, "translate": 0.0, "scale": 0.0, "shear": 0.0},
+        # Random affine map of each training image; all 0: off.
+        "affine": {
+            "rotate": 0.0,  # largest angle, in degrees
+            "translate": 0.0,  # largest shift, as a fraction of the image's side
+            "scale": 0.0,  # largest log2 of the zoom
+            "shear": 0.0,  # largest angle, in degrees
+        },
     }
 
 
@@ -93,38 +100,38 @@ def _network() -> dict[str, dict[str, Any]]:
     return {
         "model": {  # attributes of avit_jax.AViT
             "image_size": (224, 224),  # height, width
-            "patch_size": 16,
-            "channels": 3,
-            "width": 192,
-            "depth": 12,
-            "num_heads": 3,
-            "mlp_ratio": 4.0,
+            "patch_size": 16,  # side of a patch, in pixels
+            "channels": 3,  # of an image: 1 for grey, 3 for RGB
+            "width": 192,  # channels of a token
+            "depth": 12,  # number of layers
+            "num_heads": 3,  # of the attention; divides the width
+            "mlp_ratio": 4.0,  # width of the MLP's hidden layer, relative to `width`
             "norm_eps": 1e-6,  # 1e-12 for weights of Hugging Face
-            "num_classes": 1000,
-            "distilled": False,
-            "drop_path": 0.0,
-            "dropout": 0.0,
+            "num_classes": 1000,  # of the data set
+            "distilled": False,  # adds DeiT's distillation token and its classifier
+            "drop_path": 0.0,  # probability that training skips a branch of the last layer
+            "dropout": 0.0,  # probability in training
             "dtype": "float32",  # of the computation; "bfloat16" on accelerators
-            "remat": False,
+            "remat": False,  # recomputes layers in the backward pass: less memory, more time
         },
         "halting": {  # attributes of avit_jax.HaltingConfig
             "enabled": True,  # False: the static network
-            "gamma": 10.0,
-            "beta": -30.0,
-            "epsilon": 0.01,
-            "channel": 0,
-            "learnable": False,
+            "gamma": 10.0,  # gate scale: score = sigmoid(gamma * token[channel] + beta)
+            "beta": -30.0,  # gate bias: a larger one halts tokens earlier
+            "epsilon": 0.01,  # a token halts once its summed scores reach 1 - epsilon
+            "channel": 0,  # channel of the token that the gate reads
+            "learnable": False,  # trains gamma and beta too
             "merge": False,  # merges a halted token into the most similar active token
             # Weight of the similarity to earlier tokens in the gate, with merge; for example 50
             # with gamma 1 and beta -42.
             "redundancy": 0.0,
         },
-        "loss": {
-            "label_smoothing": 0.0,
-            "ponder_weight": 5e-4,
+        "loss": {  # weights of the loss terms, and the depth prior
+            "label_smoothing": 0.0,  # probability spread over all classes
+            "ponder_weight": 5e-4,  # of the ponder loss, which shortens computation
             "prior_weight": 0.1,  # the paper's; the released code uses 1e-3 with its own prior
             "target_depth": 8.0,  # layer, counted from 1; unused with a budget
-            "prior_width": 1.0,  # layers
+            "prior_width": 1.0,  # standard deviation of the prior, in layers
             "prior_mode": "paper",  # "official" reproduces the released code
         },
         # The teacher supervises the distillation token, or the class token if there is none.
@@ -140,30 +147,32 @@ def _network() -> dict[str, dict[str, Any]]:
 def _training() -> dict[str, dict[str, Any]]:
     """The optimizer, the schedule of the run and its evaluation."""
     return {
-        "optimizer": {
-            "learning_rate": 5e-4,
+        "optimizer": {  # AdamW, with a cosine schedule after a warmup
+            "learning_rate": 5e-4,  # at its maximum, after the warmup
             "warmup": 0.05,  # fraction of the steps
-            "warmup_learning_rate": 1e-6,
-            "min_learning_rate": 1e-5,
-            "weight_decay": 0.05,
+            "warmup_learning_rate": 1e-6,  # at the first step
+            "min_learning_rate": 1e-5,  # at the end
+            "weight_decay": 0.05,  # of AdamW; kernels only
             "layer_decay": 1.0,  # factor of the learning rate per layer; fine-tuning: 0.75
             "clip_norm": 0.0,  # largest global norm of the gradient; 0: off
             "ema_decay": 0.99996,  # evaluation uses the averaged parameters; 0: no average
         },
-        "train": {
+        "train": {  # the length of the run, and what it writes
             "batch_size": 512,  # images per step, over all devices
-            "steps": 1000,
+            "steps": 1000,  # of the whole run
             # Removes halted tokens in training: less work, the same gradients up to rounding.
             # On a GPU, removes tokens only if `plan.removal_pays`; otherwise masks them with
             # remat. Removal needs dropout 0. Not with prior_mode "official".
             "adaptive": False,
-            "log_every": 50,  # steps
+            "log_every": 50,  # steps between two rows of the log
             "eval_every": 0,  # steps between evaluations, each with a checkpoint; 0: at the end
             "save_every": 500,  # steps between checkpoints
             "nonfinite": "stop",  # "skip": leaves non-finite updates out and counts them
+            # Project of Weights & Biases that gets the metrics too; empty: none.
+            "wandb": "",
         },
-        "eval": {
-            "batch_size": 512,
+        "eval": {  # evaluation, and what the other modes read
+            "batch_size": 512,  # images per batch, over all devices
             # Removes halted tokens; on a GPU only if `plan.removal_pays`, otherwise masks them.
             # False: masks them.
             "adaptive": True,
@@ -172,7 +181,7 @@ def _training() -> dict[str, dict[str, Any]]:
             "checkpoint": "last",
             "pictures": 8,  # images in depth.png
         },
-        "debug": {
+        "debug": {  # aids for finding errors and slow steps
             "nans": False,  # finds the operation that returns the first nan; slow
             "profile": (0, 0),  # first and last step that the profiler records; (0, 0): none
         },
@@ -200,6 +209,11 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """Returns the configuration in types that JSON can hold."""
     return json.loads(config.to_json_best_effort())
+
+
+def describe() -> list[config_help.Key]:
+    """Returns every key with its default and the comment beside it in this file."""
+    return config_help.keys(pathlib.Path(__file__).read_text(), flat(default()))
 
 
 def flat(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:

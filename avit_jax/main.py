@@ -1,4 +1,4 @@
-"""Command line: `python -m avit_jax.main --config=configs/digits.py --workdir=runs/digits`."""
+"""Command line: `python -m avit_jax.main --config=digits --workdir=runs/digits`."""
 
 import signal
 
@@ -11,14 +11,14 @@ elif __name__ == "__mp_main__":  # a reading process, which ends with the traini
 
 from absl import app, flags
 
-from avit_jax import cli
+from avit_jax import cli, output
 
 flags.adopt_module_key_flags(cli)  # --help shows them
 
 
 def main(argv: list[str]) -> None:
     """Runs the mode that the flags choose."""
-    with cli.exit_on_error():
+    with output.exit_on_error():
         from avit_jax.training import distributed
 
         cli.start_devices()
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 def start() -> None:
     """Parses the flags and runs the program."""
-    with cli.complete_output():
+    with output.complete_output():
         try:
             app.run(main, flags_parser=cli.parse)
         except SystemExit as ended:

@@ -1,6 +1,6 @@
 """A small A-ViT on the 1,797 handwritten digits that scikit-learn contains; needs no download.
 
-python -m avit_jax.main --config=configs/digits.py --workdir=runs/digits
+python -m avit_jax.main --config=digits --workdir=runs/digits
 
 Hardware: two CPU cores, a few minutes.
 Expected (experiments/digits, three seeds): 95.9% top-1 at a MACs ratio of 0.5. One of the 360 test
@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
         {"ponder_weight": 5e-4, "prior_weight": 0.1, "target_depth": 3.2, "label_smoothing": 0.1}
     )
     config.optimizer.update({"learning_rate": 2e-3, "ema_decay": 0.99, "clip_norm": 1.0})
-    config.train.update({"batch_size": 32, "steps": 1500, "log_every": 100})
+    config.train.update({"batch_size": 32, "steps": 1500, "log_every": 100, "eval_every": 250})
     config.eval.batch_size = 120
     return config

@@ -130,7 +130,7 @@ def parts(
     return parts_lib.Parts(
         options=build.run_options(config),
         config=config_lib.to_json(config),
-        model=None,
+        model=build.model(config),
         create=create,
         make_step=lambda teacher: _step(
             frozenset(poisoned), value, config.train.nonfinite == "skip", teacher is not None

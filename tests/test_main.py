@@ -36,7 +36,7 @@ def test_the_grid_of_weights_on_the_command_line(text: str, grid: tuple[int, ...
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "--config=configs/digits.py"),
+        ([], "--config=digits"),
         (["--config.train.steps=3"], "config.train.steps"),
         ([_DIGITS, "--config.train.stepps=3"], '"steps" instead of "stepps"'),
         ([_DIGITS, "--config.trian.steps=3"], '"train" instead of "trian"'),
@@ -50,6 +50,9 @@ def test_the_grid_of_weights_on_the_command_line(text: str, grid: tuple[int, ...
         (["--config=configs/nowhere.py", "--config.train.steps=3"], "configs/nowhere.py"),
         (["--config=configs"], "directory"),
         (["--config="], "empty"),
+        (["--config=digit"], "there is no recipe digit: name a Python file, or one of cifar10, "),
+        (["--workdir=nowhere"], "there is no nowhere: name a recipe"),
+        (["--mode=predict", "--checkpoint=tests"], "tests holds no configuration: name a recipe"),
         ([_DIGITS + ":argument"], "get_config() takes 0 positional arguments"),
         ([_DIGITS, "stray"], "'stray'"),
         ([_DIGITS, "--no_such_flag=1"], "no_such_flag"),
@@ -60,8 +63,8 @@ def test_the_grid_of_weights_on_the_command_line(text: str, grid: tuple[int, ...
             "--mode=train does not read it; for training set --config.budget",
         ),
         (
-            [_DIGITS, "--mode=eval", "--checkpoint=runs/x"],
-            "--checkpoint is for --mode=predict or export or calibrate,",
+            [_DIGITS, "--checkpoint=runs/x"],
+            "--checkpoint is for --mode=eval or predict or export or calibrate,",
         ),
         (
             [_DIGITS, "--mode=predict", "--allow_changed_config"],

@@ -18,7 +18,7 @@ from command_line import REPOSITORY as _REPOSITORY
 from command_line import as_the_program_starts  # noqa: F401
 from command_line import parse as _parse
 
-from avit_jax import cli, main
+from avit_jax import main, output
 
 # How ml_collections loads a recipe.
 pytestmark = pytest.mark.filterwarnings(
@@ -111,7 +111,7 @@ def test_an_interruption_of_predictions_keeps_those_made() -> None:
     try:
         with (
             pytest.raises(KeyboardInterrupt),
-            cli.interruptible(iter("abcdef"), keeps=True) as shown,
+            output.interruptible(iter("abcdef"), keeps=True) as shown,
         ):
             for one in shown:
                 seen.append(one)

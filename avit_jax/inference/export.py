@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
+from avit_jax import run_config
 from avit_jax.data import augment
 from avit_jax.inference import adaptive, serving
 from avit_jax.models import flops, vit
@@ -134,7 +135,7 @@ def from_checkpoint(
     if not distributed.is_first():
         return
     if ending.endswith(".safetensors"):
-        weight_files.write(path, params, model)
+        run_config.write_weights(path, params, model, config, names)
     else:
         colors = {"mean": config.data.mean, "std": config.data.std}
         write(path, params, model, label_names=names, batch=batch, **colors)

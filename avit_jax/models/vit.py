@@ -341,6 +341,16 @@ class AViT(nn.Module):
         return self.from_tokens(x, executor, image_index=image_index, train=train)
 
 
-deit_tiny = functools.partial(AViT, width=192, num_heads=3)
-deit_small = functools.partial(AViT, width=384, num_heads=6)
-deit_base = functools.partial(AViT, width=768, num_heads=12)
+def deit_tiny(**attributes: Any) -> AViT:
+    """Returns DeiT-Ti's sizes: width 192, 3 heads, 12 layers; `attributes` are those of `AViT`."""
+    return AViT(**{"width": 192, "num_heads": 3, **attributes})
+
+
+def deit_small(**attributes: Any) -> AViT:
+    """Returns DeiT-S's sizes: width 384, 6 heads, 12 layers; `attributes` are those of `AViT`."""
+    return AViT(**{"width": 384, "num_heads": 6, **attributes})
+
+
+def deit_base(**attributes: Any) -> AViT:
+    """Returns DeiT-B's sizes: width 768, 12 heads, 12 layers; `attributes` are those of `AViT`."""
+    return AViT(**{"width": 768, "num_heads": 12, **attributes})

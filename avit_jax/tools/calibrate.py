@@ -10,10 +10,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
+from avit_jax import run_config
 from avit_jax.models import vit
 from avit_jax.training import build, distributed, evaluate, restore
 from avit_jax.utils import errors
-from avit_jax.weights import weight_files
 
 _logger = logging.getLogger(__name__)
 _MAX_BIAS = 1000.0  # no gate needs a larger one
@@ -98,7 +98,7 @@ def from_checkpoint(
         raise errors.UserError(
             "a network without halting has a fixed cost: set --config.halting.enabled=True."
         )
-    params, _ = restore.trained(config, trained, checkpoint)
+    params, names = restore.trained(config, trained, checkpoint)
     start = float(params["gate"]["beta"]) if "gate" in params else trained.halting.beta
     evaluator = evaluate.Evaluator(config, with_bias(trained, params, start)[0])
     ratios: dict[float, float] = {}
@@ -118,7 +118,7 @@ def from_checkpoint(
         message = "no gate bias meets the MACs ratio %g, where the cost jumps: the ratio is %.3f"
         _logger.warning(message, budget, ratios[beta])
     if distributed.is_first():
-        weight_files.write(out, params, model)
+        run_config.write_weights(out, params, model, config, names)
     options = {"gamma": params["gate"]["gamma"], "beta": params["gate"]["beta"]}
     if model.halting.merge:
         options |= {"merge": True, "redundancy": f"{model.halting.redundancy:.6g}"}

@@ -1,6 +1,7 @@
 """Predicts the classes of images, and the layers that the network uses for each token."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -16,10 +17,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from avit_jax import config as config_lib
-from avit_jax.data import augment, image_files, transforms
+from avit_jax import networks
+from avit_jax.data import augment, class_names, image_files, transforms
 from avit_jax.inference import adaptive
-from avit_jax.models import flops, vit
-from avit_jax.training import build, restore
+from avit_jax.models import flops
+from avit_jax.models.pretrained import PretrainedAViT
+from avit_jax.training import announce, build, restore
 from avit_jax.utils import errors, files, visualize
 
 _BATCH = 16  # images per batch; the last one is filled up
@@ -33,6 +36,7 @@ class Prediction:
     Attributes:
       path: of the image.
       top5: names of the most likely classes, or their numbers if the names are unknown.
+      words: words for the same classes: ImageNet-1k's have synsets as names, such as n01440764.
       probabilities: of these classes; the probabilities of all classes sum to 1.
       depth: `(rows, columns)` layers that each patch token used.
       macs: multiply-accumulates that the image cost.
@@ -42,6 +46,7 @@ class Prediction:
 
     path: str
     top5: list[str]
+    words: list[str]
     probabilities: list[float]
     depth: np.ndarray
     macs: float
@@ -89,33 +94,49 @@ def predict(
     if not found:
         raise errors.UserError("name images to predict, or folders that hold some.")
     params, names = restore.trained(config, model, checkpoint)
-    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=config.data.crop_ratio)
+    yield from predict_images(networks.prepared(model, config, names), params, found)
+
+
+def predict_images(model: PretrainedAViT, params: Any, images: Any) -> Iterator[Prediction]:
+    """Predicts paths or arrays; see `avit_jax.predict` for the arguments.
+
+    Raises:
+      errors.UserError: there is no image, or an array is no image.
+    """
+    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
+    read = _read(_list(images), transform, model.channels)
+    run = _compiled(model, jax.default_backend())
+    while batch := list(itertools.islice(read, _BATCH)):
+        yield from _predict_batch(run, params, batch, model)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(model: PretrainedAViT, backend: str) -> Callable[..., Any]:
+    """Returns the jitted network; one object for each network, so that it compiles once."""
     apply = adaptive.make_apply(model, images=_BATCH)
     run = jax.jit(lambda params, images: apply({"params": params}, images))
-    images = _read(found, transform, model.channels)
-    while batch := list(itertools.islice(images, _BATCH)):
-        yield from _predict_batch(run, params, batch, model, config, names)
+    return announce.first_call(run, f"the network for {backend}")
 
 
 def _predict_batch(
     run: Callable[..., Any],
     params: Any,
-    batch: list[tuple[pathlib.Path, np.ndarray]],
-    model: vit.AViT,
-    config: ConfigDict,
-    names: list[str],
+    batch: list[tuple[str, np.ndarray]],
+    model: PretrainedAViT,
 ) -> Iterator[Prediction]:
     images = np.stack([image for _, image in batch] + [batch[0][1]] * (_BATCH - len(batch)))
-    normalized = augment.normalize(images, config.data.mean, config.data.std)
+    normalized = augment.normalize(images, model.mean, model.std)
     logits, aux = jax.device_get(run(params, normalized))
     probabilities = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
     depth = np.asarray(flops.patch_depth(model, aux.active))
-    macs = aux.macs
+    macs, names = aux.macs, model.label_names
     for i, (path, image) in enumerate(batch):
         best = np.argsort(-probabilities[i], kind="stable")[:5]
+        top5 = [names[k] if names else str(k) for k in best]
         yield Prediction(
-            path=str(path),
-            top5=[names[k] if names else str(k) for k in best],
+            path=path,
+            top5=top5,
+            words=[class_names.words(name) for name in top5],
             probabilities=[float(p) for p in probabilities[i][best]],
             depth=depth[i],
             macs=float(macs[i]),
@@ -124,19 +145,48 @@ def _predict_batch(
         )
 
 
+def _list(images: Any) -> list[pathlib.Path | np.ndarray]:
+    """Returns files and single images from one of them or several, or from arrays of images."""
+    if isinstance(images, str | os.PathLike):
+        return list(_find(pathlib.Path(images)))
+    if hasattr(images, "shape"):
+        array = np.asarray(images)
+        if array.ndim == 4:
+            return list(array)
+        if array.ndim != 3 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3):
+            raise errors.UserError(
+                "an image must be a uint8 array (height, width, 1 or 3) of pixels from 0 to 255; "
+                f"got {array.dtype} {array.shape}."
+            )
+        return [array]
+    found = [one for image in images for one in _list(image)]
+    if not found:
+        raise errors.UserError("name images to predict, or folders that hold some.")
+    return found
+
+
 def _read(
-    paths: Sequence[pathlib.Path], transform: transforms.Evaluate, channels: int
-) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    images: Sequence[pathlib.Path | np.ndarray], transform: transforms.Evaluate, channels: int
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the readable images as uint8 `(H, W, channels)`; one channel is grey."""
     image_files.reset_warnings()
-    for path in paths:
-        try:
-            image = transform(image_files.decode(path.read_bytes()))
-        except (image_files.BadImage, OSError) as error:
-            _logger.warning("cannot read %s: %s", path, errors.first_line(error))
-            continue
+    for i, image in enumerate(images):
+        if isinstance(image, np.ndarray):
+            if image.shape == (*transform.image_size, channels):
+                yield f"image {i}", image
+                continue
+            path = f"image {i}"
+            rgb = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy())
+        else:
+            path = str(image)
+            try:
+                rgb = image_files.decode(image.read_bytes())
+            except (image_files.BadImage, OSError) as error:
+                _logger.warning("cannot read %s: %s", path, errors.first_line(error))
+                continue
+        pixels = transform(rgb)
         grey = channels == 1
-        yield path, np.asarray(Image.fromarray(image).convert("L"))[..., None] if grey else image
+        yield path, np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
 
 
 def _find(path: pathlib.Path) -> list[pathlib.Path]:
@@ -198,7 +248,7 @@ def report(
             if not lines:
                 print(f"{'depth':>5} {'GMACs':>6} {'ratio':>5}  image: classes", flush=True)
             pairs = zip(one.top5, one.probabilities, strict=True)
-            classes = ", ".join(f"{name} {p:.1%}" for name, p in pairs)
+            classes = ", ".join(f"{class_names.readable(name)} {p:.1%}" for name, p in pairs)
             lines.append(one.to_json() + "\n")
             row = (
                 f"{one.depth.mean():5.2f} {one.macs / 1e9:6.3f} {one.macs_ratio:5.2f}  "
@@ -221,6 +271,6 @@ def _draw(one: Prediction, folder: epath.Path, used_names: set[str], num_layers:
         name = f"{name}-{len(used_names)}"
     used_names.add(name)
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{one.top5[0]} {one.probabilities[0]:.0%}"
+    title = f"{class_names.readable(one.top5[0])} {one.probabilities[0]:.0%}"
     figure = visualize.depth_map(one.image, one.depth, num_layers=num_layers, title=title)
     visualize.write(figure, folder / f"{name}.depth.png", dpi=120)

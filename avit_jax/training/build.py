@@ -39,6 +39,7 @@ class RunOptions:
       ema_decay: of the moving average of the parameters; 0: no average.
       profile: first and last step that the profiler records; (0, 0): none.
       find_nans: names the operation that returns the first nan.
+      wandb: project of Weights & Biases that gets the metrics; empty: none.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class RunOptions:
     ema_decay: float
     profile: tuple[int, int]
     find_nans: bool
+    wandb: str = ""
 
 
 def run_options(config: ConfigDict) -> RunOptions:
@@ -63,6 +65,7 @@ def run_options(config: ConfigDict) -> RunOptions:
         ema_decay=config.optimizer.ema_decay,
         profile=tuple(config.debug.profile),
         find_nans=config.debug.nans,
+        wandb=config.train.wandb,
     )
 
 

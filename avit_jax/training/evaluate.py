@@ -10,10 +10,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from avit_jax.data import augment, loader, sources, transforms
+from avit_jax.data import augment, class_names, loader, sources, transforms
 from avit_jax.inference import adaptive
 from avit_jax.models import flops, vit
-from avit_jax.training import build, devices, distributed, metrics, restore
+from avit_jax.training import announce, build, devices, distributed, metrics, restore
 from avit_jax.utils import errors, files, visualize
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class Evaluator:
         images, macs_ratio = config.eval.batch_size // jax.device_count(), config.budget or 1.0
         remove = adaptive.make_apply(model, images=images, macs_ratio=macs_ratio)
         self._apply = remove if config.eval.adaptive else model.apply
-        self._step = devices.parallel(make_eval_step(model, self._apply, **self._normalization))
+        step = devices.parallel(make_eval_step(model, self._apply, **self._normalization))
+        self._step = announce.first_call(step, "the evaluation")
 
     def __call__(self, params: Any, stop: Callable[[], bool] = lambda: False) -> Results | None:
         """Evaluates parameters.
@@ -126,7 +127,8 @@ class Evaluator:
         records = [self.reader(i) for i in range(count)]
         images = np.stack([record["image"] for record in records])
         normal = augment.normalize(images, **self._normalization)
-        logits, aux = jax.device_get(jax.jit(self._apply)({"params": params}, normal))
+        run = announce.first_call(jax.jit(self._apply), "the figure's program")
+        logits, aux = jax.device_get(run({"params": params}, normal))
         guesses, names = logits.argmax(-1), self.source.label_names
         return visualize.depth_figure(
             images,
@@ -165,6 +167,7 @@ def make_eval_step(
 
 
 def _title(label: int, guess: int, names: list[str]) -> str:
+    names = [class_names.words(name) for name in names]
     return names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
 
 

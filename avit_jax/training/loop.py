@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from avit_jax import run_config
 from avit_jax.data import loader
 from avit_jax.models import vit
 from avit_jax.training import (
+    announce,
     build,
     checkpoint,
     devices,
@@ -20,6 +22,7 @@ from avit_jax.training import (
     evaluate,
     progress,
     restore,
+    writers,
 )
 from avit_jax.training import (
     parts as parts_lib,
@@ -27,6 +30,7 @@ from avit_jax.training import (
 from avit_jax.training import (
     teacher as teacher_lib,
 )
+from avit_jax.training.profiler import Profiler
 from avit_jax.training.state import RunMetadata, TrainState
 from avit_jax.utils import errors
 
@@ -39,6 +43,7 @@ def train(
     *,
     allow_changed_config: bool = False,
     model: vit.AViT | None = None,
+    writers: Sequence[writers.ScalarWriter] = (),
 ) -> None:
     """Trains up to the last step, from the last checkpoint in `workdir` if there is one.
 
@@ -47,11 +52,12 @@ def train(
 
     Args:
       config: see `avit_jax/config.py`.
-      workdir: gets `metrics.jsonl`, `timing.jsonl`, `tensorboard/`, `checkpoints/`, `summary.json`
-        and `depth.png`.
+      workdir: gets `config.json`, `log.txt`, `metrics.jsonl`, `timing.jsonl`, `tensorboard/`,
+        `checkpoints/`, `summary.json` and `depth.png`.
       allow_changed_config: accepts a checkpoint of another configuration, data set or
         teacher.
       model: replaces the configuration's network; it needs at least the same parameters.
+      writers: get the metrics too, and are closed at the end.
 
     Raises:
       errors.UserError: the configuration or the data set is wrong, the workdir is not writable or
@@ -59,21 +65,25 @@ def train(
       KeyboardInterrupt: SIGINT came before the first step of this call, in a run of one process.
     """
     build.check(config, "train", "eval")
-    run(parts_lib.of_config(config, model), workdir, allow_changed_config=allow_changed_config)
+    parts = parts_lib.of_config(config, model)
+    run(parts, workdir, allow_changed_config=allow_changed_config, others=writers)
 
 
 def run(
-    parts: parts_lib.Parts, workdir: epath.PathLike, *, allow_changed_config: bool = False
+    parts: parts_lib.Parts,
+    workdir: epath.PathLike,
+    *,
+    allow_changed_config: bool = False,
+    others: Sequence[writers.ScalarWriter] = (),
 ) -> None:
     """Starts or resumes a run, trains and reports; see `train`."""
     workdir, options = epath.Path(workdir).expanduser(), parts.options
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(distributed.Stop())
+        stack.enter_context(announce.quiet())
         stack.enter_context(_nans_as_errors(options.find_nans))
-        checkpoints = None
-        if distributed.is_first():
-            stack.enter_context(checkpoint.lock_workdir(workdir))
-            checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
+        checkpoints = _open_workdir(workdir, stack)
+        announce.start(parts, workdir)
         begun = restore.begin(
             parts.create,
             parts.initial_params,
@@ -82,9 +92,8 @@ def run(
             steps=options.steps,
             allow_changed_config=allow_changed_config,
         )
-        if checkpoints and begun.step < options.steps:
-            (workdir / "summary.json").unlink(missing_ok=True)  # it marks a run as finished
-            warn_of_long_average(options)
+        if checkpoints:
+            _prepare_workdir(workdir, parts, begun.step)
         teacher = parts.load_teacher(None if allow_changed_config else begun.metadata.teacher)
         baselines = teacher_lib.measure_baselines(
             begun, parts.model, teacher, parts.top1, stop, parent=parts.parent
@@ -96,7 +105,10 @@ def run(
         )
         log_dir = workdir if checkpoints else None
         log = stack.enter_context(
-            progress.Log(options, log_dir, parts.learning_rate, begun.step, metadata.log)
+            progress.Log(
+                *(options, log_dir, parts.learning_rate, begun.step, metadata.log),
+                others=_writers(parts, log_dir, others),
+            )
         )
         batches = stack.enter_context(contextlib.closing(parts.batches(begun.step)))
         saver = Saver(checkpoints, metadata, log, begun.step)
@@ -121,6 +133,25 @@ def run(
         )
 
 
+def _open_workdir(
+    workdir: epath.Path, stack: contextlib.ExitStack
+) -> checkpoint.Checkpoints | None:
+    """Locks the workdir, opens its log and returns its checkpoints, on the first process."""
+    if not distributed.is_first():
+        return None
+    stack.enter_context(checkpoint.lock_workdir(workdir))
+    stack.enter_context(announce.log_file(workdir))
+    return stack.enter_context(checkpoint.Checkpoints(workdir))
+
+
+def _prepare_workdir(workdir: epath.Path, parts: parts_lib.Parts, step: int) -> None:
+    """Writes the configuration, and removes the report if the run is not finished."""
+    run_config.write(workdir, parts.config)
+    if step < parts.options.steps:
+        (workdir / "summary.json").unlink(missing_ok=True)  # it marks a run as finished
+        warn_of_long_average(parts.options)
+
+
 def loop(
     state: TrainState,
     step_fn: parts_lib.Step,
@@ -129,7 +160,7 @@ def loop(
     log: progress.Log,
     saver: "Saver",
     stop: distributed.Stop,
-    profiler: "Profiler",
+    profiler: Profiler,
 ) -> tuple[TrainState, evaluate.Results | None]:
     """Trains up to the last step or until `stop` is true, and saves.
 
@@ -241,39 +272,6 @@ class Saver:
             raise
 
 
-class Profiler:
-    """Records a trace of some steps.
-
-    Args:
-      steps: first and last step; (0, 0): none.
-      start_step: steps before this start; a run that resumes among `steps` records none.
-      folder: folder to write the trace to.
-    """
-
-    def __init__(self, steps: tuple[int, int], start_step: int, folder: epath.Path) -> None:
-        self._steps = steps if start_step < steps[0] else (0, 0)
-        self._folder, self._is_recording = folder, False
-
-    def start(self, step: int) -> None:
-        """Starts recording if the step is the first one."""
-        if step == self._steps[0]:
-            jax.profiler.start_trace(str(self._folder))
-            self._is_recording = True
-
-    def stop(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Stops recording after the metrics are ready, if the step is the last one."""
-        if step == self._steps[1]:
-            jax.block_until_ready(values)
-            self.close()
-
-    def close(self) -> None:
-        """Stops recording and writes the trace, also if the run ends before the last step."""
-        if self._is_recording:
-            self._is_recording = False
-            jax.profiler.stop_trace()
-            _logger.info("wrote the trace from step %d on into %s", self._steps[0], self._folder)
-
-
 def next_batch(
     batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None
 ) -> tuple[loader.Batch, float]:
@@ -298,6 +296,16 @@ def _metadata(parts: parts_lib.Parts) -> RunMetadata:
         "evaluation": parts.evaluator.source.fingerprint(),
     }
     return RunMetadata(config=parts.config, label_names=parts.source.label_names, data=data)
+
+
+def _writers(
+    parts: parts_lib.Parts, log_dir: epath.Path | None, others: Sequence[writers.ScalarWriter]
+) -> Sequence[writers.ScalarWriter]:
+    """Returns the writers beside the workdir's, on the first process."""
+    project = parts.options.wandb
+    if not project or log_dir is None:
+        return others
+    return [*others, writers.WandbWriter(project, log_dir, parts.config)]
 
 
 def _end_stopped(stop: distributed.Stop, when: str, *, is_empty: bool) -> None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from avit_jax import config as config_lib
 from avit_jax.data import loader, sources, transforms
 from avit_jax.models import vit
-from avit_jax.training import build, devices, evaluate, restore, teacher, train_step
+from avit_jax.training import announce, build, devices, evaluate, restore, teacher, train_step
 from avit_jax.training.state import TrainState
 
 Step = Callable[[TrainState, loader.Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -76,7 +76,7 @@ def of_config(config: ConfigDict, model: vit.AViT | None = None) -> Parts:
         step = train_step.make_train_step(
             model, tx, build.step_options(config), found and found.model
         )
-        run = devices.parallel(step, donate=True)
+        run = announce.first_call(devices.parallel(step, donate=True), "the training step")
         return lambda state, batch: run(state, batch, *taught)
 
     has_parent = config.init and not config.init_new_head and model.halting is not None

@@ -1,6 +1,7 @@
 """Progress of a run: console, metrics files, and the error if a loss is not finite."""
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 import optax
 from etils import epath
+from tqdm import tqdm
 
-from avit_jax.training import build, devices, metrics
+from avit_jax.training import build, devices, metrics, writers
 from avit_jax.training.state import LogState, Row
 from avit_jax.utils import errors
 
@@ -31,9 +33,17 @@ _FINITE = (  # must be finite; the error names the first one that is not
 _COUNTS = ("skipped", "nonfinite")
 
 
+class _Console(logging.StreamHandler):
+    """Writes each message above the progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def to_console(level: int) -> logging.Logger:
     """Shows this package's log on stderr, with the time, and returns its logger."""
-    console = logging.StreamHandler()
+    console = _Console()
     console.setFormatter(errors.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("avit_jax")
     logger.addHandler(console)
@@ -63,6 +73,7 @@ class Log:
       learning_rate: as a function of the step.
       step: the last one done.
       state: from `snapshot` at that step; empty for a new run.
+      others: get the metrics too, if there is a workdir.
     """
 
     def __init__(
@@ -72,21 +83,36 @@ class Log:
         learning_rate: optax.Schedule,
         step: int,
         state: LogState,
+        others: Sequence[writers.ScalarWriter] = (),
     ) -> None:
         self._options, self._learning_rate = options, learning_rate
         self._writer = None if workdir is None else metrics.Writer(workdir, step, state.sizes)
+        self._others = others if self._writer else ()
+        self._bar = tqdm(
+            total=options.steps,
+            initial=step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+            disable=self._writer is None or not sys.stderr.isatty(),
+        )
         self._rows = list(state.rows)
         self._on_device: list[tuple[int, dict[str, jax.Array]]] = []
         self._skipped, self._steps = state.skipped, state.steps
         self._seconds_before, self._started = state.train_seconds, time.monotonic()
+        self._has_compiled = False
         self._restart_clock()
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._bar.close()
         if self._writer:
             self._writer.close()
+        for other in self._others:
+            other.close()
 
     def _restart_clock(self) -> None:
         self._flushed, self._waited, self._timed = time.monotonic(), 0.0, 0
@@ -105,15 +131,23 @@ class Log:
     def add(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
         """Adds the metrics of a step; waits until the devices are at most two steps behind.
 
+        Waits for the first step of this start, which compiles and does not count in images/s.
+
         Args:
           step: that is running.
           values: its metrics, on the devices.
           waited: seconds that the devices waited for its batch.
         """
         self._on_device.append((step, values))
-        jax.block_until_ready(self._on_device[-_MAX_BEHIND - 1 : -_MAX_BEHIND])
-        self._waited += waited
-        self._timed += 1
+        self._bar.update()
+        if self._has_compiled:
+            jax.block_until_ready(self._on_device[-_MAX_BEHIND - 1 : -_MAX_BEHIND])
+            self._waited += waited
+            self._timed += 1
+        else:
+            jax.block_until_ready(values)
+            self._has_compiled = True
+            self._restart_clock()
         if step % self._options.log_every == 0:
             self.flush()
 
@@ -185,15 +219,14 @@ class Log:
 
     def _write(self, step: int, mean: Row) -> None:
         """Writes a row to the files and to the console."""
-        options, elapsed = self._options, time.monotonic() - self._flushed
+        options, elapsed = self._options, max(time.monotonic() - self._flushed, 1e-9)
         rate = self._timed / elapsed  # steps of this start per second
         timing = {
             "images_per_second": rate * options.batch_size,
             "data_wait": self._waited / elapsed,
         }
         self._restart_clock()
-        if self._writer:
-            self._writer.write(step, "train", mean, timing)
+        self._write_files(step, "train", mean, timing if rate else {})
         speed = ""
         if rate:  # after a resume, a row may hold steps of earlier starts only
             minutes, seconds = divmod(round((options.steps - step) / rate), 60)
@@ -203,11 +236,17 @@ class Log:
             *(step, options.steps, mean["loss"], mean["top1"], speed),
         )
 
+    def _write_files(self, step: int, split: str, values: Row, timing: Row) -> None:
+        if self._writer:
+            self._writer.write(step, split, values, timing)
+        scalars = {f"{split}/{name}": value for name, value in (values | timing).items()}
+        for other in self._others:
+            other.write_scalars(step, scalars)
+
     def evaluated(self, step: int, values: Row) -> None:
         """Writes the results of an evaluation, whose time does not count in images/s."""
         self._restart_clock()
-        if self._writer:
-            self._writer.write(step, "eval", values)
+        self._write_files(step, "eval", values, {})
         _logger.info(
             "step %d  evaluation of %d images: top-1 %.2f%%  MACs ratio %.3f  depth of patch "
             "tokens %.2f, of class token %.2f",

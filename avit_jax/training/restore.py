@@ -12,12 +12,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
+from avit_jax import run_config
 from avit_jax.models import vit
-from avit_jax.training import build, distributed
+from avit_jax.training import announce, build, distributed
 from avit_jax.training.checkpoint import Checkpoints
 from avit_jax.training.state import RunMetadata, RunState, TrainState
 from avit_jax.utils import errors
-from avit_jax.weights import tensor_files, weight_files
+from avit_jax.weights import locate, tensor_files, weight_files
 
 _logger = logging.getLogger(__name__)
 _Params = dict[str, Any]
@@ -64,7 +65,7 @@ def begin(
     if distributed.from_first_json(int(state.step)):
         return RunState(train=distributed.from_first(state), metadata=metadata)
     params = initial_params() if initial_params else {}
-    state = jax.jit(create)()
+    state = announce.first_call(jax.jit(create), "the initial state")()
     if params:
         params = {**state.params, **params}  # the file may lack some, such as the gate's
         ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
@@ -128,24 +129,31 @@ def weights_of(path: epath.PathLike, *, ema: bool = False) -> weight_files.Weigh
     """Reads weights; the same on all processes.
 
     Args:
-      path: a weight file, a name on the hub, or the workdir of a run: its last checkpoint.
+      path: a weight file, a name on the hub or of the zoo, or the workdir of a run: its last
+        checkpoint.
       ema: as in `weight_files.read`; a workdir has its own key, config.eval.
 
     Raises:
       errors.UserError: it is not readable.
     """
+    path = locate.locate(path)
     if distributed.from_first_json(tensor_files.is_weights(path)):
         file = weight_files.read(path, ema=ema)
         distributed.check_same(weight_files.fingerprint(file), path)
         return file
-    saved: dict[str, Any] = {}
-    if distributed.is_first():
-        with Checkpoints(path, read_only=True) as checkpoints:
-            saved = RunMetadata.from_json(checkpoints.extra()).config
-    config = config_lib.from_json(distributed.from_first_json(saved))
+    config = saved_config(path)
     model = build.model(config).clone(removal=None)
     config.eval.checkpoint = "last"
     return weight_files.to_file(params(config, model, path)[0], model)
+
+
+def saved_config(workdir: epath.PathLike) -> ConfigDict:
+    """Returns the configuration in the last checkpoint of a run; the same on all processes."""
+    saved: dict[str, Any] = {}
+    if distributed.is_first():
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            saved = RunMetadata.from_json(checkpoints.extra()).config
+    return config_lib.from_json(distributed.from_first_json(saved))
 
 
 def params(
@@ -185,7 +193,9 @@ def trained(
     """
     if distributed.from_first_json(tensor_files.is_weights(checkpoint)):
         how = {"grid": config.init_grid, "antialias": config.init_antialias}
-        return weight_files.load(checkpoint, model, ema=config.init_ema, **how), []
+        weights = weight_files.load(checkpoint, model, ema=config.init_ema, **how)
+        saved = run_config.read(tensor_files.find(checkpoint))
+        return weights, list(saved.label_names) if saved else []
     weights, metadata = params(config, model, checkpoint)
     if metadata is None:
         return weights, []

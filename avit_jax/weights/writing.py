@@ -16,7 +16,12 @@ from avit_jax.weights.reading import WeightFile, gate_fields
 
 
 def write(
-    path: epath.PathLike, params: Mapping[str, Any], model: vit.AViT, *, names: str = "timm"
+    path: epath.PathLike,
+    params: Mapping[str, Any],
+    model: vit.AViT,
+    *,
+    names: str = "timm",
+    more_metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes safetensors. The metadata holds the gate and the sizes that tensors do not show.
 
@@ -25,6 +30,7 @@ def write(
       params: parameters of the model.
       model: gives the sizes.
       names: "timm", or "huggingface", which also writes a `config.json` beside the file.
+      more_metadata: is added to the metadata.
 
     Raises:
       ValueError: `names` has another value, or the path does not end in .safetensors.
@@ -44,6 +50,7 @@ def write(
         metadata["attributes"] = json.dumps(changed)
     if file.gate is not None:
         metadata["halting"] = json.dumps(file.gate)
+    metadata |= more_metadata or {}
     if names == "huggingface":
         tensors, config = hugging_face_files.from_timm(tensors, model)
         config = json.dumps(config, indent=2)

@@ -113,7 +113,9 @@ def test_table_lines_and_pictures(
     assert head.split()[:3] == ["depth", "GMACs", "ratio"]
     for line, row in zip(lines, rows, strict=True):
         assert f"{line['path']}: {line['top5'][0]} {line['probabilities'][0]:.1%}" in row
-        assert line.keys() == {"path", "top5", "probabilities", "depth", "macs", "macs_ratio"}
+        assert set(line) == {
+            *("path", "top5", "words", "probabilities", "depth", "macs", "macs_ratio")
+        }
     assert (tmp_path / "drawn/0.depth.png").read_bytes().startswith(b"\x89PNG")
 
 

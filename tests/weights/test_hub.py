@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+import avit_jax
+from avit_jax.training import restore
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
 
@@ -85,3 +87,12 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(errors.UserError, match="pip install huggingface_hub"):
         weight_files.read("hf-hub:some/model")
+
+
+def test_a_name_on_the_hub_needs_no_prefix(hub: None) -> None:
+    for name in ("some/model", "hf-hub:some/model"):
+        model, _ = avit_jax.load(name)
+        assert model.norm_eps == 1e-12
+        assert restore.weights_of(name).norm_eps == 1e-12
+    with pytest.raises(errors.UserError, match="hf-hub:some/other cannot be downloaded"):
+        avit_jax.load("some/other")

@@ -1,0 +1,194 @@
+"""Trained networks from Python: loads them from anywhere, and predicts images."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from avit_jax import config as config_lib
+from avit_jax import run_config, zoo
+from avit_jax.data import class_names
+from avit_jax.models import pretrained
+from avit_jax.models.pretrained import PretrainedAViT
+from avit_jax.utils import errors, files
+from avit_jax.weights import locate, tensor_files, weight_files
+
+_logger = logging.getLogger(__name__)
+
+
+def load(
+    where: epath.PathLike,
+    *,
+    checkpoint: str = "last",
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> tuple[PretrainedAViT, dict[str, Any]]:
+    """Loads a trained network.
+
+    Args:
+      where: the workdir of a run; a weight file, or a folder of Hugging Face or timm; a name on the
+        Hugging Face hub, such as `timm/deit_tiny_patch16_224.fb_in1k`, also after `hf-hub:`; or a
+        name of the zoo, such as `digits`.
+      checkpoint: of a workdir: "last" or "best".
+      image_size: pixels, one number or (height, width), for a weight file that does not give it;
+        default: the size that the position embeddings fit.
+      num_heads: of the attention, for a weight file that does not give it; default: heads have 64
+        channels.
+
+    Returns:
+      The network and its parameters, for `predict`, or for
+      `model.apply({"params": params}, images)` with normalized images.
+
+    Raises:
+      errors.UserError: there is no such network, or it cannot be read.
+
+    Example:
+      model, params = avit_jax.load("digits")
+      print(avit_jax.predict(model, params, "photo.png")[0].top5)
+    """
+    where = locate.locate(files.resolve(os.fspath(where), "the network"))
+    is_hub = str(where).startswith(tensor_files.HUB)
+    if not (is_hub or "://" in str(where) or pathlib.Path(where).exists()):
+        raise errors.UserError(
+            f"there is no {where}: name the workdir of a run, a weight file, hf-hub:owner/name, or "
+            f"a network of the zoo ({', '.join(zoo.NETWORKS)})."
+        )
+    if tensor_files.is_weights(where):
+        return _from_weights(where, image_size, num_heads)
+    return _from_run(where, checkpoint)
+
+
+def _from_run(where: epath.PathLike, checkpoint: str) -> tuple[PretrainedAViT, dict[str, Any]]:
+    from avit_jax.training import announce, build, restore
+
+    with announce.quiet():
+        saved = run_config.read(where)
+        config = saved.config if saved else restore.saved_config(where)
+        config.eval.checkpoint = checkpoint
+        config_lib.check(config)
+        model = build.model(config).clone(removal=None)
+        params, names = restore.trained(config, model, where)
+    return prepared(model, config, names), params
+
+
+def _from_weights(
+    where: epath.PathLike, image_size: int | tuple[int, int] | None, num_heads: int | None
+) -> tuple[PretrainedAViT, dict[str, Any]]:
+    path = tensor_files.find(where)
+    file, saved = weight_files.read(path), run_config.read(path)
+    file = dataclasses.replace(file, num_heads=file.num_heads or num_heads)
+    if image_size is None:
+        size = saved.config.model.image_size if saved else _image_size(file, path)
+    else:
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    model, params = weight_files.infer(file, image_size=size, name=str(where))
+    if saved:
+        return prepared(model, saved.config, saved.label_names), params
+    how = _preprocessing(path) or _preprocessing(_fetch_preprocessing(where, path))
+    if not how:
+        _logger.warning(
+            "%s does not give mean and std of its images: ImageNet's are assumed; to change them, "
+            "call model.clone(mean=..., std=...)",
+            where,
+        )
+    if model.channels not in (1, 3) and not how:
+        how = {"mean": (0.5,), "std": (0.5,)}
+    names = class_names.of_classes((), model.num_classes)
+    return pretrained.of_model(model, label_names=names, **how), params
+
+
+def prepared(model: Any, config: ConfigDict, label_names: Iterable[str]) -> PretrainedAViT:
+    """Returns a network with the preprocessing of a configuration and the names of its classes."""
+    return pretrained.of_model(
+        model,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        crop_ratio=config.data.crop_ratio,
+        label_names=class_names.of_classes(tuple(label_names), model.num_classes),
+    )
+
+
+def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int, int]:
+    """Returns the size of the images that the position embeddings of a file fit."""
+    try:
+        patch_size = file.tensors["patch_embed.proj.weight"].shape[-1]
+        count = file.tensors["pos_embed"].shape[1] - (2 if "dist_token" in file.tensors else 1)
+    except (KeyError, IndexError) as error:
+        raise errors.UserError(f"{path} holds no vision transformer that can be run.") from error
+    side = math.isqrt(max(count, 0))
+    if file.grid is None and side * side != count:
+        raise errors.UserError(
+            f"{path} has position embeddings for {count} patches, which do not form a square: "
+            "call load(..., image_size=(height, width))."
+        )
+    rows, columns = file.grid or (side, side)
+    return rows * patch_size, columns * patch_size
+
+
+def _fetch_preprocessing(where: epath.PathLike, path: pathlib.Path) -> pathlib.Path:
+    """Downloads Hugging Face's file with mean and std, if `where` is a name on the hub."""
+    if not str(where).startswith(tensor_files.HUB):
+        return path
+    with contextlib.suppress(Exception):  # no such file: then the defaults are assumed
+        from huggingface_hub import hf_hub_download
+
+        name = str(where).removeprefix(tensor_files.HUB)
+        return pathlib.Path(hf_hub_download(name, "preprocessor_config.json"))
+    return path
+
+
+def _preprocessing(path: pathlib.Path) -> dict[str, Any]:
+    """Returns mean, std and crop_ratio from the files beside a weight file; empty if unknown."""
+    for name in ("config.json", "preprocessor_config.json"):
+        try:
+            content = json.loads(path.with_name(name).read_text())
+            section = {**content, **(content.get("pretrained_cfg") or {})}
+            how = {
+                key: tuple(float(x) for x in section.get(key) or section[f"image_{key}"])
+                for key in ("mean", "std")
+            }
+            if not all(map(math.isfinite, how["mean"])) or not all(x > 0 for x in how["std"]):
+                continue
+            return how | {"crop_ratio": float(section.get("crop_pct") or 0.875)}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # `weight_files.read` reports a config.json that makes no sense
+    return {}
+
+
+def predict(
+    model: Any,
+    params: Any,
+    images: epath.PathLike | np.ndarray | Iterable[Any],
+) -> list[Any]:
+    """Predicts the classes of images, and the layers that each token uses.
+
+    Compiles at the first call; later calls for the same network run at once.
+
+    Args:
+      model: from `load`; any other `AViT` gets ImageNet's mean and std.
+      params: its parameters.
+      images: one image or several: paths of image files or of folders, or uint8 arrays `(H, W, C)`
+        or `(B, H, W, C)` of pixels from 0 to 255. Images of another size are resized and cropped.
+
+    Returns:
+      A `avit_jax.tools.predict.Prediction` per image, in order. Files that cannot be read are left
+      out with a warning.
+
+    Raises:
+      errors.UserError: there is no image, or an array is no image.
+    """
+    from avit_jax.tools import predict as tool
+
+    if not isinstance(model, PretrainedAViT):
+        names = class_names.of_classes((), model.num_classes)
+        model = pretrained.of_model(model, label_names=names)
+    return list(tool.predict_images(model.clone(removal=None), params, images))

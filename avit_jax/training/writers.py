@@ -1,0 +1,64 @@
+"""Where metrics go beside the workdir: any object with the two methods of `ScalarWriter`.
+
+A writer of clu has them. `loop.train(config, workdir, writers=[...])` takes such objects.
+"""
+
+import secrets
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from etils import epath
+
+from avit_jax.utils import errors, files
+
+_ID_FILE = "wandb_id"
+
+
+class ScalarWriter(Protocol):
+    """Receives the metrics of a run, on the first process only."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes values of one step by name, such as `train/loss` or `eval/top1`."""
+
+    def close(self) -> None:
+        """Is called at the end of the run, also after an error."""
+
+
+class WandbWriter:
+    """Writes to Weights & Biases; a resumed run continues there too.
+
+    Args:
+      project: name of the project.
+      workdir: of the run; its name becomes the name of the run, and it keeps the run's id.
+      config: the configuration, which the run shows.
+
+    Raises:
+      errors.UserError: wandb is not installed.
+    """
+
+    def __init__(self, project: str, workdir: epath.Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise errors.UserError(
+                "config.train.wandb needs a package: run `pip install wandb`, or set "
+                "--config.train.wandb= to train without it."
+            ) from error
+        file = workdir / _ID_FILE
+        if not file.exists():
+            files.write(file, secrets.token_hex(8))
+        self._run = wandb.init(
+            project=project,
+            id=file.read_text(),
+            resume="allow",
+            name=workdir.name,
+            config=dict(config),
+        )
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs the values of one step."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Sends what is left and ends the run."""
+        self._run.finish()
