@@ -133,7 +133,7 @@ class Evaluator:
             np.asarray(flops.patch_depth(self._model, aux.active)),
             num_layers=self._model.depth,
             titles=[
-                _title(int(record["label"]), guess, names)
+                title(int(record["label"]), guess, names)
                 for record, guess in zip(records, guesses, strict=True)
             ],
             patch_depth=results["patch_depth"],
@@ -164,7 +164,7 @@ def make_eval_step(
     return eval_step
 
 
-def _title(label: int, guess: int, names: list[str]) -> str:
+def title(label: int, guess: int, names: list[str]) -> str:
     return names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
 
 
