@@ -165,6 +165,7 @@ def make_eval_step(
 
 
 def title(label: int, guess: int, names: list[str]) -> str:
+    """Returns the title of an image: its class, and the prediction if that is wrong."""
     return names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
 
 

@@ -65,7 +65,9 @@ def remaining(
     """
     height, width = (images.shape[axis] // depth.shape[axis] for axis in (1, 2))
     used = depth.repeat(height, axis=1).repeat(width, axis=2)[..., None]
-    figure = Figure(figsize=(1.2 * len(images) + 0.6, 1.2 * (1 + len(layers))), layout="constrained")
+    figure = Figure(
+        figsize=(1.2 * len(images) + 0.6, 1.2 * (1 + len(layers))), layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = figure.subplots(1 + len(layers), len(images), squeeze=False)
     rows = {"image": np.ones_like(used, bool)}

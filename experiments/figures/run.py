@@ -68,7 +68,12 @@ def figures(
     )
     yield "maps", "Depth of the tokens", spread_text, show(images, spread, reader, model)
     few = "Those that cost the fewest MACs."
-    yield "easiest", "The cheapest images", few, show(images, by_cost[: _SHOWN.value], reader, model)
+    yield (
+        "easiest",
+        "The cheapest images",
+        few,
+        show(images, by_cost[: _SHOWN.value], reader, model),
+    )
     many = "Those that cost the most."
     yield (
         "hardest",

@@ -3,10 +3,8 @@
 python -m experiments.figures.tokens --data_dir=...
 
 The network is the static parent of the study with threshold merging, without any training. The gate
-bias was calibrated to a MACs ratio of 0.6 on held-out images, rounded to one decimal:
-  python -m avit_jax.main --mode=calibrate --config=configs/cifar10_merging.py --config.budget=0 \\
-    --config.data.dir=... --config.data.eval_split='train[48000:]' --budget=0.6 --out=gate.safetensors
-    --checkpoint=experiments/pareto/parent.safetensors
+bias was calibrated to a MACs ratio of 0.6 on held-out images and rounded; experiments/README.md has
+the command.
 The images were chosen for clear objects, among the first 48 of the test split. Writes tokens.png.
 """
 
