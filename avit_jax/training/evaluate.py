@@ -133,7 +133,7 @@ class Evaluator:
             np.asarray(flops.patch_depth(self._model, aux.active)),
             num_layers=self._model.depth,
             titles=[
-                title(int(record["label"]), guess, names)
+                _title(int(record["label"]), guess, names)
                 for record, guess in zip(records, guesses, strict=True)
             ],
             patch_depth=results["patch_depth"],
@@ -164,8 +164,7 @@ def make_eval_step(
     return eval_step
 
 
-def title(label: int, guess: int, names: list[str]) -> str:
-    """Returns the title of an image: its class, and the prediction if that is wrong."""
+def _title(label: int, guess: int, names: list[str]) -> str:
     return names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
 
 

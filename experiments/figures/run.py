@@ -46,7 +46,11 @@ def show(
 ) -> Figure:
     """The chosen images, by their places in `images`, beside the depth of their tokens."""
     pairs = zip(images.label[chosen], images.guess[chosen], strict=True)
-    titles = [evaluate.title(label, guess, reader.source.label_names) for label, guess in pairs]
+    names = reader.source.label_names
+    titles = [
+        names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
+        for label, guess in pairs
+    ]
     pixels = [reader(int(i))["image"] for i in images.index[chosen]]
     return draw.maps(pixels, images.depth[chosen], titles, model.depth)
 
