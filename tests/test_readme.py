@@ -1,4 +1,4 @@
-"""The README's code runs as it stands there."""
+"""The Python code of README and docs/python.md runs as it stands there."""
 
 import pathlib
 import re
@@ -14,13 +14,16 @@ from avit_jax.tools import predict
 from avit_jax.training import loop
 from avit_jax.weights import weight_files
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+_REPOSITORY = pathlib.Path(__file__).parents[1]
+README = (_REPOSITORY / "README.md").read_text()
+PYTHON = (_REPOSITORY / "docs/python.md").read_text()
 TOKENS = jax.random.normal(jax.random.key(0), (2, 9, 16))
 
 
-def code(after: str) -> str:
-    """The first Python block after a marker."""
-    return re.search(r"```python\n(.*?)```", README.split(after, 1)[1], re.DOTALL).group(1)
+def code(marker: str) -> str:
+    """The first Python block after a marker of one of the pages."""
+    (after,) = [page.split(marker, 1)[1] for page in (README, PYTHON) if marker in page]
+    return re.search(r"```python\n(.*?)```", after, re.DOTALL).group(1)
 
 
 def check_halting(output: jax.Array, state) -> None:
@@ -51,7 +54,7 @@ def test_nnx_example() -> None:
 
 def test_model_example() -> None:
     scope: dict = {}
-    exec(code("The model, from Python:"), scope)
+    exec(code("<!-- model example -->"), scope)
     assert scope["logits"].shape == (2, 13) and scope["aux"].depth.shape == (2, 25)
     assert jnp.isfinite(scope["loss"])
     logits = scope["logits"]
@@ -71,13 +74,16 @@ def test_trained_network_example(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     pathlib.Path("photo.jpg").write_bytes(fixtures.png(noise))
     (one,) = predict.predict(config, "runs/deit_tiny", ["photo.jpg"])
     scope = {"config": config, "pixels": np.stack([one.image] * 3)}
-    exec(code("The same from Python, and how to write"), scope)
+    exec(code("<!-- trained network example -->"), scope)
     assert scope["logits"].shape == (3, 10)
     np.testing.assert_allclose(
         jax.nn.softmax(scope["logits"][2]).max(), one.probabilities[0], rtol=1e-5
     )
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        weight_files.load("model.safetensors", scope["model"]),
-        scope["params"],
-    )
+    exec(code("<!-- write example -->"), scope)
+    for file in ("model.safetensors", "hub.safetensors"):
+        loaded = weight_files.load(file, scope["model"])
+        jax.tree.map(np.testing.assert_array_equal, loaded, scope["params"])
+
+
+def test_the_readme_can_be_read_in_five_minutes() -> None:
+    assert 600 <= len(README.split()) <= 1200

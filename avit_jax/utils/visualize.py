@@ -1,6 +1,7 @@
 """Figures that show how many layers each token of an image uses."""
 
 import io
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,18 @@ def depth_figure(
     """
     per_row = min(4, len(images))
     rows = -(-len(images) // per_row)
-    figure = Figure(figsize=(11, 2.0 * rows + 3.4), layout="constrained")
-    figure.suptitle(caption, fontsize=11)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 3.0])
+    panel = 9.6 / (2 * per_row)  # inches
+    height = rows * (panel * images.shape[1] / images.shape[2] + 0.55)
+    figure = Figure(figsize=(11, height + 3.6), layout="constrained")
+    colours = f"Colours: layers that compute a patch. Yellow patches use all {num_layers} layers."
+    figure.suptitle(f"{caption}\n{colours}", fontsize=11)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[height, 3.0])
     axes = top.subplots(rows, 2 * per_row, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (image, depths, title) in enumerate(zip(images, depth, titles, strict=True)):
         pair = axes[i // per_row, 2 * (i % per_row) :][:2]
-        mapped = _draw(pair, image, depths, num_layers, title, f"depth {depths.mean():.1f}", 9)
+        mapped = _draw(pair, image, depths, num_layers, title, f"depth {depths.mean():.1f}", 8)
     layers = np.arange(1, num_layers + 1)
     top.colorbar(mapped, ax=axes, label="layers used", shrink=0.8, ticks=layers)
     histogram, scores = bottom.subplots(1, 2)
@@ -89,10 +93,15 @@ def _draw(
 ) -> Any:
     """Draws an image and its depth on two axes; returns what a colour bar needs."""
     axes[0].imshow(image, cmap="gray", vmin=0, vmax=255)
-    axes[0].set_title(title, fontsize=size, parse_math=False)
+    axes[0].set_title(wrapped(title), fontsize=size, parse_math=False)
     axes[1].set_title(depth_title, fontsize=size)
     extent = (0, image.shape[1], image.shape[0], 0)
     return axes[1].imshow(depth, cmap="viridis", vmin=1, vmax=num_layers, extent=extent)
+
+
+def wrapped(title: str) -> str:
+    """Returns a title in lines that are about as long as a small image is wide."""
+    return "\n".join(textwrap.fill(line, 20) for line in title.splitlines())
 
 
 def write(figure: Figure, path: epath.PathLike, *, dpi: int = 150) -> None:

@@ -4,6 +4,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from avit_jax.utils import visualize
 from experiments.figures.gather import Images
 
 _COLORS = "viridis"
@@ -25,14 +26,14 @@ def maps(images: list[np.ndarray], depth: np.ndarray, titles: list[str], num_lay
       num_layers: L.
     """
     rows = -(-len(images) // 2)
-    figure = _figure(1.55 * rows + 0.5)
+    figure = _figure(1.65 * rows + 0.5)
     axes = figure.subplots(rows, 4, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (image, depths, title) in enumerate(zip(images, depth, titles, strict=True)):
         left, right = axes[i // 2, 2 * (i % 2) :][:2]
         left.imshow(image, cmap="gray", vmin=0, vmax=255)
-        left.set_title(title, fontsize=9, parse_math=False)
+        left.set_title(visualize.wrapped(title), fontsize=8, parse_math=False)
         height, width = image.shape[:2]
         drawn = right.imshow(
             depths, cmap=_COLORS, vmin=1, vmax=num_layers, extent=(0, width, height, 0)
@@ -49,6 +50,39 @@ def maps(images: list[np.ndarray], depth: np.ndarray, titles: list[str], num_lay
         aspect=40,
     )
     return figure
+
+
+def remaining(
+    images: np.ndarray, depth: np.ndarray, layers: tuple[int, ...], num_layers: int
+) -> Figure:
+    """Images, and below each of them the patches that some layers still compute.
+
+    Args:
+      images: `(n, H, W, 3)` uint8.
+      depth: `(n, rows, columns)` layers used by each patch token.
+      layers: counted from 1; each gives one row, in which the other patches fade out.
+      num_layers: L.
+    """
+    height, width = (images.shape[axis] // depth.shape[axis] for axis in (1, 2))
+    used = depth.repeat(height, axis=1).repeat(width, axis=2)[..., None]
+    figure = Figure(
+        figsize=(1.2 * len(images) + 0.6, 1.2 * (1 + len(layers))), layout="constrained"
+    )
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(1 + len(layers), len(images), squeeze=False)
+    rows = {"image": np.ones_like(used, bool)}
+    rows |= {f"layer {layer}\nof {num_layers}": used >= layer for layer in layers}
+    for row, (name, kept) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=11, rotation=0, ha="right", va="center")
+        for axis, image in zip(row, np.where(kept, images, _faded(images)), strict=True):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    return figure
+
+
+def _faded(images: np.ndarray) -> np.ndarray:
+    return (0.12 * images + 0.88 * 235).astype(np.uint8)
 
 
 def position(depth: np.ndarray, num_layers: int) -> Figure:
@@ -85,7 +119,7 @@ def layers(images: Images) -> Figure:
 
 def classes(images: Images, names: list[str], most: int = 16) -> Figure:
     """Share of the MACs by class, with its spread over images; of many classes the cheapest and the
-    dearest.
+    most expensive.
     """
     found = [k for k in range(len(names)) if (images.label == k).any()]
     mean = {k: images.macs_ratio[images.label == k].mean() for k in found}
@@ -99,7 +133,7 @@ def classes(images: Images, names: list[str], most: int = 16) -> Figure:
             values.mean(), place, xerr=values.std(), fmt="o", color="tab:green", capsize=3
         )
     axis.set_yticks(range(len(shown)), [names[k][:24] for k in shown], parse_math=False)
-    axis.set_xlabel("share of the static network's MACs")
+    axis.set_xlabel("MACs ratio")
     return figure
 
 
@@ -137,6 +171,6 @@ def tradeoff(rows: list[dict[str, float]], parent_top1: float | None) -> Figure:
             color="black",
             label="static parent",
         )
-    axis.set(xlabel="share of the static network's MACs", ylabel="top-1, %")
+    axis.set(xlabel="MACs ratio", ylabel="top-1, %")
     axis.legend(frameon=False)
     return figure

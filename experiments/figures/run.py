@@ -8,6 +8,8 @@ result.json into --out.
 """
 
 import pathlib
+import shlex
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -35,6 +37,7 @@ _OUT = flags.DEFINE_string("out", None, "folder for the page and the figures", r
 _SHIFTS = flags.DEFINE_list(
     "shifts", ["-1", "-0.5", "-0.25", "0", "0.25", "0.5", "1"], "of beta, in units of gamma"
 )
+_LINKS = flags.DEFINE_multi_string("link", [], "text=address of a page to link to, at the top")
 _SHOWN = flags.DEFINE_integer("shown", 8, "images in each figure that shows images", lower_bound=1)
 
 
@@ -42,10 +45,11 @@ def show(
     images: gather.Images, chosen: np.ndarray, reader: loader.Reader, model: vit.AViT
 ) -> Figure:
     """The chosen images, by their places in `images`, beside the depth of their tokens."""
+    pairs = zip(images.label[chosen], images.guess[chosen], strict=True)
     names = reader.source.label_names
     titles = [
-        names[label][:14] if label == guess else f"{names[label][:9]}? {names[guess][:9]}"
-        for label, guess in zip(images.label[chosen], images.guess[chosen], strict=True)
+        names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
+        for label, guess in pairs
     ]
     pixels = [reader(int(i))["image"] for i in images.index[chosen]]
     return draw.maps(pixels, images.depth[chosen], titles, model.depth)
@@ -61,35 +65,39 @@ def figures(
     """Name, heading, explanation and figure, one after the other."""
     by_cost = np.argsort(images.macs_ratio, kind="stable")
     spread = np.linspace(0, len(images.index) - 1, min(_SHOWN.value, len(images.index))).astype(int)
-    title = "a class with a question mark was taken for the one behind it"
-    yield (
-        "maps",
-        "Depth of the tokens",
-        f"Images from all over the data set; {title}.",
-        show(images, spread, reader, model),
+    spread_text = (
+        "Images at equal distances in the data set, and the number of layers that compute each "
+        "patch. Yellow patches use all layers. If the prediction is wrong, the title names both "
+        "classes."
     )
+    yield "maps", "Depth of the tokens", spread_text, show(images, spread, reader, model)
     few = "Those that cost the fewest MACs."
-    yield "easiest", "The easiest images", few, show(images, by_cost[: _SHOWN.value], reader, model)
+    yield (
+        "easiest",
+        "The cheapest images",
+        few,
+        show(images, by_cost[: _SHOWN.value], reader, model),
+    )
     many = "Those that cost the most."
     yield (
         "hardest",
-        "The hardest images",
+        "The most expensive images",
         many,
         show(images, by_cost[::-1][: _SHOWN.value], reader, model),
     )
     where = "Mean over all images."
     yield "position", "Depth by position", where, draw.position(images.depth, model.depth)
     band = (
-        "Above, where patch tokens halt; below, the mean score of the tokens that compute, the "
-        "band one standard deviation."
+        "Above: the layer at which patch tokens halt. Below: the mean score of the tokens that a "
+        "layer computes. The band is one standard deviation over images."
     )
     yield "layers", "Halting by layer", band, draw.layers(images)
     bars = (
-        "Mean cost of a class's images, and their standard deviation; of many classes the "
-        "cheapest and the dearest."
+        "Mean MACs ratio of the images of each class. The bar is their standard deviation. If "
+        "there are many classes: the cheapest and the most expensive ones."
     )
     yield "classes", "Cost by class", bars, draw.classes(images, reader.source.label_names)
-    line = "One network whose gate is shifted, without training it anew."
+    line = "One network at several gate biases, without further training."
     yield "tradeoff", "Accuracy against work", line, draw.tradeoff(rows, parent)
 
 
@@ -120,19 +128,17 @@ def main(_: list[str]) -> None:
         figure.savefig(out / f"{name}.png", dpi=150)
         drawn.append((heading, text, out / f"{name}.png"))
     top1, macs_ratio = float((images.guess == images.label).mean()), float(images.macs_ratio.mean())
-    command = (
-        "python -m experiments.figures.run "
-        f"--config={flags.FLAGS['config'].config_filename} --checkpoint=... --out=..."
-    )
+    options = [argument for argument in sys.argv[1:] if "data.dir" not in argument]
+    command = shlex.join(["python", "-m", "experiments.figures.run", *options])
     facts = {
         "images": f"{len(images.index):,}",
         "top-1": f"{top1:.2%}",
-        "share of the static network's MACs": f"{macs_ratio:.3f}",
+        "MACs ratio": f"{macs_ratio:.3f}",
         "mean depth of patch tokens": f"{images.depth.mean():.2f} of {model.depth}",
     } | ({} if parent is None else {"top-1 of the static parent": f"{parent:.2%}"})
-    (out / "index.html").write_text(
-        page_lib.page(f"Where the network thinks: {config.data.name}", facts, drawn, command)
-    )
+    title = f"Depth of tokens: {config.data.name}"
+    links = dict(link.split("=", 1) for link in _LINKS.value)
+    (out / "index.html").write_text(page_lib.page(title, facts, drawn, command, links))
     result = {
         "images": len(images.index),
         "top1": top1,

@@ -19,7 +19,6 @@ fastest of them. Memory is XLA's own account of arguments, results and temporari
 """
 
 import functools
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +31,9 @@ from absl import app, flags
 import avit_jax
 from avit_jax.inference import adaptive
 from avit_jax.models import flops
-from avit_jax.utils import errors
+from avit_jax.utils import errors, visualize
 from experiments import results, timing, workload
+from experiments.inference_speed import draw
 
 _MODEL = flags.DEFINE_enum(
     "model", "deit_tiny", ["deit_tiny", "deit_small"], "shape of the network"
@@ -222,41 +222,6 @@ def show(result: dict[str, Any]) -> None:
         print(text, flush=True)
 
 
-def draw(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Speed-up over the static network beside its ideal, by batch size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axis = figure.subplots()
-    places = np.arange(len(result["batches"]))
-    names = [name for name in result["batches"][0]["rows"] if name.startswith("adaptive")]
-    for i, name in enumerate(names):
-        rows = [batch["rows"][name] for batch in result["batches"]]
-        x = places + 0.18 * (i - (len(names) - 1) / 2)
-        label = f"{name.split()[1]} of the MACs" if name != "adaptive 1.0" else "nothing halts"
-        bars = axis.bar(x, [row["speed_up"] for row in rows], 0.16, label=label)
-        axis.bar_label(
-            bars, fmt="%.2f", fontsize=9, label_type="center", color="white", rotation=90
-        )  # clear of the ideal
-        axis.scatter(
-            x,
-            [row["ideal_speed_up"] for row in rows],
-            marker="_",
-            color="black",
-            s=120,
-            label="ideal" if not i else None,
-        )
-    model = result["model"] + ", merging" * (result["redundancy"] > 0)
-    axis.axhline(1.0, color="grey", linewidth=0.8)
-    axis.set_xticks(places, [f"batch {batch['batch']}" for batch in result["batches"]])
-    axis.set(
-        ylabel="speed-up over the best static",
-        title=f"{model}, {result['images']}, {result['device']}",
-    )
-    figure.legend(fontsize=8, loc="outside lower center", ncols=len(names) + 1)
-    figure.savefig(path, dpi=150)
-
-
 def main(_: list[str]) -> None:
     """Measures every batch size, prints and writes."""
     images, where = workload.load_images(max(map(in_a_round, _BATCH.value)))
@@ -292,7 +257,7 @@ def main(_: list[str]) -> None:
         if _OUT.value:
             result = what | {"batches": [batches[size] for size in sorted(batches)]}
             results.save(f"{_OUT.value}.json", result)
-            draw(result, pathlib.Path(f"{_OUT.value}.png"))
+            visualize.write(draw.one(result), f"{_OUT.value}.png")
 
 
 if __name__ == "__main__":

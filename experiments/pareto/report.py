@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from absl import app
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from avit_jax.utils import errors
@@ -32,16 +33,26 @@ _LEGEND = (
     "merges of a layer, or the confidence to stop at.",
     "",
 )
+# Names of the README. The first ones are drawn in colour, and layer_act is only in the table.
 _LABELS = {
-    "avit": "A-ViT",
     "avit_merging": "threshold merging",
-    "dynamic_vit": "DynamicViT, light",
-    "evit": "EViT, light",
-    "layer_act": "naive ACT (ran away)",
+    "tome": "ToMe, trained",
+    "avit": "A-ViT, the paper's gate",
+    "evit": "EViT",
+    "uniform": "a fixed grid",
     "random": "random dropping",
-    "tome": "ToMe",
-    "uniform": "fixed grid",
+    "dynamic_vit": "DynamicViT",
 }
+_COLORS = {"avit_merging": "tab:orange", "tome": "tab:green", "avit": "tab:blue"}
+# One checkpoint at several budgets: its row, and the method whose colour it has.
+_CURVES = {
+    "avit_merging_0.6": "avit_merging",
+    "static": "tome",
+    "avit_0.6": "avit",
+    "early_exit": "",
+}
+_LOWEST = 63.0  # %; what is below is in the table
+_GAP = 0.28  # between labels, in points
 Rows = dict[str, list[dict[str, Any]]]  # by arm, one entry a seed, seed first
 
 
@@ -156,75 +167,65 @@ def _curves(rows: Rows) -> list[str]:
     ]
 
 
-def _label(method: str) -> str:
-    return _LABELS.get(method, method.replace("_", " "))
-
-
 def draw(rows: Rows, path: pathlib.Path) -> None:
     """Top-1 over MACs: a line for each method trained at several budgets, dots for its seeds,
     dashes for one checkpoint.
     """
-    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
     axis = figure.subplots()
-    methods: dict[str, list[str]] = {}
-    for name in rows:
-        if name.endswith(_BUDGETS):
-            methods.setdefault(name.rpartition("_")[0], []).append(name)
-    colors = {method: f"C{i}" for i, method in enumerate(sorted(methods))}
-    for method, names in sorted(methods.items()):
-        means = sorted(
-            tuple(np.mean([[run["macs_ratio"], run["top1"]] for run in rows[name]], axis=0))
-            for name in names
-        )
-        style = {"linewidth": 2.5, "zorder": 3} if method.startswith("avit") else {"linewidth": 1.2}
-        axis.plot(
-            *np.array(means).T,
-            marker="o",
-            color=colors[method],
-            label=_label(method),
-            markersize=4,
-            **style,
-        )
-        for name in names:
-            for run in rows[name]:
-                axis.plot(
-                    run["macs_ratio"],
-                    run["top1"],
-                    ".",
-                    color=colors[method],
-                    alpha=0.4,
-                    markersize=5,
-                )
-    for name, method, label in (
-        ("avit_0.6", "avit", "A-ViT, one checkpoint"),
-        ("avit_merging_0.6", "avit_merging", "threshold merging, one checkpoint"),
-        ("layer_act_0.6", "layer_act", "naive ACT (ran away), one checkpoint"),
-        ("early_exit", None, "early exit, one checkpoint"),
-        ("static", "tome", "ToMe, static weights"),
-    ):
-        points = [
-            [point["macs_ratio"], point["top1"]]
-            for point in rows.get(name, [{}])[0].get("curve", [])
-        ]
+    ends = []
+    for method, label in _LABELS.items():
+        names = [method + budget for budget in _BUDGETS if method + budget in rows]
+        if not names:
+            continue
+        points = [np.array([_point(run) for run in rows[name]]) for name in names]
+        means = np.array([each.mean(axis=0) for each in points])
+        color, main = _COLORS.get(method, "0.6"), method in _COLORS
+        style = {"linewidth": 2.4, "zorder": 3} if main else {"linewidth": 1.2}
+        axis.plot(*means.T, color=color, marker="o", markersize=4, label=label, **style)
+        if main:
+            axis.plot(*np.concatenate(points).T, ".", color=color, alpha=0.4, markersize=5)
+        ends.append((*means[0], label, color if main else "0.35"))
+    for name, method in _CURVES.items():
+        points = [_point(point) for point in rows.get(name, [{}])[0].get("curve", [])]
         if points:
-            axis.plot(
-                *np.array(sorted(points)).T,
-                linestyle="--",
-                color=colors.get(method, "black"),
-                linewidth=1,
-                label=label,
-            )
+            color = _COLORS.get(method, "0.6")
+            axis.plot(*np.array(sorted(points)).T, linestyle="--", color=color, linewidth=1)
+    if "early_exit" in rows:
+        x, y = max(_point(point) for point in rows["early_exit"][0]["curve"])
+        axis.annotate(
+            "early exit", (x, y), (0, -12), textcoords="offset points", color="0.35", ha="right"
+        )
+    _name_lines(axis, ends)
     if "static" in rows:
-        static = np.mean([run["top1"] for run in rows["static"]])
-        axis.axhline(static, color="grey", linewidth=0.8, label="static, trained as long")
-        axis.set_ylim(static - 0.08, static + 0.01)  # what is farther below is in the table
-    axis.set(
-        xlabel="MACs, share of the static network's",
-        ylabel="top-1 on the 10,000 test images",
-        title="CIFAR-10; dots are seeds",
-    )
-    figure.legend(fontsize=8, loc="outside right upper")
+        static = 100 * np.mean([run["top1"] for run in rows["static"]])
+        axis.axhline(static, color="black", linewidth=0.8, label="static network")
+        axis.text(102, static + 0.08, "static network, trained as long", ha="right")
+        axis.set_ylim(min(_LOWEST, static), static + 0.5)
+    axis.set(xlim=(18, 103), xticks=range(40, 101, 10))
+    axis.set(xlabel="MACs, % of the static network's", ylabel="top-1 on the 10,000 test images, %")
+    title = "CIFAR-10. Dots are seeds. Dashed: one checkpoint at several budgets."
+    axis.set_title(title, fontsize=11, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def _point(run: dict[str, float]) -> tuple[float, float]:
+    """MACs ratio and top-1 in per cent."""
+    return 100 * run["macs_ratio"], 100 * run["top1"]
+
+
+def _name_lines(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Writes the names of lines to the left of their ends, in order and without overlap.
+
+    Args:
+      axis: of the lines.
+      ends: x, y, name and colour of each line.
+    """
+    place = np.inf
+    for x, y, label, color in sorted(ends, key=lambda end: -end[1]):
+        place = min(y, place - _GAP)
+        axis.text(x - 1, place, label, color=color, ha="right", va="center")
 
 
 def main(argv: list[str]) -> None:

@@ -83,6 +83,19 @@ def test_every_figure_can_be_drawn(images: gather.Images, tmp_path: pathlib.Path
     assert labels == [names[k] for k in by_cost[:2] + by_cost[-2:]]
 
 
+def test_patches_that_a_layer_leaves_out_fade() -> None:
+    images = np.full((2, 8, 8, 3), 50, np.uint8)
+    depth = np.array([[[1, 2], [3, 3]], [[3, 3], [3, 3]]])
+    figure = draw.remaining(images, depth, (2, 3), 3)
+    shown = [axis.get_images()[0].get_array() for axis in figure.axes]
+    assert len(shown) == 6  # two images, and two layers of each
+    for i in (0, 1, 3, 5):  # the images; the second has all patches in both layers
+        np.testing.assert_array_equal(shown[i], images[0])
+    second, third = shown[2], shown[4]
+    assert (second[:4, :4] > 200).all() and (second[:, 4:] == 50).all() and (second[4:] == 50).all()
+    assert (third[:4] > 200).all() and (third[4:] == 50).all()
+
+
 class _Links(html.parser.HTMLParser):
     """What a page asks for, and the tags it opens."""
 
@@ -105,10 +118,12 @@ def test_the_page_holds_everything(tmp_path: pathlib.Path) -> None:
             {"top-1": "<5%"},
             [("One", 'with "quotes"', picture), ("Two", "", picture)],
             "python x",
+            {"Start": "../index.html?a&b"},
         )
     )
-    assert len(links.links) == 2 and all(
-        link.startswith("data:image/png;base64,") for link in links.links
+    assert links.links[0] == "../index.html?a&b"
+    assert len(links.links) == 3 and all(
+        link.startswith("data:image/png;base64,") for link in links.links[1:]
     )
     assert "script" not in links.tags and "link" not in links.tags
 
@@ -131,10 +146,12 @@ def test_a_trained_run_to_a_page(tmp_path: pathlib.Path) -> None:
         f"--config={recipe}",
         f"--checkpoint={tmp_path / 'run'}",
     ]
-    command += [f"--out={tmp_path / 'out'}", "--shifts=0,0.5", "--shown=3"]
+    command += [f"--out={tmp_path / 'out'}", "--shifts=0,0.5", "--shown=3", "--link=Start=a.html"]
     subprocess.run(command, cwd=tests.parent, check=True, capture_output=True)
     assert len(list((tmp_path / "out").glob("*.png"))) == 7
     assert (tmp_path / "out/index.html").stat().st_size > 100_000
+    page_text = (tmp_path / "out/index.html").read_text()
+    assert '<a href="a.html">Start</a>' in page_text and "--shown=3" in page_text
     failed = subprocess.run(
         [*command, "--config.halting.enabled=False", "--config.budget=0"],
         cwd=tests.parent,

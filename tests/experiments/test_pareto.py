@@ -140,13 +140,17 @@ def test_the_figure_is_drawn(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
         "avit_0.6/0": _run(0.8),
         "avit_0.6/1": _run(0.7),
         "avit_0.4/0": {"top1": 0.7, "macs_ratio": 0.4},
+        "evit_0.4/0": {"top1": 0.699, "macs_ratio": 0.4},
     }
     report.draw(report.gather(runs | {"static/0": _run(0.81)}), tmp_path / "x.png")
-    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
-    np.testing.assert_allclose(lines["A-ViT"], [(0.4, 0.7), (0.6, 0.75)])
-    assert (
-        len(figure.axes[0].lines) == 5 and "static, trained as long" in lines
-    )  # with a dot for each run
+    axis = figure.axes[0]
+    lines = {line.get_label(): line.get_xydata() for line in axis.lines}
+    np.testing.assert_allclose(lines["A-ViT, the paper's gate"], [(40, 70), (60, 75)])
+    assert any(len(line.get_xydata()) == 3 for line in axis.lines)  # a dot for each run
+    np.testing.assert_allclose(lines["EViT"], [(40, 69.9)])
+    np.testing.assert_allclose(lines["static network"][:, 1], 81)
+    places = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert places["A-ViT, the paper's gate"] == 70 and places["EViT"] < 69.8  # no overlap
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
@@ -316,7 +320,7 @@ def test_the_untrained_figures_agree_with_the_study() -> None:
                 np.mean([part[name] for part in row["fifths"]])
             )
         difference = "{mean:+.2f} ± {error:.2f}".format(**row["threshold_minus_tome"])
-        for text in ("README.md", "docs/study.md"):
+        for text in ("docs/study.md",):
             assert difference in (folder.parents[1] / text).read_text(), (
                 f"{text} has another figure than untrained.json"
             )

@@ -59,6 +59,14 @@ def test_pictures_and_depths(
         )
 
 
+def test_long_titles_are_wrapped_and_rows_are_as_high_as_their_images() -> None:
+    assert visualize.wrapped("great white shark, great grey shark,\npredicted eel") == (
+        "great white shark,\ngreat grey shark,\npredicted eel"
+    )
+    heights = [_figure(8, shape, (2, 2))[0].get_figheight() for shape in ((8, 8, 3), (8, 24, 3))]
+    assert heights[0] > heights[1] + 1
+
+
 def test_grey_pictures_are_drawn_from_black_to_white() -> None:
     figure, _, _ = _figure(2, (8, 8, 1), (2, 2))
     assert _pictures(figure)[0].get_images()[0].get_cmap().name == "gray"
@@ -67,7 +75,8 @@ def test_grey_pictures_are_drawn_from_black_to_white() -> None:
 
 def test_curves_caption_and_scale() -> None:
     figure, _, _ = _figure(1, (8, 8, 1), (2, 2))
-    assert figure.get_suptitle() == "a caption"
+    caption, colours = figure.get_suptitle().split("\n")
+    assert caption == "a caption" and f"all {_LAYERS} layers" in colours
     (bars,) = (axes for axes in figure.axes if axes.get_ylabel() == "share of patch tokens")
     np.testing.assert_allclose([bar.get_height() for bar in bars.patches], np.arange(_LAYERS) / 15)
     (curve,) = (

@@ -1,0 +1,120 @@
+"""Links, anchors, flags, recipes and modules that the documentation names exist."""
+
+import configparser
+import json
+import pathlib
+import re
+
+import pytest
+import yaml
+
+from avit_jax import config as config_lib
+
+_REPOSITORY = pathlib.Path(__file__).parents[1]
+_FOLDERS = (".", "docs", "experiments", "experiments/*", "experiments/*/*", "notebooks")
+_PAGES = sorted(
+    page
+    for folder in _FOLDERS
+    for kind in ("*.md", "*.ipynb")
+    for page in _REPOSITORY.glob(f"{folder}/{kind}")
+)
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+
+
+def _text(page: pathlib.Path) -> str:
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
+
+
+def _anchors(page: pathlib.Path) -> set[str]:
+    """Returns the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"(?ms)^```.*?^```", "", page.read_text()), re.M)
+    plain = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading) for heading in headings]
+    found: set[str] = set()
+    for heading in plain:
+        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        assert slug not in found, f"two headings {heading!r} in {page.name}: links need one"
+        found.add(slug)
+    return found
+
+
+def _broken(page: pathlib.Path, text: str) -> list[str]:
+    """Returns the links of a page that lead nowhere in this repository."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", _CODE.sub("", text)):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        inside = target.is_file() and _REPOSITORY in target.parents
+        if not inside or (anchor and anchor not in _anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda page: str(page.relative_to(_REPOSITORY)))
+def test_every_link_and_anchor_exists(page: pathlib.Path) -> None:
+    assert _broken(page, _text(page)) == []
+
+
+def test_a_broken_link_or_anchor_is_found() -> None:
+    page = _REPOSITORY / "docs/guide.md"
+    text = (
+        "[a](data.md) [b](data.md#imagenet-1k) [c](gone.md) [d](data.md#gone) [e](#gone) `[f](g)`"
+    )
+    assert _broken(page, text) == ["gone.md", "data.md#gone", "#gone"]
+
+
+def test_every_page_is_linked_from_the_readme_and_on_the_site() -> None:
+    readme, site = (_REPOSITORY / "README.md").read_text(), (_REPOSITORY / "mkdocs.yml").read_text()
+    for page in (_REPOSITORY / "docs").glob("*.md"):
+        assert f": {page.name}\n" in site
+        if page.name != "figures.md":
+            assert f"(docs/{page.name})" in readme
+
+
+def test_every_key_recipe_and_module_exists() -> None:
+    keys = config_lib.flat(config_lib.default())
+    sections = {name.split(".")[0] for name in keys}
+    for page in _PAGES:
+        text = _text(page)
+        for name in re.findall(r"--config\.([a-z_]+(?:\.[a-z_]+)?)", text):
+            assert name in keys or name in sections, f"{page.name}: {name}"
+        for name in re.findall(r"--config=(?:configs/)?([a-z0-9_]+)\b", text):
+            assert (_REPOSITORY / f"configs/{name}.py").exists(), f"{page.name}: {name}"
+        for name in re.findall(r"python -m ((?:experiments|avit_jax)[a-z0-9_.]*[a-z0-9_])", text):
+            path = _REPOSITORY / name.replace(".", "/")
+            assert path.with_suffix(".py").exists() or path.is_dir(), f"{page.name}: {name}"
+
+
+def test_no_sentence_is_too_long() -> None:
+    """The limit is 36 words; most sentences have fewer than 25."""
+    for page in _PAGES:
+        if page.parent.name in ("aot", "pareto", "wide"):
+            continue  # tables that programs write
+        prose = re.sub(r"(?ms)^```.*?^```|^ *\|.*?$|^<!--.*?-->", "", _text(page))
+        prose = re.sub(r"\]\([^)]*\)", "]", prose)
+        for sentence in re.split(r"[.:;!?]\**\s|\n\n|\n[-#\d]", prose):
+            assert len(sentence.split()) <= 36, f"{page.name}: {sentence}"
+
+
+def test_the_metadata_can_be_read() -> None:
+    read = lambda path: yaml.safe_load((_REPOSITORY / path).read_text())  # noqa: E731
+    (job,) = read(".github/workflows/ci.yml")["jobs"].values()
+    assert {"run": ".ci/run"} in job["steps"]
+    for path in (_REPOSITORY / ".github").rglob("*.yml"):
+        assert read(path)
+    changelog = (_REPOSITORY / "CHANGELOG.md").read_text()
+    newest, date = re.search(r"^## (\S+) - (\S+)$", changelog, re.M).groups()
+    citation = read("CITATION.cff")
+    assert (citation["version"], str(citation["date-released"])) == (newest, date)
+    setup = configparser.ConfigParser()
+    setup.read(_REPOSITORY / "setup.cfg")
+    assert setup["metadata"]["license"] == citation["license"]
+    assert setup["metadata"]["project_urls"].split() == [
+        "Paper",
+        "=",
+        citation["references"][0]["url"],
+    ]
