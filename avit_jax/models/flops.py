@@ -59,7 +59,8 @@ def patch_depth(model: "vit.AViT", active: Bool[Array, "L B N"]) -> Int32[Array,
     Returns:
       `(B, rows, columns)` int32.
     """
-    depth = is_computed(active, model.num_prefix_tokens).sum(axis=0)[:, model.num_prefix_tokens :]
+    computed = is_computed(active, model.num_prefix_tokens)[:, :, model.num_prefix_tokens :]
+    depth = computed.sum(axis=0, dtype=jnp.int32)
     return depth.reshape(-1, *model.grid)
 
 

@@ -127,10 +127,8 @@ def run(
             _logger.info("stopped by %s before the report; the same command writes it", stop.name)
             return None
         files = (workdir / "summary.json", workdir / "depth.png")
-        seconds = saver.metadata.log.train_seconds
-        parts.evaluator.report(
-            *files, state.eval_params, results, train_seconds=seconds, **baselines
-        )
+        more = {"train_seconds": saver.metadata.log.train_seconds} | baselines
+        parts.evaluator.report(*files, state.eval_params, results, **more)
 
 
 def _open_workdir(
