@@ -6,8 +6,8 @@ The final output of a token is a weighted average of its outputs over the layers
 layer is its score. The halting layer gets the remainder, so the weights sum to 1.
 
 The functions have no parameters and work with any module library, under `jit`, `vmap`, `grad`,
-`scan` and `pmap`, and with any leading batch shape `...`. Sums are at least float32, whatever the
-dtype of the tokens.
+`scan` and `pmap`, and with any leading batch shape `...`. In types, `*N` are the axes `(..., N)`.
+Sums are at least float32, whatever the dtype of the tokens.
 
 Reference: Yin et al., "A-ViT: Adaptive Tokens for Efficient Vision Transformer", CVPR 2022 (arXiv
 2112.07658), called [A-ViT] below; the remainder is that of Graves, "Adaptive Computation Time"
@@ -161,10 +161,10 @@ class HaltingState:
         token has halted.
     """
 
-    cumulative: Float[Array, "*B N"]
-    remainder: Float[Array, "*B N"]
-    active: Bool[Array, "*B N"]
-    depth: Int32[Array, "*B N"]
+    cumulative: Float[Array, "*N"]
+    remainder: Float[Array, "*N"]
+    active: Bool[Array, "*N"]
+    depth: Int32[Array, "*N"]
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> np.dtype:
@@ -192,12 +192,12 @@ def init(
 
 
 def score(
-    tokens: Float[Array, "*B N D"],
+    tokens: Float[Array, "*N D"],
     *,
     gamma: Shaped[ArrayLike, ""],
-    beta: Shaped[ArrayLike, ""] | Shaped[ArrayLike, "*B N"],
+    beta: Shaped[ArrayLike, ""] | Shaped[ArrayLike, "*N"],
     channel: int = 0,
-) -> Float[Array, "*B N"]:
+) -> Float[Array, "*N"]:
     """Computes the halting score h = sigmoid(gamma * t_e + beta) of each token after a layer.
 
     Args:
@@ -229,19 +229,19 @@ def score_of_gate(
 
 
 def keeps_running(
-    cumulative: Float[Array, "*B N"], epsilon: Shaped[ArrayLike, ""]
-) -> Bool[Array, "*B N"]:
+    cumulative: Float[Array, "*N"], epsilon: Shaped[ArrayLike, ""]
+) -> Bool[Array, "*N"]:
     """Returns whether tokens stay active, by the sums of their scores; bool of the same shape."""
     return cumulative < 1.0 - epsilon
 
 
 def accumulate(
     state: HaltingState,
-    score: Float[Array, "*B N"],
+    score: Float[Array, "*N"],
     *,
     epsilon: Shaped[ArrayLike, ""],
-    is_last: Shaped[ArrayLike, ""] | Shaped[ArrayLike, "*B N"] = False,
-) -> tuple[HaltingState, Float[Array, "*B N"]]:
+    is_last: Shaped[ArrayLike, ""] | Shaped[ArrayLike, "*N"] = False,
+) -> tuple[HaltingState, Float[Array, "*N"]]:
     """Adds the scores of a layer, decides which tokens halt, and weights the layer's output.
 
     A token whose sum is exactly `1 - epsilon` halts. A halted token keeps its state, and its weight
@@ -272,7 +272,7 @@ def accumulate(
     return after, weight
 
 
-def ponder_cost(state: HaltingState) -> Float[Array, "*B N"]:
+def ponder_cost(state: HaltingState) -> Float[Array, "*N"]:
     """Returns the ponder cost rho = N + r `(..., N)` in layers; only r has a gradient.
 
     Args:
@@ -283,9 +283,7 @@ def ponder_cost(state: HaltingState) -> Float[Array, "*B N"]:
     return state.depth.astype(state.remainder.dtype) + state.remainder
 
 
-def score_by_layer(
-    score: Float[Array, "L *B N"], active: Bool[Array, "L *B N"]
-) -> Float[Array, "L"]:
+def score_by_layer(score: Float[Array, "L *N"], active: Bool[Array, "L *N"]) -> Float[Array, "L"]:
     """Returns the mean halting score of each layer over all tokens; halted tokens count as 0.
 
     Args:

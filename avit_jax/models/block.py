@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from avit_jax.core import halting as halting_lib
 from avit_jax.core import merging
@@ -47,7 +47,7 @@ def per_token(
 
 
 def random_keep(
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     image_index: Int[Array, "B"],
     rate: ArrayLike,
     shape: tuple[int, ...],

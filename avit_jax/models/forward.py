@@ -13,7 +13,7 @@ from typing import Any, no_type_check
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32, Key, PyTree, Shaped
+from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKeyArray, PyTree, Shaped
 
 from avit_jax.core import halting, merging, ragged
 from avit_jax.core.arrays import Array
@@ -144,7 +144,7 @@ def step(
     is_last: Shaped[ArrayLike, ""],
     keep: Float[Array, "B 2"] | None = None,
     image_index: Int[Array, "B"] | None = None,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_key: PRNGKeyArray | None = None,
 ) -> tuple[Carry, tuple[Float[Array, "B N"], Bool[Array, "B N"]]]:
     """Runs one layer and its halting step.
 
@@ -198,7 +198,7 @@ def step(
 
 def _layer(
     block: Block,
-    dropout_key: Key[Array, ""] | None,
+    dropout_key: PRNGKeyArray | None,
     params: PyTree[Array],
     x: Float[Array, "B N D"],
     inputs: Inputs,
@@ -221,7 +221,7 @@ def run(
     *,
     keep: Float[Array, "L B 2"] | None = None,
     image_index: Int[Array, "B"] | None = None,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_key: PRNGKeyArray | None = None,
     remat: bool = False,
     stop_finished: bool = False,
 ) -> tuple[Carry, tuple[Float[Array, "L B N"], Bool[Array, "L B N"]]]:
@@ -291,7 +291,7 @@ def _step_without_halting(
     *,
     keep: Float[Array, "B 2"] | None,
     image_index: Int[Array, "B"] | None,
-    dropout_key: Key[Array, ""] | None,
+    dropout_key: PRNGKeyArray | None,
 ) -> Carry:
     inputs = Inputs(images=(keep, image_index))
     x, _ = _layer(block, dropout_key, (params, None), carry.x, inputs, None)

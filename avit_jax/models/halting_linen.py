@@ -33,10 +33,10 @@ class Halting(nn.Module):
 
     def __call__(
         self,
-        tokens: Float[Array, "*B N D"],
+        tokens: Float[Array, "*N D"],
         state: halting.HaltingState | None = None,
         is_last: Shaped[ArrayLike, ""] = False,
-    ) -> tuple[halting.HaltingState, Float[Array, "*B N"], Float[Array, "*B N"]]:
+    ) -> tuple[halting.HaltingState, Float[Array, "*N"], Float[Array, "*N"]]:
         """Scores the output of a layer, and decides which tokens halt.
 
         Args:
