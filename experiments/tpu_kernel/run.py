@@ -15,73 +15,25 @@ import glob
 import itertools
 import json
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
 import avit_jax
-from avit_jax.kernels import vit_tpu, vit_tpu_layer
 from avit_jax.models import one_kernel
 from avit_jax.utils import errors
 from experiments import results
-from experiments.aot import compile as aot
-from experiments.tpu_kernel import bundles, static
+from experiments.tpu_kernel import bundles
 from experiments.tpu_kernel import counts as counts_lib
+from experiments.tpu_kernel import estimate as estimate_lib
 
 _OUT = flags.DEFINE_string("out", None, "JSON file, to which rows are added", required=True)
 _CHIPS = flags.DEFINE_list("chips", ["v5e", "v6e"], "that libtpu knows")
 _MODELS = flags.DEFINE_list("models", ["deit_tiny", "deit_small"], "networks")
 _TOKEN_MULTIPLE = 32  # of `adaptive.default_plan`
-_BATCH = 16
-
-
-def compile_kernel(
-    chip: str, model: avit_jax.AViT, sizes: vit_tpu_layer.Sizes, *, is_static: bool = False
-) -> float:
-    """Compiles the kernel, or its static twin, for a chip; returns the seconds."""
-    here = jax.sharding.SingleDeviceSharding(aot.devices(f"{chip}:2x2")[0])
-
-    def on_chip(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-
-    images = jax.ShapeDtypeStruct((1, *model.pixels, model.channels), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]["layers"]
-    params = jax.tree.map(lambda x: on_chip(x.shape, x.dtype), params)
-    x = on_chip((_BATCH, model.num_tokens, model.width), model.dtype or jnp.float32)
-    run: Callable[..., Any]
-    if is_static:
-        run = lambda x, exists, gamma, beta, params: static.run(x, params, sizes)  # noqa: E731
-    else:
-        run = lambda x, exists, gamma, beta, params: vit_tpu.run(  # noqa: E731
-            x, exists, (gamma, beta), params, sizes
-        )
-    scalar = on_chip((), jnp.float32)
-    started = time.perf_counter()
-    jax.jit(run).lower(x, on_chip((_BATCH,), bool), scalar, scalar, params).compile()
-    return time.perf_counter() - started
-
-
-def estimate(
-    kernel: bundles.Kernel, static_image: int, counts: list[list[int]], model: avit_jax.AViT
-) -> dict[str, float]:
-    """Returns MACs ratio of the layers, estimated speed-up, and its share of the ideal.
-
-    Args:
-      kernel: bundles of the kernel.
-      static_image: bundles of an image in the static kernel.
-      counts: tokens that each image computes in each layer.
-      model: for its sizes.
-    """
-    ratio = counts_lib.macs_ratio(model, np.asarray(counts))
-    speed_up = static_image / statistics.fmean(kernel.image(image) for image in counts)
-    return {"macs_ratio": ratio, "speed_up": speed_up, "share_of_ideal": speed_up * ratio}
 
 
 def _compile(chip: str, model: avit_jax.AViT, folder: str) -> dict[str, Any]:
@@ -90,7 +42,7 @@ def _compile(chip: str, model: avit_jax.AViT, folder: str) -> dict[str, Any]:
     texts, seconds = [], 0.0
     for is_static in (True, False):
         before = set(glob.glob(f"{folder}/*"))
-        seconds = compile_kernel(chip, model, sizes, is_static=is_static)
+        seconds = estimate_lib.compile_kernel(chip, model, sizes, is_static=is_static)
         new = set(glob.glob(f"{folder}/*vit_tpu*final_bundles.txt")) - before
         (file,) = (path for path in new if "analysis" not in path)
         with open(file) as dump:
@@ -115,7 +67,7 @@ def _row(row: dict[str, Any], name: str, model: avit_jax.AViT) -> dict[str, Any]
     kernel = bundles.Kernel(loops=loops, outside=row["outside"])
     counts = json.loads(counts_lib.FILE.read_text())[name]
     by_ratio = {
-        ratio: estimate(kernel, row["static_image"], images, model)
+        ratio: estimate_lib.estimate(kernel, row["static_image"], images, model)
         for ratio, images in counts.items()
     }
     return row | {"by_macs_ratio": by_ratio}

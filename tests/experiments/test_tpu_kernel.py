@@ -17,7 +17,7 @@ from avit_jax.models import flops, one_kernel
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from experiments.tpu_kernel import bundles
-from experiments.tpu_kernel import run as run_lib
+from experiments.tpu_kernel import estimate as estimate_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def test_what_is_supported_compiles(chip: str, name: str, changes: dict[str, Any
     multiple = 112
     assert one_kernel.supports(model, model.dtype or jnp.float32, multiple)
     sizes = one_kernel.sizes(model, multiple)
-    assert run_lib.compile_kernel(chip, model, sizes) > 0
+    assert estimate_lib.compile_kernel(chip, model, sizes) > 0
 
 
 _DUMP = """// control target key start
@@ -118,7 +118,7 @@ def test_the_estimate() -> None:
     images |= {(197, 0, 0): 5 + 70}
     for counts, expected in images.items():
         assert kernel.image(counts) == expected
-    found = run_lib.estimate(kernel, 200, [list(counts) for counts in images], model)
+    found = estimate_lib.estimate(kernel, 200, [list(counts) for counts in images], model)
     macs = [sum(flops.layer_macs(n, model) for n in counts) for counts in images]
     ratio = sum(macs) / (9 * flops.layer_macs(197, model))
     assert found["macs_ratio"] == pytest.approx(ratio)
