@@ -250,7 +250,7 @@ def run_mode(images: list[str]) -> None:
     if _MODE.value == "train":
         loop.train(config, workdir(), allow_changed_config=_ALLOW.value)
     elif _MODE.value == "eval":
-        if tensor_files.is_weights(checkpoint):
+        if _CHECKPOINT.value and tensor_files.is_weights(checkpoint):
             config.init, config.eval.checkpoint = checkpoint, "init"
         elif checkpoint != workdir():
             raise errors.UserError("name the run by --checkpoint or by --workdir, not by both.")

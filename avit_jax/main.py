@@ -13,7 +13,7 @@ from absl import app, flags
 
 from avit_jax import cli, output
 
-flags.adopt_module_key_flags(cli)  # --help shows them
+flags.adopt_module_key_flags(cli)  # --helpshort shows them
 
 
 def main(argv: list[str]) -> None:

@@ -121,3 +121,15 @@ def test_an_interruption_of_predictions_keeps_those_made() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == ["a", "b"]
+
+
+def test_the_compiler_is_quiet_in_python_too() -> None:
+    """XLA reports what it cannot dump as it reports slow compilation: as an error of its log."""
+    compile_one = "import jax\nprint(jax.jit(lambda x: x + 1)(1))"
+    flags = {"XLA_FLAGS": "--xla_dump_to=/proc/nowhere"}
+    noisy = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", noisy)
+        assert b"/proc/nowhere" in _output(["-c"], compile_one, **flags)[2]
+        quiet = _output(["-c"], f"import avit_jax\n{compile_one}", **flags)
+    assert quiet == (0, b"2\n", b"")

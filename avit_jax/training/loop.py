@@ -104,12 +104,9 @@ def run(
             begun.metadata, teacher=teacher and teacher.fingerprint, parent=baselines
         )
         log_dir = workdir if checkpoints else None
-        log = stack.enter_context(
-            progress.Log(
-                *(options, log_dir, parts.learning_rate, begun.step, metadata.log),
-                others=_writers(parts, log_dir, others),
-            )
-        )
+        started = (options, log_dir, parts.learning_rate, begun.step, metadata.log)
+        log = progress.Log(*started, _writers(parts, log_dir, others))
+        stack.enter_context(log)
         batches = stack.enter_context(contextlib.closing(parts.batches(begun.step)))
         saver = Saver(checkpoints, metadata, log, begun.step)
         state = devices.replicate(begun.train)

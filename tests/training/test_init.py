@@ -178,3 +178,17 @@ def test_a_signal_while_the_parent_is_evaluated_ends_the_run(
         assert caplog.messages[-1] == "stopped by SIGTERM before training"
     fakes.real_run(config, tmp_path / "run")
     assert 0 < _summary(tmp_path / "run")["parent_top1"] < 1
+
+
+def test_options_of_reading_the_start(parent: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = _config(parent, **{"model.image_size": (8, 8), "init_antialias": True})
+    config.eval.checkpoint = "init"
+    model = build.model(config)
+    expected = weight_files.load(parent, model, antialias=True)
+    assert model.grid != build.model(_config(parent)).grid
+    chex.assert_trees_all_equal(restore.params(config, model, tmp_path)[0], expected)
+    chex.assert_trees_all_equal(restore.trained(config, model, parent)[0], expected)
+    config = _config(parent, **{"init_ema": True, "eval.checkpoint": "init"})
+    for start in (restore.params, restore.trained):
+        with pytest.raises(errors.UserError, match="only one PyTorch file can hold a moving"):
+            start(config, build.model(config), parent)

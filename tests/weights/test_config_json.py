@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from avit_jax.utils import errors
-from avit_jax.weights import weight_files
+from avit_jax.weights import timm_names, weight_files
 
 _DATA = pathlib.Path(__file__).parents[1] / "data/weights"
 _HUGGING_FACE = json.loads((_DATA / "vit/config.json").read_text())
@@ -221,3 +221,58 @@ def test_metadata_and_config_that_contradict_each_other(tmp_path: pathlib.Path) 
     (tmp_path / "config.json").write_text(json.dumps(_TIMM))
     with pytest.raises(errors.UserError, match="num_heads=2 and num_heads=3"):
         weight_files.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "num_heads", "norm_eps", "mlp"),
+    [
+        ("vit_so400m_patch14_siglip_gap_224.webli", 16, None, "gelu"),
+        ("vit_so400m_patch16_siglip_gap_256.v2_webli", 16, None, "gelu_tanh"),
+        ("vit_base_patch16_plus_clip_240.laion400m", 14, 1e-5, "gelu"),
+        ("vit_base_patch32_clip_quickgelu_224.openai", 12, 1e-5, "quick_gelu"),
+        ("vit_base_patch16_gap_224", 16, None, "gelu"),
+        ("vit_giant_patch14_reg4_dinov2.lvd142m", 24, None, "gelu"),
+        ("vit_unheard_patch16_of_224", None, None, "gelu"),
+    ],
+)
+def test_what_timm_s_names_of_architectures_tell(
+    architecture: str, num_heads: int | None, norm_eps: float | None, mlp: str
+) -> None:
+    width = {"so400m": 1152, "giant": 1536}.get(architecture.split("_")[1], 768)
+    width = 896 if "plus" in architecture else width
+    assert timm_names.num_heads(architecture, width) == num_heads
+    assert timm_names.num_heads(architecture, 12) is None
+    assert timm_names.norm_eps(architecture) == norm_eps
+    assert timm_names.attributes(architecture)["mlp"] == mlp
+    pool = "avg" if "_gap_" in architecture else "token"
+    assert timm_names.attributes(architecture)["pool"] == pool
+
+
+def test_an_architecture_whose_norms_come_after_its_branches(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.UserError, match="its architecture is vit_base_patch16_rpn_224"):
+        _read(tmp_path, "timm.safetensors", {"architecture": "vit_base_patch16_rpn_224.sw_in1k"})
+
+
+def test_pixels_and_classes(tmp_path: pathlib.Path) -> None:
+    statistics = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    config = _timm("pretrained_cfg", **statistics) | {"label_names": ["a", "b", "c", "d", "e"]}
+    file = _read(tmp_path, "timm.safetensors", config)
+    assert (file.mean, file.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert file.label_names == ("a", "b", "c", "d", "e")
+    named = _HUGGING_FACE | {"id2label": {str(i): f"class {i}" for i in range(5)}}
+    processor = {"image_mean": [0.5], "image_std": [0.25]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    file = _read(tmp_path, "vit/model.safetensors", named)
+    assert (file.mean, file.std) == ((0.5,), (0.25,))
+    assert file.label_names == tuple(f"class {i}" for i in range(5))
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": "many"}')
+    with pytest.raises(errors.UserError, match="could not convert"):
+        _read(tmp_path, "vit/model.safetensors", named)
+
+
+def test_the_part_of_a_config_about_images(tmp_path: pathlib.Path) -> None:
+    config = {"model_type": "siglip", "vision_config": _HUGGING_FACE | {"model_type": "vit"}}
+    assert _read(tmp_path, "vit/model.safetensors", config).num_heads == 3
+    del config["vision_config"]["num_attention_heads"], config["vision_config"]["layer_norm_eps"]
+    file = _read(tmp_path, "vit/model.safetensors", config)
+    assert (file.num_heads, file.norm_eps) == (12, 1e-6)  # what Hugging Face leaves out

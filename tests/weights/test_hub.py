@@ -1,14 +1,17 @@
 """Weights by name from the Hugging Face hub: the real library against a local hub."""
 
 import http.server
+import json
 import logging
 import pathlib
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import avit_jax
 from avit_jax.training import restore
@@ -16,6 +19,7 @@ from avit_jax.utils import errors
 from avit_jax.weights import weight_files
 
 _FILES = {"/some/model/resolve/main/": pathlib.Path(__file__).parents[1] / "data/weights/vit"}
+_SPLIT = "/split/model/resolve/main/"
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -66,6 +70,27 @@ def test_a_name_is_as_good_as_a_file(hub: None) -> None:
     file = weight_files.read("hf-hub:some/model")
     expected = weight_files.read(_FILES["/some/model/resolve/main/"] / "model.safetensors")
     assert file.norm_eps == expected.norm_eps == 1e-12 and file.num_heads == 3
+    for name, array in expected.tensors.items():
+        np.testing.assert_array_equal(file.tensors[name], array)
+
+
+def test_a_model_in_several_files(
+    hub: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("split")
+    monkeypatch.setitem(_FILES, _SPLIT, folder)
+    whole = _FILES["/some/model/resolve/main/"]
+    shutil.copy(whole / "config.json", folder)
+    tensors = safetensors.numpy.load_file(whole / "model.safetensors")
+    parts = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for part in set(parts.values()):
+        some = {name: x for name, x in tensors.items() if parts[name] == part}
+        safetensors.numpy.save_file(some, folder / part)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": parts}))
+    file = weight_files.read("hf-hub:split/model")
+    expected = weight_files.read(whole / "model.safetensors")
+    assert file.tensors.keys() == expected.tensors.keys()
     for name, array in expected.tensors.items():
         np.testing.assert_array_equal(file.tensors[name], array)
 

@@ -195,3 +195,32 @@ def test_a_grid_has_rows_and_columns(tmp_path: pathlib.Path, grid: tuple[int, ..
     _file(tmp_path / "x.safetensors", _model(2, 2))
     with pytest.raises(ValueError, match="grid must be the rows and columns"):
         weight_files.load(tmp_path / "x.safetensors", _model(2, 2), grid=grid)
+
+
+# torch.nn.functional.interpolate(torch.arange(20.).reshape(1, 1, 4, 5) ** 1.5, size=..., mode="bicubic",
+# align_corners=False, antialias=True), of torch 2.14
+_ANTIALIASED = {
+    (2, 3): [7.57307, 12.20234, 17.90433, 44.3563, 53.35048, 62.84435],
+    (4, 2): [0.99401, 5.6427, 14.23803, 23.2887, 35.81918, 47.68958, 63.18087, 77.31564],
+    (7, 6): [-0.91645, -0.37846, 0.80402, 2.45026, 4.55972, 6.59169, 2.53347, 3.7634, 5.62828],
+}
+
+
+@pytest.mark.parametrize("grid", _ANTIALIASED)
+def test_antialiased_embeddings_are_those_of_pytorch(grid: tuple[int, int]) -> None:
+    embedding = np.concatenate([[-7.0], np.arange(20.0) ** 1.5])[None, :, None]
+    resized = positions.resize_positions(embedding, grid, 1, old_grid=(4, 5), antialias=True)
+    expected = [-7.0, *_ANTIALIASED[grid]]
+    np.testing.assert_allclose(resized[0, : len(expected), 0], expected, atol=2e-5)
+
+
+def test_antialiasing_is_an_option_of_loading(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.safetensors"
+    embedding, small = _file(path, _model(4, 4)), _model(2, 2)
+    plain, antialiased = (
+        weight_files.load(path, small, grid=(4, 4), antialias=option)["pos_embed"]
+        for option in (False, True)
+    )
+    expected = positions.resize_positions(embedding, (2, 2), 1, old_grid=(4, 4), antialias=True)
+    np.testing.assert_array_equal(antialiased, expected)
+    assert abs(plain - antialiased).max() > 1e-4

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from avit_jax.models import vit
 from avit_jax.utils import errors
-from avit_jax.weights import tensor_files, weight_files
+from avit_jax.weights import architecture, name_maps, tensor_files, weight_files
 
 _DATA = pathlib.Path(__file__).parents[1] / "data/weights"
 _EXPECTED = np.load(_DATA / "expected.npz")
@@ -125,6 +125,66 @@ def test_names_of_big_vision_today(tmp_path: pathlib.Path) -> None:
     _check_logits(path, "timm")
 
 
+def _averaging() -> dict[str, np.ndarray]:
+    """Returns big_vision's tensors of a network without class token."""
+    tensors = _big_vision()
+    del tensors["cls"]
+    return tensors
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_a_network_of_big_vision_without_class_token(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tower: bool
+) -> None:
+    monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN))
+    tensors = _averaging()
+    if tower:  # SigLIP
+        tensors = {f"params/img/{name}": array for name, array in tensors.items()}
+        tensors |= {"params/t": np.zeros(1), "params/b": np.zeros(1), "params/txt/x": np.zeros(1)}
+    np.savez(tmp_path / "x.npz", **tensors)
+    file = weight_files.read(tmp_path / "x.npz")
+    assert {name: file.attributes[name] for name in ("pool", "mlp", "class_token")} == {
+        "pool": "avg",
+        "mlp": "gelu_tanh",
+        "class_token": False,
+    }
+    np.testing.assert_array_equal(file.tensors["pos_embed"], _averaging()["pos_embedding"])
+    assert file.tensors.keys() == _tensors().keys() - {"cls_token"}
+
+
+def test_the_attention_pooling_of_big_vision(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN))
+    tensors = _averaging() | {"MAPHead_0/probe": np.zeros((1, 1, 12), np.float32)}
+    np.savez(tmp_path / "x.npz", **tensors)
+    with pytest.raises(errors.UserError, match="no place for MAPHead_0/probe"):
+        weight_files.read(tmp_path / "x.npz")  # its classifier reads it
+    del tensors["head/kernel"], tensors["head/bias"]
+    np.savez(tmp_path / "x.npz", **tensors)
+    assert weight_files.read(tmp_path / "x.npz").attributes["pool"] == "avg"
+    assert "averaged instead of its attention pooling" in caplog.text
+
+
+def test_names_of_dinov2_and_of_separate_gates(tmp_path: pathlib.Path) -> None:
+    tensors = _tensors()
+    registers = np.full((1, 2, 12), 0.5, np.float32)
+    theirs = {name.replace("mlp.fc2", "mlp.w3"): array for name, array in tensors.items()}
+    theirs |= {"register_tokens": registers, "mask_token": np.zeros((1, 12), np.float32)}
+    first = theirs.pop("blocks.0.mlp.fc1.bias")
+    value, gate = np.split(first, 2)
+    theirs |= {"blocks.0.mlp.fc1_x.bias": value, "blocks.0.mlp.fc1_g.bias": gate}
+    theirs["blocks.1.mlp.w12.bias"] = theirs.pop("blocks.1.mlp.fc1.bias")
+    result, attributes, dropped = name_maps.to_timm(theirs)
+    assert dropped == ["mask_token"] and attributes == {"position_class": False}
+    assert result.keys() == tensors.keys() | {"reg_token"}
+    np.testing.assert_array_equal(result["blocks.0.mlp.fc1.bias"], np.concatenate([gate, value]))
+    expected = tensors["cls_token"] + tensors["pos_embed"][:, :1]
+    np.testing.assert_array_equal(result["cls_token"], expected)
+    np.testing.assert_array_equal(result["pos_embed"], tensors["pos_embed"][:, 1:])
+    np.testing.assert_array_equal(result["reg_token"], registers)
+
+
 def test_heads_that_differ_from_layer_to_layer(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "x.npz", **_big_vision(heads=(3, 2)))
     with pytest.raises(errors.UserError, match="2 and 3 heads, and every layer must have the same"):
@@ -149,7 +209,8 @@ def test_two_names_of_one_tensor(tmp_path: pathlib.Path, name: str, other: str) 
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "model.", "backbone.", "_orig_mod.", "_orig_mod.module."]
+    "prefix",
+    ["module.", "model.", "backbone.", "encoder.", "_orig_mod.", "_orig_mod.module.", "net.1."],
 )
 @pytest.mark.parametrize("head", [True, False])
 def test_the_prefix_of_a_wrapper_is_left_out(

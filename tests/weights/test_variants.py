@@ -220,3 +220,30 @@ def test_an_attention_pooling_is_left_out_with_a_warning(
     caplog.clear()
     weight_files.read(_write(tmp_path, "SigLIPClassifier"))  # whose classifier averages
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "mlp"), [("CLIPVision", "quick_gelu"), ("SigLIPVision", "gelu_tanh")]
+)
+def test_the_activation_of_a_config_that_leaves_it_out(
+    tmp_path: pathlib.Path, all_parts: None, name: str, mlp: str
+) -> None:
+    path = _write(tmp_path, name)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert weight_files.read(path).attributes["mlp"] == mlp
+
+
+@_runs
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("qk_norm", "no network of these parts"), ("clip", "no classifier with a bias")],
+)
+def test_networks_that_hugging_face_does_not_have(
+    tmp_path: pathlib.Path, name: str, message: str
+) -> None:
+    path = _write(tmp_path, name)
+    model, params = _infer(tmp_path, _VARIANTS[f"{name}/images"])
+    with pytest.raises(errors.UserError, match=message):
+        weight_files.write(path, params, model, names="huggingface")
