@@ -23,6 +23,9 @@ class Plan:
       use_switch: selects the compiled number of tokens by a switch instead of loops, and puts
         tokens back by one scatter. Use it on GPUs: the host reads the condition of a loop, but not
         the index of a switch in a command buffer. Avoid it on CPUs: XLA runs a switch on one core.
+      packed: packs the active tokens of a chunk into one buffer instead of buckets; inference only.
+        It applies if `adaptive.can_pack`; other networks and devices use the buckets. No GPU has
+        timed it yet.
 
     Raises:
       ValueError: a size is below 1.
@@ -33,6 +36,7 @@ class Plan:
     chunk: int = 96
     full_bucket: int = 12
     use_switch: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if min(self.bucket, self.token_multiple, self.chunk, self.full_bucket) < 1:

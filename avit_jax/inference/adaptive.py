@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from avit_jax.core import no_gradient
 from avit_jax.core.plan import Plan, removal_pays
 from avit_jax.core.ragged import make_buckets
+from avit_jax.kernels import packed
 from avit_jax.models import flops, forward, vit
 
 _NO_GRADIENT = (
@@ -88,7 +89,7 @@ def apply(
       model: a network with halting.
       variables: `{"params": params}`, as for `model.apply`.
       images: `(B, H, W, C)` float, normalized, B at least 1.
-      plan: sizes of the buckets; None for `default_plan`.
+      plan: sizes of the buckets, or packed execution; None for `default_plan`.
 
     Returns:
       Logits `(B, C)`, and `Aux` with `macs_padded`.
@@ -213,15 +214,38 @@ def _embed(
     return jax.lax.while_loop(lambda carry: carry[1] < stop, body, (x, jnp.array(0)))[0]
 
 
+def can_pack(model: vit.AViT, variables: Any, x: jax.Array) -> bool:
+    """Returns whether packed execution, `Plan.packed`, supports a network and this device.
+
+    It needs bfloat16 or float16, plain layers of at most 384 channels, no merging, and an NVIDIA
+    GPU of compute capability 9.0 (H100, H200). On a backend other than a GPU it runs in plain JAX,
+    which computes halted tokens too.
+
+    Args:
+      model: a network with halting.
+      variables: as for `apply`.
+      x: `(B, N, D)` embedded tokens of a chunk.
+    """
+    if model.halting is None or model.halting.merge:
+        return False
+    rows = packed.num_rows(x.shape[0] * x.shape[1])
+    layers = variables["params"]["layers"]
+    return packed.has_kernels() and packed.supports(layers, x.dtype, model.num_heads, rows)
+
+
 def _classify(
     model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, plan: Plan
 ) -> tuple[jax.Array, vit.Aux]:
     """Maps the tokens `(B, N, D)` of one chunk to logits and `Aux` with the image axis first."""
     network = model.clone(removal=None, remat=False)
     run: Any = network.apply
-    logits, aux = run(variables, x, forward.Bucketed(plan), exists=exists, method="from_tokens")
-    is_last = jnp.arange(model.depth) == model.depth - 1
+    executor: forward.Executor = forward.Bucketed(plan)
     padded = jax.vmap(lambda active, is_last: padded_macs(model, active, plan, is_last))
+    if plan.packed and can_pack(model, variables, x):
+        executor = forward.Packed(num_heads=model.num_heads, norm_eps=model.norm_eps)
+        padded = jax.vmap(lambda active, _: packed_macs(model, active))
+    logits, aux = run(variables, x, executor, exists=exists, method="from_tokens")
+    is_last = jnp.arange(model.depth) == model.depth - 1
     macs = flops.fixed_macs(model) + padded(aux.active, is_last).sum(axis=0)
     # Rounding may leave the sum below the MACs without padding.
     aux = dataclasses.replace(aux, macs_padded=jnp.maximum(macs, aux.macs))
@@ -231,6 +255,29 @@ def _classify(
 def _swap_layers_and_images(aux: vit.Aux) -> vit.Aux:
     score, active = aux.score.swapaxes(0, 1), aux.active.swapaxes(0, 1)
     return dataclasses.replace(aux, score=score, active=active)
+
+
+def packed_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
+    """Returns the MACs of one layer for each image in packed execution, including padding.
+
+    Args:
+      model: for its sizes.
+      active: `(B, N)` bool.
+
+    Returns:
+      `(B,)` float32. The images share the last block of rows by their tokens. The attention of an
+      image runs in whole blocks of queries and keys.
+    """
+    tiles = packed.TILES
+
+    def in_blocks(num: jax.Array, size: int) -> jax.Array:
+        return jnp.ceil(num / size) * size
+
+    num = active.sum(axis=1).astype(jnp.float32)
+    share = in_blocks(num.sum(), tiles.rows) / jnp.maximum(num.sum(), 1.0)
+    pairs = 2.0 * model.width  # MACs of a query and a key
+    linear = flops.layer_macs(1.0, model, True) - pairs
+    return num * share * linear + pairs * in_blocks(num, tiles.queries) * in_blocks(num, tiles.keys)
 
 
 def padded_macs(

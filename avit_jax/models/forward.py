@@ -1,7 +1,7 @@
 """The one forward pass over all layers. Axes as in `vit`.
 
-An executor runs a layer: `masked` on all tokens, `Bucketed` on the active ones. The executor
-affects neither which tokens halt, nor how outputs are averaged, nor the fields of `Aux`.
+An executor runs a layer: `masked` on all tokens, `Bucketed` and `Packed` on the active ones. The
+executor affects neither which tokens halt, nor how outputs are averaged, nor the fields of `Aux`.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from avit_jax.core import halting, merging, ragged
+from avit_jax.core import halting, merging, packed, ragged
 from avit_jax.core.plan import Plan
 from avit_jax.core.ragged import Inputs
+from avit_jax.kernels import packed as packed_kernels
 from avit_jax.models.block import Block, Gate
 
 # (layer, params, x, values, inputs, active) -> (x, values), as `ragged.transform` without a plan.
@@ -53,6 +54,50 @@ class Bucketed:
 
     def __call__(self, layer: ragged.Layer, *args: Any) -> tuple[jax.Array, Any]:
         return ragged.transform(layer, self.plan, *args)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Runs a layer on the active tokens of all images, which share one buffer; see `core.packed`.
+
+    The tokens stay in the buffer between layers. It is for inference with layers that
+    `kernels.packed.supports`, and computes them itself, without the argument `layer`.
+
+    Attributes:
+      num_heads: H.
+      norm_eps: epsilon of the layer norms.
+    """
+
+    num_heads: int
+    norm_eps: float
+
+    def start(self, x: jax.Array) -> packed.PackedTokens:
+        """Returns the tokens `(B, N, D)` in a buffer."""
+        return packed.buffer(x, packed_kernels.num_rows(x.shape[0] * x.shape[1]))
+
+    def __call__(
+        self,
+        layer: ragged.Layer,
+        params: Any,
+        x: packed.PackedTokens,
+        values: Any,
+        inputs: Inputs,
+        active: jax.Array,
+    ) -> tuple[Any, Any]:
+        """Runs the layer; arguments as `ragged.transform`, but for the tokens `x`."""
+        del layer, inputs
+        packing = packed.pack(active, len(x.rows))
+        source = x.row.reshape(-1).at[packing.token].get(mode="promise_in_bounds")
+        rows = packed_kernels.layer(
+            params[0],
+            x.rows,
+            source,
+            packing.first,
+            num_tokens=active.shape[1],
+            num_heads=self.num_heads,
+            eps=self.norm_eps,
+        )
+        return packed.PackedTokens(rows=rows, row=packing.row), values
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -94,13 +139,13 @@ class Carry:
     """What one layer hands to the next.
 
     Attributes:
-      x: `(B, N, D)` tokens.
+      x: `(B, N, D)` tokens, or those in the buffer of `Packed`.
       state: of halting, fields `(B, N)`.
       readout: `(B, R, D)` weighted sum of the outputs of the prefix tokens over the layers so far.
       size: `(B, N)` number of patches that each token stands for; None without merging.
     """
 
-    x: jax.Array
+    x: Any
     state: halting.HaltingState
     readout: jax.Array
     size: jax.Array | None
@@ -131,7 +176,7 @@ def step(
 
     Args:
       block: the layer.
-      executor: `masked`, `Bucketed(plan)`, or a function with their signature.
+      executor: `masked`, `Bucketed(plan)`, `Packed(...)`, or a function with their signature.
       gate: gamma and beta.
       carry: from the layer before.
       params: of this layer.
@@ -166,13 +211,18 @@ def step(
         inputs,
         state.active,
     )
-    if info is None:
-        score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
-    else:  # with merging, the layer computes it
-        score = values["score"]
+    if isinstance(x, packed.PackedTokens):
+        gate_channel = x.channel(state.active, config.channel)[..., None]
+        score = halting.score(gate_channel, gamma=gamma, beta=beta)
+        prefix = x.prefix(state.active, num_prefix_tokens)
+    else:
+        prefix = x[:, :num_prefix_tokens]
+        if info is None:
+            score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
+        else:  # with merging, the layer computes it
+            score = values["score"]
     after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-    prefix = x[:, :num_prefix_tokens].astype(weight.dtype)
-    readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix
+    readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix.astype(weight.dtype)
     carry = Carry(x=x, state=after, readout=readout, size=values.get("size"))
     return carry, (score, state.active)
 
@@ -227,6 +277,8 @@ def run(
     """
     num_layers = len(jax.tree.leaves(params)[0])
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
+    if isinstance(executor, Packed):
+        carry = dataclasses.replace(carry, x=executor.start(carry.x))
     layers = (params, jnp.arange(num_layers) == num_layers - 1, keep, keys)
 
     def body(carry: Carry, layer: tuple) -> tuple[Carry, tuple[jax.Array, jax.Array] | None]:

@@ -1,0 +1,286 @@
+"""Three kernels for NVIDIA GPUs that compute a layer on packed tokens, in Pallas for Triton.
+
+`packed` calls them and holds their twins in plain JAX. The kernels compute norms, softmax, GELU and
+sums in float32, and round where they write.
+
+The grid of a kernel covers the whole buffer. A program whose rows hold no token returns at once. In
+the last block that holds tokens, rows without one are computed too. They hold anything, also NaN,
+and no other row reads them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from avit_jax.kernels.packed import TILES, Tiles
+
+_LOWEST = -1e30  # logit of a masked key; its weight underflows to exactly 0
+_LOG2_E = 1.4426950408889634
+
+
+def project(
+    params: Any,
+    x: jax.Array,
+    source: jax.Array,
+    first: jax.Array,
+    *,
+    eps: float,
+    tiles: Tiles = TILES,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Gathers tokens, and computes their norm, queries, keys and values.
+
+    Arguments as in `layer`.
+
+    Returns:
+      Queries, keys and values `(T, 3 D)`, and the gathered tokens `(T, D)`.
+    """
+    width, out_width = params["qkv"]["kernel"].shape
+    parts = _split(width, tiles.part)
+
+    def kernel(first: Any, source: Any, x: Any, *refs: Any) -> None:
+        scale, bias, weight, offset, heads, rows = refs
+
+        @pl.when(pl.program_id(0) * tiles.rows < first[first.shape[0] - 1])
+        def _() -> None:
+            where = source[...][:, None]
+            tokens = [triton.load(x.at[where, (a + _arange(n))[None]]) for a, n in parts]
+            for (a, n), token in zip(parts, tokens, strict=True):
+                triton.store(rows.at[:, pl.ds(a, n)], token)
+            normed = _norm([token.astype(jnp.float32) for token in tokens], scale, bias, parts, eps)
+            normed = [a.astype(x.dtype) for a in normed]
+
+            def body(j: jax.Array, _: None) -> None:
+                at = pl.ds(j * tiles.columns, tiles.columns)
+                out = _product(normed, weight, parts, at) + _vector(offset, at)
+                triton.store(heads.at[:, at], out.astype(heads.dtype))
+
+            jax.lax.fori_loop(0, out_width // tiles.columns, body, None)
+
+    norm, qkv = params["norm1"], params["qkv"]
+    arrays = [first, source, x, norm["scale"], norm["bias"], qkv["kernel"], qkv["bias"]]
+    specs = [_whole(first), _block(tiles, source), *map(_whole, arrays[2:])]
+    outs = [jax.ShapeDtypeStruct((len(source), n), x.dtype) for n in (out_width, width)]
+    heads, rows = pl.pallas_call(
+        kernel,
+        grid=(len(source) // tiles.rows,),
+        in_specs=specs,
+        out_specs=[_block(tiles, out) for out in outs],
+        out_shape=outs,
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+        name="packed_project",
+    )(*arrays)
+    return heads, rows
+
+
+def attend(
+    heads: jax.Array,
+    first: jax.Array,
+    *,
+    num_tokens: int,
+    num_heads: int,
+    tiles: Tiles = TILES,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes attention of each image's tokens to each other.
+
+    A program computes a head of a block of queries of one image, so it reads no row of another one.
+
+    Args:
+      heads: `(T, 3 D)` queries, keys and values.
+      first: as in `layer`.
+      num_tokens: as in `layer`.
+      num_heads: H.
+      tiles: sizes of the blocks.
+      interpret: runs the kernel on a CPU.
+
+    Returns:
+      `(T, D)`; rows without a token hold anything.
+    """
+    width = heads.shape[1] // 3
+    size = width // num_heads
+    scale = size**-0.5 * _LOG2_E
+
+    def kernel(first: Any, heads: Any, out: Any) -> None:
+        head, image = pl.program_id(1), pl.program_id(2)
+        begin, end = first[image], first[image + 1]
+        start = begin + pl.program_id(0) * tiles.queries
+
+        @pl.when(start < end)
+        def _() -> None:
+            row = start + _arange(tiles.queries)
+            exists = (row < end)[:, None]
+            column = (head * size + _arange(size))[None]
+            query = triton.load(heads.at[row[:, None], column], mask=exists, other=0.0)
+
+            def body(j: jax.Array, carry: tuple) -> tuple:
+                out, highest, total = carry
+                place = begin + j * tiles.keys + _arange(tiles.keys)
+                is_key = (place < end)[:, None]
+                key, value = (
+                    triton.load(heads.at[place[:, None], column + i], mask=is_key, other=0.0)
+                    for i in (width, 2 * width)
+                )
+                logits = _dot(query, key.T) * scale
+                logits = jnp.where((place < end)[None], logits, _LOWEST)
+                new = jnp.maximum(highest, logits.max(axis=1))
+                weight, old = jnp.exp2(logits - new[:, None]), jnp.exp2(highest - new)
+                out = out * old[:, None] + _dot(weight.astype(value.dtype), value)
+                return out, new, total * old + weight.sum(axis=1)
+
+            highest = jnp.full((tiles.queries,), _LOWEST, jnp.float32)
+            carry = (jnp.zeros((tiles.queries, size), jnp.float32), highest, highest * 0.0)
+            result, _, total = jax.lax.fori_loop(0, pl.cdiv(end - begin, tiles.keys), body, carry)
+            result = (result / total[:, None]).astype(out.dtype)
+            triton.store(out.at[row[:, None], column], result, mask=exists)
+
+    shape = jax.ShapeDtypeStruct((len(heads), width), heads.dtype)
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(num_tokens, tiles.queries), num_heads, len(first) - 1),
+        in_specs=[_whole(first), _whole(heads)],
+        out_specs=_whole(shape),
+        out_shape=shape,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="packed_attend",
+    )(first, heads)
+
+
+def finish(
+    params: Any,
+    attended: jax.Array,
+    x: jax.Array,
+    first: jax.Array,
+    *,
+    eps: float,
+    tiles: Tiles = TILES,
+    interpret: bool = False,
+) -> jax.Array:
+    """Adds the projected attention, then the MLP, to the tokens `(T, D)`; arguments as in `layer`.
+
+    Args:
+      attended: `(T, D)` from `attend`.
+      x: `(T, D)` tokens from `project`.
+    """
+    width, hidden = params["fc1"]["kernel"].shape
+    parts, deep = _split(width, tiles.part), tiles.columns
+
+    def kernel(first: Any, attended: Any, x: Any, *refs: Any) -> None:
+        scale, bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, out = refs
+
+        def add(sums: list, rows: jax.Array, weight: Any, at: Any) -> list:
+            pieces = [triton.load(weight.at[at, pl.ds(a, n)]) for a, n in parts]
+            return [s + _dot(rows, piece) for s, piece in zip(sums, pieces, strict=True)]
+
+        def project(j: jax.Array, sums: list) -> list:
+            at = pl.ds(j * deep, deep)
+            return add(sums, triton.load(attended.at[:, at]), proj, at)
+
+        @pl.when(pl.program_id(0) * tiles.rows < first[first.shape[0] - 1])
+        def _() -> None:
+            sums = []
+            for part in parts:
+                token = triton.load(x.at[:, pl.ds(*part)]).astype(jnp.float32)
+                sums.append(token + _vector(proj_bias, pl.ds(*part)))
+            sums = jax.lax.fori_loop(0, width // deep, project, sums)
+            normed = [a.astype(x.dtype) for a in _norm(sums, scale, bias, parts, eps)]
+
+            def mlp(j: jax.Array, sums: list) -> list:
+                at = pl.ds(j * tiles.hidden, tiles.hidden)
+                a = _product(normed, fc1, parts, at) + _vector(fc1_bias, at)
+                return add(sums, _gelu(a).astype(x.dtype), fc2, at)
+
+            sums = jax.lax.fori_loop(0, hidden // tiles.hidden, mlp, sums)
+            for part, s in zip(parts, sums, strict=True):
+                s = s + _vector(fc2_bias, pl.ds(*part))
+                triton.store(out.at[:, pl.ds(*part)], s.astype(out.dtype))
+
+    names = [("norm2", "scale"), ("norm2", "bias")]
+    names += [(module, name) for module in ("proj", "fc1", "fc2") for name in ("kernel", "bias")]
+    weights = [params[module][name] for module, name in names]
+    rows = _block(tiles, x)
+    return pl.pallas_call(
+        kernel,
+        grid=(len(x) // tiles.rows,),
+        in_specs=[_whole(first), rows, rows, *map(_whole, weights)],
+        out_specs=rows,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        interpret=interpret,
+        name="packed_finish",
+    )(first, attended, x, *weights)
+
+
+def erf(x: jax.Array) -> jax.Array:
+    """Computes the error function to 1.5e-7, as Triton has none.
+
+    Reference: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+    """
+    t = 1.0 / (1.0 + 0.3275911 * jnp.abs(x))
+    y = jnp.full_like(t, 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        y = y * t + coefficient
+    y = 1.0 - y * t * jnp.exp(-x * x)
+    return jnp.where(x < 0, -y, y)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return 0.5 * x * (1.0 + erf(x * 0.5**0.5))
+
+
+def _arange(size: int) -> jax.Array:
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def _split(width: int, most: int) -> list[tuple[int, int]]:
+    """Splits channels into parts `(begin, size)`: Triton's sizes are powers of two."""
+    parts, begin = [], 0
+    while begin < width:
+        parts.append((begin, min(most, 2 ** ((width - begin).bit_length() - 1))))
+        begin += parts[-1][1]
+    return parts
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _product(rows: list[jax.Array], weight: Any, parts: list, at: Any) -> jax.Array:
+    """Multiplies rows, given in parts, with some columns of a weight; float32."""
+    pieces = [triton.load(weight.at[pl.ds(a, n), at]) for a, n in parts]
+    return functools.reduce(jnp.add, map(_dot, rows, pieces))
+
+
+def _vector(ref: Any, at: Any) -> jax.Array:
+    return triton.load(ref.at[at]).astype(jnp.float32)[None]
+
+
+def _norm(rows: list[jax.Array], scale: Any, bias: Any, parts: list, eps: float) -> list[jax.Array]:
+    """Layer norm of float32 rows, given in parts."""
+    width = sum(n for _, n in parts)
+
+    def mean(values: list[jax.Array]) -> jax.Array:
+        return functools.reduce(jnp.add, [v.sum(axis=1) for v in values])[:, None] / width
+
+    center = mean(rows)
+    rows = [row - center for row in rows]
+    factor = jax.lax.rsqrt(mean([row * row for row in rows]) + eps)
+    return [
+        row * factor * _vector(scale, pl.ds(a, n)) + _vector(bias, pl.ds(a, n))
+        for row, (a, n) in zip(rows, parts, strict=True)
+    ]
+
+
+def _whole(x: Any) -> pl.BlockSpec:
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+
+def _block(tiles: Tiles, x: Any) -> pl.BlockSpec:
+    """A block of rows in each program."""
+    return pl.BlockSpec((tiles.rows, *x.shape[1:]), lambda i: (i,) + (0,) * (len(x.shape) - 1))
