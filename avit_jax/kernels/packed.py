@@ -100,6 +100,7 @@ def supports(
 
 def layer(
     params: Any,
+    index: jax.Array,
     x: jax.Array,
     source: jax.Array,
     first: jax.Array,
@@ -111,7 +112,8 @@ def layer(
     """Runs a layer on the active tokens: by kernels on an NVIDIA GPU, elsewhere by their twins.
 
     Args:
-      params: of the layer, those of matrix products in the dtype of `x`.
+      params: of all layers, stacked; those of matrix products in the dtype of `x`.
+      index: `(1,)` int32, which layer.
       x: `(T, D)` tokens, in any order of rows.
       source: `(T,)` int32, row of `x` that each row of the result comes from.
       first: `(B + 1,)` int32, first row of each image in the result, and the number of tokens.
@@ -124,11 +126,12 @@ def layer(
     """
     run = functools.partial(kernels, num_tokens=num_tokens, num_heads=num_heads, eps=eps)
     other = functools.partial(twins, num_tokens=num_tokens, num_heads=num_heads, eps=eps)
-    return jax.lax.platform_dependent(params, x, source, first, cuda=run, default=other)
+    return jax.lax.platform_dependent(params, index, x, source, first, cuda=run, default=other)
 
 
 def kernels(
     params: Any,
+    index: jax.Array,
     x: jax.Array,
     source: jax.Array,
     first: jax.Array,
@@ -144,13 +147,14 @@ def kernels(
     from avit_jax.kernels import packed_triton
 
     how: dict[str, Any] = {"tiles": tiles, "interpret": interpret}
-    heads, x = packed_triton.project(params, x, source, first, eps=eps, **how)
+    heads, x = packed_triton.project(params, index, x, source, first, eps=eps, **how)
     attended = packed_triton.attend(heads, first, num_tokens=num_tokens, num_heads=num_heads, **how)
-    return packed_triton.finish(params, attended, x, first, eps=eps, **how)
+    return packed_triton.finish(params, index, attended, x, first, eps=eps, **how)
 
 
 def twins(
     params: Any,
+    index: jax.Array,
     x: jax.Array,
     source: jax.Array,
     first: jax.Array,
@@ -160,6 +164,7 @@ def twins(
     eps: float,
 ) -> jax.Array:
     """`layer` in plain JAX."""
+    params = jax.tree.map(lambda stacked: stacked[index[0]], params)
     heads, x = project_twin(params, x, source, eps=eps)
     attended = attend_twin(heads, first, num_tokens=num_tokens, num_heads=num_heads)
     return finish_twin(params, attended, x, eps=eps)

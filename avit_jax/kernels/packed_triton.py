@@ -8,6 +8,7 @@ the last block that holds tokens, rows without one are computed too. They hold a
 and no other row reads them.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,8 +23,27 @@ _LOWEST = -1e30  # logit of a masked key; its weight underflows to exactly 0
 _LOG2_E = 1.4426950408889634
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A parameter of one layer.
+
+    The kernels read it from the parameters of all layers, because XLA would copy a slice of them.
+
+    Attributes:
+      ref: of all layers, stacked.
+      index: of the layer.
+    """
+
+    ref: Any
+    index: jax.Array
+
+    def load(self, *at: Any) -> jax.Array:
+        return triton.load(self.ref.at[self.index, *at])
+
+
 def project(
     params: Any,
+    index: jax.Array,
     x: jax.Array,
     source: jax.Array,
     first: jax.Array,
@@ -39,11 +59,12 @@ def project(
     Returns:
       Queries, keys and values `(T, 3 D)`, and the gathered tokens `(T, D)`.
     """
-    width, out_width = params["qkv"]["kernel"].shape
+    width, out_width = params["qkv"]["kernel"].shape[1:]
     parts = _split(width, tiles.part)
 
-    def kernel(first: Any, source: Any, x: Any, *refs: Any) -> None:
-        scale, bias, weight, offset, heads, rows = refs
+    def kernel(first: Any, index: Any, source: Any, x: Any, *refs: Any) -> None:
+        scale, bias, weight, offset = (_Layer(ref, index[0]) for ref in refs[:4])
+        heads, rows = refs[4:]
 
         @pl.when(pl.program_id(0) * tiles.rows < first[first.shape[0] - 1])
         def _() -> None:
@@ -62,8 +83,9 @@ def project(
             jax.lax.fori_loop(0, out_width // tiles.columns, body, None)
 
     norm, qkv = params["norm1"], params["qkv"]
-    arrays = [first, source, x, norm["scale"], norm["bias"], qkv["kernel"], qkv["bias"]]
-    specs = [_whole(first), _block(tiles, source), *map(_whole, arrays[2:])]
+    arrays = [first, index, source, x, norm["scale"], norm["bias"], qkv["kernel"], qkv["bias"]]
+    specs = [*map(_whole, arrays)]
+    specs[2] = _block(tiles, source)
     outs = [jax.ShapeDtypeStruct((len(source), n), x.dtype) for n in (out_width, width)]
     heads, rows = pl.pallas_call(
         kernel,
@@ -154,6 +176,7 @@ def attend(
 
 def finish(
     params: Any,
+    index: jax.Array,
     attended: jax.Array,
     x: jax.Array,
     first: jax.Array,
@@ -168,14 +191,16 @@ def finish(
       attended: `(T, D)` from `attend`.
       x: `(T, D)` tokens from `project`.
     """
-    width, hidden = params["fc1"]["kernel"].shape
+    width, hidden = params["fc1"]["kernel"].shape[1:]
     parts, deep = _split(width, tiles.part), tiles.columns
 
-    def kernel(first: Any, attended: Any, x: Any, *refs: Any) -> None:
-        scale, bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, out = refs
+    def kernel(first: Any, index: Any, attended: Any, x: Any, *refs: Any) -> None:
+        of_layer = [_Layer(ref, index[0]) for ref in refs[:-1]]
+        scale, bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = of_layer
+        out = refs[-1]
 
-        def add(sums: list, rows: jax.Array, weight: Any, at: Any) -> list:
-            pieces = [triton.load(weight.at[at, pl.ds(a, n)]) for a, n in parts]
+        def add(sums: list, rows: jax.Array, weight: _Layer, at: Any) -> list:
+            pieces = [weight.load(at, pl.ds(a, n)) for a, n in parts]
             return [s + _dot(rows, piece) for s, piece in zip(sums, pieces, strict=True)]
 
         def project(j: jax.Array, sums: list) -> list:
@@ -208,13 +233,13 @@ def finish(
     return pl.pallas_call(
         kernel,
         grid=(len(x) // tiles.rows,),
-        in_specs=[_whole(first), rows, rows, *map(_whole, weights)],
+        in_specs=[_whole(first), _whole(index), rows, rows, *map(_whole, weights)],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name="packed_finish",
-    )(first, attended, x, *weights)
+    )(first, index, attended, x, *weights)
 
 
 def erf(x: jax.Array) -> jax.Array:
@@ -251,17 +276,19 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _product(rows: list[jax.Array], weight: Any, parts: list, at: Any) -> jax.Array:
+def _product(rows: list[jax.Array], weight: _Layer, parts: list, at: Any) -> jax.Array:
     """Multiplies rows, given in parts, with some columns of a weight; float32."""
-    pieces = [triton.load(weight.at[pl.ds(a, n), at]) for a, n in parts]
+    pieces = [weight.load(pl.ds(a, n), at) for a, n in parts]
     return functools.reduce(jnp.add, map(_dot, rows, pieces))
 
 
-def _vector(ref: Any, at: Any) -> jax.Array:
-    return triton.load(ref.at[at]).astype(jnp.float32)[None]
+def _vector(ref: _Layer, at: Any) -> jax.Array:
+    return ref.load(at).astype(jnp.float32)[None]
 
 
-def _norm(rows: list[jax.Array], scale: Any, bias: Any, parts: list, eps: float) -> list[jax.Array]:
+def _norm(
+    rows: list[jax.Array], scale: _Layer, bias: _Layer, parts: list, eps: float
+) -> list[jax.Array]:
     """Layer norm of float32 rows, given in parts."""
     width = sum(n for _, n in parts)
 

@@ -66,14 +66,12 @@ class Packed:
     Attributes:
       num_heads: H.
       norm_eps: epsilon of the layer norms.
+      params: of all layers, stacked; set by `run`.
     """
 
     num_heads: int
     norm_eps: float
-
-    def start(self, x: jax.Array) -> packed.PackedTokens:
-        """Returns the tokens `(B, N, D)` in a buffer."""
-        return packed.buffer(x, packed_kernels.num_rows(x.shape[0] * x.shape[1]))
+    params: Any = None
 
     def __call__(
         self,
@@ -84,12 +82,13 @@ class Packed:
         inputs: Inputs,
         active: jax.Array,
     ) -> tuple[Any, Any]:
-        """Runs the layer; arguments as `ragged.transform`, but for the tokens `x`."""
+        """Runs the layer; arguments as `ragged.transform`, but `params` starts with its index."""
         del layer, inputs
         packing = packed.pack(active, len(x.rows))
         source = x.row.reshape(-1).at[packing.token].get(mode="promise_in_bounds")
         rows = packed_kernels.layer(
-            params[0],
+            self.params,
+            params[0][None],
             x.rows,
             source,
             packing.first,
@@ -278,7 +277,10 @@ def run(
     num_layers = len(jax.tree.leaves(params)[0])
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
     if isinstance(executor, Packed):
-        carry = dataclasses.replace(carry, x=executor.start(carry.x))
+        rows = packed_kernels.num_rows(carry.x.shape[0] * carry.x.shape[1])
+        carry = dataclasses.replace(carry, x=packed.buffer(carry.x, rows))
+        executor = dataclasses.replace(executor, params=params)
+        params = jnp.arange(num_layers, dtype=jnp.int32)
     layers = (params, jnp.arange(num_layers) == num_layers - 1, keep, keys)
 
     def body(carry: Carry, layer: tuple) -> tuple[Carry, tuple[jax.Array, jax.Array] | None]:
