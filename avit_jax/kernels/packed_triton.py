@@ -126,7 +126,6 @@ def attend(
     """
     width = heads.shape[1] // 3
     size = width // num_heads
-    scale = size**-0.5 * _LOG2_E
 
     def kernel(first: Any, heads: Any, out: Any) -> None:
         head, image = pl.program_id(1), pl.program_id(2)
@@ -140,25 +139,7 @@ def attend(
             column = (head * size + _arange(size))[None]
             query = triton.load(heads.at[row[:, None], column], mask=exists, other=0.0)
 
-            def body(j: jax.Array, carry: tuple) -> tuple:
-                out, highest, total = carry
-                place = begin + j * tiles.keys + _arange(tiles.keys)
-                is_key = (place < end)[:, None]
-                key, value = (
-                    triton.load(heads.at[place[:, None], column + i], mask=is_key, other=0.0)
-                    for i in (width, 2 * width)
-                )
-                logits = _dot(query, key.T) * scale
-                logits = jnp.where((place < end)[None], logits, _LOWEST)
-                new = jnp.maximum(highest, logits.max(axis=1))
-                weight, old = jnp.exp2(logits - new[:, None]), jnp.exp2(highest - new)
-                out = out * old[:, None] + _dot(weight.astype(value.dtype), value)
-                return out, new, total * old + weight.sum(axis=1)
-
-            highest = jnp.full((tiles.queries,), _LOWEST, jnp.float32)
-            carry = (jnp.zeros((tiles.queries, size), jnp.float32), highest, highest * 0.0)
-            result, _, total = jax.lax.fori_loop(0, pl.cdiv(end - begin, tiles.keys), body, carry)
-            result = (result / total[:, None]).astype(out.dtype)
+            result = _weigh(query, heads, column, begin, end, tiles).astype(out.dtype)
             triton.store(out.at[row[:, None], column], result, mask=exists)
 
     shape = jax.ShapeDtypeStruct((len(heads), width), heads.dtype)
@@ -172,6 +153,37 @@ def attend(
         interpret=interpret,
         name="packed_attend",
     )(first, heads)
+
+
+def _weigh(
+    query: jax.Array, heads: Any, column: jax.Array, begin: jax.Array, end: jax.Array, tiles: Tiles
+) -> jax.Array:
+    """Attends from queries `(rows, K)` to the rows from `begin` to `end`; float32 `(rows, K)`.
+
+    It takes the keys block by block, and keeps the largest logit and the sum of weights so far.
+    """
+    rows, size = query.shape
+    width = heads.shape[1] // 3
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+        out, highest, total = carry
+        place = begin + j * tiles.keys + _arange(tiles.keys)
+        is_key = (place < end)[:, None]
+        key, value = (
+            triton.load(heads.at[place[:, None], column + i], mask=is_key, other=0.0)
+            for i in (width, 2 * width)
+        )
+        logits = _dot(query, key.T) * (size**-0.5 * _LOG2_E)
+        logits = jnp.where((place < end)[None], logits, _LOWEST)
+        new = jnp.maximum(highest, logits.max(axis=1))
+        weight, old = jnp.exp2(logits - new[:, None]), jnp.exp2(highest - new)
+        out = out * old[:, None] + _dot(weight.astype(value.dtype), value)
+        return out, new, total * old + weight.sum(axis=1)
+
+    highest = jnp.full((rows,), _LOWEST, jnp.float32)
+    carry = (jnp.zeros((rows, size), jnp.float32), highest, highest * 0.0)
+    out, _, total = jax.lax.fori_loop(0, pl.cdiv(end - begin, tiles.keys), body, carry)
+    return out / total[:, None]
 
 
 def finish(
@@ -199,36 +211,30 @@ def finish(
         scale, bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = of_layer
         out = refs[-1]
 
-        def add(sums: list, rows: jax.Array, weight: _Layer, at: Any) -> list:
-            pieces = [weight.load(at, pl.ds(a, n)) for a, n in parts]
-            return [s + _dot(rows, piece) for s, piece in zip(sums, pieces, strict=True)]
-
         def project(j: jax.Array, sums: list) -> list:
             at = pl.ds(j * deep, deep)
-            return add(sums, triton.load(attended.at[:, at]), proj, at)
+            return _add(sums, triton.load(attended.at[:, at]), proj, at, parts)
 
         @pl.when(pl.program_id(0) * tiles.rows < first[first.shape[0] - 1])
         def _() -> None:
             sums = []
-            for part in parts:
-                token = triton.load(x.at[:, pl.ds(*part)]).astype(jnp.float32)
-                sums.append(token + _vector(proj_bias, pl.ds(*part)))
+            for at in (pl.ds(*part) for part in parts):
+                token = triton.load(x.at[:, at]).astype(jnp.float32)
+                sums.append(token + _vector(proj_bias, at))
             sums = jax.lax.fori_loop(0, width // deep, project, sums)
             normed = [a.astype(x.dtype) for a in _norm(sums, scale, bias, parts, eps)]
 
             def mlp(j: jax.Array, sums: list) -> list:
                 at = pl.ds(j * tiles.hidden, tiles.hidden)
                 a = _product(normed, fc1, parts, at) + _vector(fc1_bias, at)
-                return add(sums, _gelu(a).astype(x.dtype), fc2, at)
+                return _add(sums, _gelu(a).astype(x.dtype), fc2, at, parts)
 
             sums = jax.lax.fori_loop(0, hidden // tiles.hidden, mlp, sums)
-            for part, s in zip(parts, sums, strict=True):
-                s = s + _vector(fc2_bias, pl.ds(*part))
-                triton.store(out.at[:, pl.ds(*part)], s.astype(out.dtype))
+            for at, s in zip((pl.ds(*part) for part in parts), sums, strict=True):
+                triton.store(out.at[:, at], (s + _vector(fc2_bias, at)).astype(out.dtype))
 
-    names = [("norm2", "scale"), ("norm2", "bias")]
-    names += [(module, name) for module in ("proj", "fc1", "fc2") for name in ("kernel", "bias")]
-    weights = [params[module][name] for module, name in names]
+    weights = [params["norm2"][name] for name in ("scale", "bias")]
+    weights += [params[m][name] for m in ("proj", "fc1", "fc2") for name in ("kernel", "bias")]
     rows = _block(tiles, x)
     return pl.pallas_call(
         kernel,
@@ -280,6 +286,14 @@ def _product(rows: list[jax.Array], weight: _Layer, parts: list, at: Any) -> jax
     """Multiplies rows, given in parts, with some columns of a weight; float32."""
     pieces = [weight.load(pl.ds(a, n), at) for a, n in parts]
     return functools.reduce(jnp.add, map(_dot, rows, pieces))
+
+
+def _add(
+    sums: list[jax.Array], rows: jax.Array, weight: _Layer, at: Any, parts: list
+) -> list[jax.Array]:
+    """Adds the product of rows with some rows of a weight to sums, given in parts; float32."""
+    pieces = [weight.load(at, pl.ds(a, n)) for a, n in parts]
+    return [s + _dot(rows, piece) for s, piece in zip(sums, pieces, strict=True)]
 
 
 def _vector(ref: _Layer, at: Any) -> jax.Array:

@@ -73,6 +73,13 @@ class Packed:
     norm_eps: float
     params: Any = None
 
+    def start(self, carry: "Carry", params: Any) -> tuple["Packed", "Carry", jax.Array]:
+        """Returns the executor with its parameters, the carry with a buffer, and layer indices."""
+        rows = packed_kernels.num_rows(carry.x.shape[0] * carry.x.shape[1])
+        carry = dataclasses.replace(carry, x=packed.buffer(carry.x, rows))
+        index = jnp.arange(len(jax.tree.leaves(params)[0]), dtype=jnp.int32)
+        return dataclasses.replace(self, params=params), carry, index
+
     def __call__(
         self,
         layer: ragged.Layer,
@@ -210,20 +217,27 @@ def step(
         inputs,
         state.active,
     )
-    if isinstance(x, packed.PackedTokens):
-        gate_channel = x.channel(state.active, config.channel)[..., None]
-        score = halting.score(gate_channel, gamma=gamma, beta=beta)
-        prefix = x.prefix(state.active, num_prefix_tokens)
-    else:
-        prefix = x[:, :num_prefix_tokens]
-        if info is None:
-            score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
-        else:  # with merging, the layer computes it
-            score = values["score"]
+    if info is None:
+        score = _score(x, state.active, (gamma, beta), config.channel)
+    else:  # with merging, the layer computes it
+        score = values["score"]
     after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-    readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix.astype(weight.dtype)
+    prefix = _prefix(x, state.active, num_prefix_tokens).astype(weight.dtype)
+    readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix
     carry = Carry(x=x, state=after, readout=readout, size=values.get("size"))
     return carry, (score, state.active)
+
+
+def _score(x: Any, active: jax.Array, gate: Gate, channel: int) -> jax.Array:
+    """Returns the score `(B, N)` of tokens in either layout."""
+    if isinstance(x, packed.PackedTokens):
+        x, channel = x.channel(active, channel)[..., None], 0
+    return halting.score(x, gamma=gate[0], beta=gate[1], channel=channel)
+
+
+def _prefix(x: Any, active: jax.Array, num: int) -> jax.Array:
+    """Returns the prefix tokens `(B, R, D)` of tokens in either layout."""
+    return x.prefix(active, num) if isinstance(x, packed.PackedTokens) else x[:, :num]
 
 
 def _layer(
@@ -277,10 +291,7 @@ def run(
     num_layers = len(jax.tree.leaves(params)[0])
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
     if isinstance(executor, Packed):
-        rows = packed_kernels.num_rows(carry.x.shape[0] * carry.x.shape[1])
-        carry = dataclasses.replace(carry, x=packed.buffer(carry.x, rows))
-        executor = dataclasses.replace(executor, params=params)
-        params = jnp.arange(num_layers, dtype=jnp.int32)
+        executor, carry, params = executor.start(carry, params)
     layers = (params, jnp.arange(num_layers) == num_layers - 1, keep, keys)
 
     def body(carry: Carry, layer: tuple) -> tuple[Carry, tuple[jax.Array, jax.Array] | None]:
