@@ -27,6 +27,9 @@ class Plan:
         `one_kernel.supports`. It is compiled for the same multiples of tokens. Other devices, and
         other networks, use buckets. For inference only. JAX cannot export a program for several
         platforms with it.
+      packed: packs the active tokens of a chunk into one buffer instead of buckets; inference only.
+        It applies if `adaptive.can_pack`; other networks and devices use the buckets. No GPU has
+        timed it yet.
 
     Raises:
       ValueError: a size is below 1.
@@ -38,6 +41,7 @@ class Plan:
     full_bucket: int = 12
     use_switch: bool = False
     one_kernel: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if min(self.bucket, self.token_multiple, self.chunk, self.full_bucket) < 1:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from avit_jax.core import no_gradient
 from avit_jax.core.plan import Plan, removal_pays
 from avit_jax.core.ragged import make_buckets
+from avit_jax.kernels import packed
 from avit_jax.models import flops, forward, vit
 
 _NO_GRADIENT = (
@@ -90,7 +91,7 @@ def apply(
       model: a network with halting.
       variables: `{"params": params}`, as for `model.apply`.
       images: `(B, H, W, C)` float, normalized, B at least 1.
-      plan: sizes of the buckets; None for `default_plan`.
+      plan: sizes of the buckets, or packed execution; None for `default_plan`.
 
     Returns:
       Logits `(B, C)`, and `Aux` with `macs_padded`.
@@ -215,6 +216,25 @@ def _embed(
     return jax.lax.while_loop(lambda carry: carry[1] < stop, body, (x, jnp.array(0)))[0]
 
 
+def can_pack(model: vit.AViT, variables: Any, x: jax.Array) -> bool:
+    """Returns whether packed execution, `Plan.packed`, supports a network and this device.
+
+    It needs bfloat16 or float16, plain layers of at most 384 channels, no merging, and an NVIDIA
+    GPU of compute capability 9.0 (H100, H200). On a backend other than a GPU it runs in plain JAX,
+    which computes halted tokens too.
+
+    Args:
+      model: a network with halting.
+      variables: as for `apply`.
+      x: `(B, N, D)` embedded tokens of a chunk.
+    """
+    if model.halting is None or model.halting.merge:
+        return False
+    rows = packed.num_rows(x.shape[0] * x.shape[1])
+    layers = variables["params"]["layers"]
+    return packed.has_kernels() and packed.supports(layers, x.dtype, model.num_heads, rows)
+
+
 def _classify(
     model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, plan: Plan
 ) -> tuple[jax.Array, vit.Aux]:
@@ -222,6 +242,11 @@ def _classify(
     bucketed = functools.partial(
         _classify_by, model, forward.Bucketed(plan), functools.partial(_bucketed_macs, model, plan)
     )
+    if plan.packed and can_pack(model, variables, x):
+        executor = forward.Packed(num_heads=model.num_heads, norm_eps=model.norm_eps)
+        by_layer = jax.vmap(functools.partial(packed_macs, model))
+        macs = lambda active: by_layer(active).sum(axis=0)  # noqa: E731
+        return _classify_by(model, executor, macs, variables, x, exists)
     if not plan.one_kernel:
         return bucketed(variables, x, exists)
     from avit_jax.models import one_kernel  # loads Pallas
@@ -260,6 +285,29 @@ def _bucketed_macs(model: vit.AViT, plan: Plan, active: jax.Array) -> jax.Array:
 def _swap_layers_and_images(aux: vit.Aux) -> vit.Aux:
     score, active = aux.score.swapaxes(0, 1), aux.active.swapaxes(0, 1)
     return dataclasses.replace(aux, score=score, active=active)
+
+
+def packed_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
+    """Returns the MACs of one layer for each image in packed execution, including padding.
+
+    Args:
+      model: for its sizes.
+      active: `(B, N)` bool.
+
+    Returns:
+      `(B,)` float32. The images share the last block of rows by their tokens. The attention of an
+      image runs in whole blocks of queries and keys.
+    """
+    tiles = packed.TILES
+
+    def in_blocks(num: jax.Array, size: int) -> jax.Array:
+        return jnp.ceil(num / size) * size
+
+    num = active.sum(axis=1).astype(jnp.float32)
+    share = in_blocks(num.sum(), tiles.rows) / jnp.maximum(num.sum(), 1.0)
+    pairs = 2.0 * model.width  # MACs of a query and a key
+    linear = flops.layer_macs(1.0, model, True) - pairs
+    return num * share * linear + pairs * in_blocks(num, tiles.queries) * in_blocks(num, tiles.keys)
 
 
 def padded_macs(

@@ -27,6 +27,8 @@ def autotune(
 ) -> Plan:
     """Measures plans similar to the default one, and returns the fastest, for `adaptive.apply`.
 
+    On a GPU, packed execution is one of them if `adaptive.can_pack`.
+
     The first call takes one or two minutes, longer on a GPU, mostly to compile. The plan is stored
     in `cache`. Later calls read it if devices, cores, version of JAX, model, and shape and dtype of
     the images match. Weights are not compared: delete the file after further training. Which plan
@@ -57,7 +59,8 @@ def autotune(
         return Plan(**json.loads(cache.read_text())[key])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not measured yet, or another version wrote the file
-    default, plans = _candidates(len(images))
+    embedded = jax.eval_shape(functools.partial(model.apply, method="embed"), variables, images)
+    default, plans = _candidates(len(images), adaptive.can_pack(model, variables, embedded))
     medians = _measure(model, variables, images, plans)
     best = plans[medians.index(min(medians))]
     _logger.info(
@@ -70,7 +73,7 @@ def autotune(
     return best
 
 
-def _candidates(batch: int) -> tuple[Plan, list[Plan]]:
+def _candidates(batch: int, can_pack: bool) -> tuple[Plan, list[Plan]]:
     """Returns the default plan, and the plans to measure."""
     default = adaptive.default_plan(batch)
     default = dataclasses.replace(default, bucket=min(default.bucket, batch))
@@ -80,7 +83,11 @@ def _candidates(batch: int) -> tuple[Plan, list[Plan]]:
         for bucket in sorted({half, default.bucket, double})
         for multiple in (default.token_multiple, 2 * default.token_multiple)
     ]
-    return default, [default, *plans] if default.one_kernel else plans
+    if default.one_kernel:
+        plans.append(default)
+    if can_pack and jax.default_backend() == "gpu":
+        plans.append(dataclasses.replace(default, packed=True))
+    return default, plans
 
 
 def _measure(model: vit.AViT, variables: Any, images: jax.Array, plans: list[Plan]) -> list[float]:

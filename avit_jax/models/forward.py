@@ -1,8 +1,8 @@
 """The one forward pass over all layers. Axes as in `vit`.
 
-An executor runs a layer: `masked` on all tokens, `Bucketed` on the active ones. `AtOnce` runs all
-layers by one function. The executor affects neither which tokens halt, nor how outputs are
-averaged, nor the fields of `Aux`.
+An executor runs a layer: `masked` on all tokens, `Bucketed` and `Packed` on the active ones.
+`AtOnce` runs all layers by one function. The executor affects neither which tokens halt, nor how
+outputs are averaged, nor the fields of `Aux`.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKeyArray, PyTree, Shaped
 
-from avit_jax.core import halting, merging, ragged
+from avit_jax.core import halting, merging, packed, ragged
 from avit_jax.core.arrays import Array
 from avit_jax.core.plan import Plan
 from avit_jax.core.ragged import Inputs
+from avit_jax.kernels import packed as packed_kernels
 from avit_jax.models.block import Block, Gate
 
 # (layer, params, x, values, inputs, active) -> (x, values), as `ragged.transform` without a plan.
@@ -72,6 +73,56 @@ class AtOnce:
     layers: Callable[..., tuple[jax.Array, jax.Array]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Runs a layer on the active tokens of all images, which share one buffer; see `core.packed`.
+
+    The tokens stay in the buffer between layers. It is for inference with layers that
+    `kernels.packed.supports`, and computes them itself, without the argument `layer`.
+
+    Attributes:
+      num_heads: H.
+      norm_eps: epsilon of the layer norms.
+      params: of all layers, stacked; set by `run`.
+    """
+
+    num_heads: int
+    norm_eps: float
+    params: Any = None
+
+    def start(self, carry: "Carry", params: Any) -> tuple["Packed", "Carry", jax.Array]:
+        """Returns the executor with its parameters, the carry with a buffer, and layer indices."""
+        rows = packed_kernels.num_rows(carry.x.shape[0] * carry.x.shape[1])
+        carry = dataclasses.replace(carry, x=packed.buffer(carry.x, rows))
+        index = jnp.arange(len(jax.tree.leaves(params)[0]), dtype=jnp.int32)
+        return dataclasses.replace(self, params=params), carry, index
+
+    def __call__(
+        self,
+        layer: ragged.Layer,
+        params: Any,
+        x: packed.PackedTokens,
+        values: Any,
+        inputs: Inputs,
+        active: jax.Array,
+    ) -> tuple[Any, Any]:
+        """Runs the layer; arguments as `ragged.transform`, but `params` starts with its index."""
+        del layer, inputs
+        packing = packed.pack(active, len(x.rows))
+        source = x.row.reshape(-1).at[packing.token].get(mode="promise_in_bounds")
+        rows = packed_kernels.layer(
+            self.params,
+            params[0][None],
+            x.rows,
+            source,
+            packing.first,
+            num_tokens=active.shape[1],
+            num_heads=self.num_heads,
+            eps=self.norm_eps,
+        )
+        return packed.PackedTokens(rows=rows, row=packing.row), values
+
+
 @no_type_check  # JAX also fills it with leaves of other types and shapes
 @flax.struct.dataclass(kw_only=True)
 class Aux:
@@ -113,13 +164,13 @@ class Carry:
     """What one layer hands to the next.
 
     Attributes:
-      x: `(B, N, D)` tokens.
+      x: `(B, N, D)` tokens, or those in the buffer of `Packed`.
       state: of halting, fields `(B, N)`.
       readout: `(B, R, D)` weighted sum of the outputs of the prefix tokens over the layers so far.
       size: `(B, N)` number of patches that each token stands for; None without merging.
     """
 
-    x: Float[Array, "B N D"]
+    x: Any
     state: halting.HaltingState
     readout: Float[Array, "B R D"]
     size: Float[Array, "B N"] | None
@@ -150,7 +201,7 @@ def step(
 
     Args:
       block: the layer.
-      executor: `masked`, `Bucketed(plan)`, or a function with their signature.
+      executor: `masked`, `Bucketed(plan)`, `Packed(...)`, or a function with their signature.
       gate: gamma and beta.
       carry: from the layer before.
       params: of this layer.
@@ -186,14 +237,26 @@ def step(
         state.active,
     )
     if info is None:
-        score = halting.score(x, gamma=gamma, beta=beta, channel=config.channel)
+        score = _score(x, state.active, (gamma, beta), config.channel)
     else:  # with merging, the layer computes it
         score = values["score"]
     after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-    prefix = x[:, :num_prefix_tokens].astype(weight.dtype)
+    prefix = _prefix(x, state.active, num_prefix_tokens).astype(weight.dtype)
     readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix
     carry = Carry(x=x, state=after, readout=readout, size=values.get("size"))
     return carry, (score, state.active)
+
+
+def _score(x: Any, active: jax.Array, gate: Gate, channel: int) -> jax.Array:
+    """Returns the score `(B, N)` of tokens in either layout."""
+    if isinstance(x, packed.PackedTokens):
+        x, channel = x.channel(active, channel)[..., None], 0
+    return halting.score(x, gamma=gate[0], beta=gate[1], channel=channel)
+
+
+def _prefix(x: Any, active: jax.Array, num: int) -> jax.Array:
+    """Returns the prefix tokens `(B, R, D)` of tokens in either layout."""
+    return x.prefix(active, num) if isinstance(x, packed.PackedTokens) else x[:, :num]
 
 
 def _layer(
@@ -248,6 +311,8 @@ def run(
         return _run_at_once(block, executor, gate, carry, params)
     num_layers = len(jax.tree.leaves(params)[0])
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
+    if isinstance(executor, Packed):
+        executor, carry, params = executor.start(carry, params)
     layers = (params, jnp.arange(num_layers) == num_layers - 1, keep, keys)
 
     def body(

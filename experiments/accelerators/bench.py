@@ -39,6 +39,7 @@ class Sizes:
         which they run.
       removal: the same of the removal sections.
       equality: the same of the equality section.
+      kernels: the same of the section of packed kernels.
       dtype: of networks and images.
       copied: elements that the copy moves.
       product: side of the square matrices that are multiplied.
@@ -50,6 +51,7 @@ class Sizes:
     static: tuple[tuple[str, int], ...]
     removal: tuple[tuple[str, int], ...]
     equality: tuple[tuple[str, int], ...]
+    kernels: tuple[tuple[str, int], ...]
     dtype: str
     copied: int
     product: int
@@ -69,6 +71,7 @@ FULL = Sizes(
         ("deit_small", 64),
     ),
     equality=(("deit_tiny", 64), ("deit_tiny", 512), ("deit_small", 64)),
+    kernels=(("deit_tiny", 256), ("deit_small", 256)),
     dtype="bfloat16",
     copied=2**29,
     product=8192,
@@ -80,7 +83,8 @@ TINY = Sizes(
     static=(("tiny", 2),),
     removal=(("tiny", 3),),
     equality=(("tiny", 2),),
-    dtype="float32",
+    kernels=(("tiny", 1),),
+    dtype="bfloat16",
     copied=2**12,
     product=16,
     repeats=2,
@@ -96,7 +100,7 @@ def network(name: str, dtype: str) -> avit_jax.AViT:
     halting = avit_jax.HaltingConfig(learnable=True)
     if name == "tiny":
         return avit_jax.AViT(
-            width=16, num_heads=2, depth=6, halting=halting, dtype=jnp.dtype(dtype)
+            width=64, num_heads=4, depth=6, halting=halting, dtype=jnp.dtype(dtype)
         )
     return getattr(avit_jax, name)(halting=halting, dtype=jnp.dtype(dtype))
 

@@ -5,7 +5,7 @@ import pathlib
 import sys
 from typing import Any
 
-_ORDER = ("machine", "static", "removal", "removal_old_flags", "equality", "switch")
+_ORDER = ("machine", "static", "removal", "removal_old_flags", "equality", "switch", "kernels")
 
 
 def cell(value: Any) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures what one accelerator does, in at most seven minutes, and prints tables. A JSON line a row goes into the folder $OUT:
+# Measures what one accelerator does, in at most ten minutes, and prints tables. A JSON line a row goes into the folder $OUT:
 #
 #   OUT=runs/accelerators experiments/accelerators/run.sh           # one GPU
 #   OUT=runs/rehearsal experiments/accelerators/run.sh --tiny       # a rehearsal on CPU: everything is small
@@ -45,9 +45,10 @@ section() { # name, seconds
 }
 section machine 25 "$@"
 section static 140 "$@"
-section removal 120 "$@"
-section removal_old_flags 60 "$@"
+section removal 170 "$@"
+section removal_old_flags 90 "$@"
 section equality 40 "$@"
 section switch 25 "$@"
+section kernels 60 "$@"
 "$python" -m experiments.accelerators.report "$OUT" | tee "$OUT/table.txt"
 exit $failed

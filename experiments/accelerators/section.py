@@ -9,7 +9,7 @@ import pathlib
 from absl import app, flags
 
 from avit_jax.utils import errors
-from experiments.accelerators import bench, equality, machine, removal, static, switch
+from experiments.accelerators import bench, equality, kernels, machine, removal, static, switch
 
 _SECTIONS = {
     "machine": machine.run,
@@ -18,10 +18,11 @@ _SECTIONS = {
     "removal_old_flags": functools.partial(removal.run, options=bench.OLD_FLAGS),
     "equality": equality.run,
     "switch": switch.run,
+    "kernels": kernels.run,
 }
 _SECTION = flags.DEFINE_enum("section", None, list(_SECTIONS), "what to measure", required=True)
 _OUT = flags.DEFINE_string("out", None, "folder; <section>.jsonl in it is replaced", required=True)
-_TINY = flags.DEFINE_bool("tiny", False, "a rehearsal: a small network, few images, float32")
+_TINY = flags.DEFINE_bool("tiny", False, "a rehearsal: a small network, few images")
 
 
 def main(_: list[str]) -> None:

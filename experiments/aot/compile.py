@@ -1,5 +1,6 @@
 """Ahead-of-time compilation for TPUs and an NVIDIA GPU, and what the compiler says of memory."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -105,8 +106,8 @@ def compile_inference(
     Args:
       config: the recipe.
       topology: see `devices`.
-      program: "inference" removes halted tokens, "masked" masks them, "static" is the network
-        without halting.
+      program: "inference" removes halted tokens, "packed" removes them by packed execution on a
+        GPU, "masked" masks them, "static" is the network without halting.
     """
     on, batch = devices(topology), config.eval.batch_size
     model = _model(config, topology).clone(removal=None)
@@ -121,12 +122,20 @@ def compile_inference(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
     )
     plan = adaptive.default_plan(batch, "gpu") if topology == gpu.NAME else None
+    if program == "packed":
+        if topology != gpu.NAME:
+            raise errors.UserError(f"packed execution has kernels for {gpu.NAME} only.")
+        plan = dataclasses.replace(adaptive.default_plan(batch, "gpu"), packed=True)
     run = jax.jit(
         functools.partial(adaptive.apply, model, plan=plan)
-        if program == "inference"
+        if program in ("inference", "packed")
         else model.apply
     )
-    return _compile(run, (variables, images), topology, on, flops.static_macs(model) * batch, model)
+    macs = flops.static_macs(model) * batch
+    with gpu.target() if program == "packed" else contextlib.nullcontext():
+        return _compile(
+            run, (variables, images), topology, on, macs, model, batch * (program == "packed")
+        )
 
 
 def share_of_chip(on: list[Any]) -> float:
@@ -145,7 +154,9 @@ def _compile(
     on: list[Any],
     macs: float,
     model: vit.AViT,
+    packed: int = 0,
 ) -> dict[str, Any]:
+    """Compiles a program; `packed` is its number of images if it packs their tokens."""
     chip, share = CHIPS[topology.split(":")[0]], share_of_chip(on)
     lowered = function.lower(*arguments)
     started = time.perf_counter()
@@ -167,6 +178,7 @@ def _compile(
         row["compile_seconds"] = time.perf_counter() - started
         if topology == gpu.NAME:
             counted = gpu.count(compiled, model, folder)
+            counted |= gpu.count_packed(compiled, model, packed) if packed else {}
         else:
             cycles = hlo.Program(compiled.as_text()).estimated_cycles(model.depth)
             counted = {"estimated_megacycles": cycles / 1e6}

@@ -2,7 +2,7 @@
 parameters, branches.
 
 Nothing runs. Every kernel is counted as if it read and wrote each of its arrays once; what caches
-save is not known.
+save is not known. A Triton kernel on packed tokens is counted by its rows, see `Rows`.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TRITON = 'custom_call_target="__gpu$xla.gpu.triton"'
 _RUNS = ("while", "conditional", "call", "async-start")
 _FREE = (
     "parameter",
@@ -102,14 +103,36 @@ class Count:
         return Count(*(a * times for a in dataclasses.astuple(self)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How many rows of their buffer the Triton kernels of a program compute.
+
+    Their programs past the last token return at once. So an array with a row for each row of the
+    buffer counts by the rows in blocks that hold a token. A kernel gets the weights of all layers
+    and reads those of one: these count once, whatever the number of rows. All other arrays count
+    in full.
+
+    Attributes:
+      buffer: rows of the buffer.
+      computed: rows in blocks that hold a token.
+      layers: number of layers.
+    """
+
+    buffer: int
+    computed: int
+    layers: int
+
+
 class Program:
     """A compiled program.
 
     Args:
       text: `compiled.as_text()`.
+      rows: of its Triton kernels; None counts all of their arrays in full.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, rows: Rows | None = None) -> None:
+        self._rows = rows
         self._computations: dict[str, dict[str, _Instruction]] = {}
         current: dict[str, _Instruction] = {}
         for line in text.splitlines():
@@ -181,6 +204,8 @@ class Program:
         if x.op == "call" or x.op == "async-start":
             return sum((self._count(name) for name in x.called()), Count())
         operands = [beside[name] for name in x.operands if name in beside]
+        if self._rows is not None and _TRITON in x.line:
+            return Count(sum(_kernel_bytes(y, self._rows) for y in (x, *operands)), 1)
         if x.op != "fusion":
             return Count(_own_bytes(x, operands), 1)
         fused = self._computations[x.called()[0]]
@@ -217,6 +242,19 @@ def _closing(line: str, start: int) -> int:
 def _trips(x: _Instruction) -> int:
     found = _TRIPS.search(x.line)
     return int(found[1]) if found else 1
+
+
+def _kernel_bytes(x: _Instruction, rows: Rows) -> int:
+    """Bytes of an argument or a result of a Triton kernel that computes some rows."""
+    total = 0
+    for kind, dims in _ARRAY.findall(x.shape):
+        shape = [int(n) for n in dims.split(",") if n]
+        if shape[0] == rows.buffer:
+            shape[0] = rows.computed
+        elif shape[0] == rows.layers and len(shape) > 1:
+            shape[0] = 1
+        total += _BYTES[kind] * math.prod(shape)
+    return total
 
 
 def _own_bytes(x: _Instruction, operands: list[_Instruction]) -> int:

@@ -20,6 +20,7 @@ _COLUMNS = (
 )
 _TPU_COLUMNS = ("estimated_megacycles",)
 _GPU_COLUMNS = ("layer_mb", "layer_kernels", "layer_casts", "layer_branches", "program_mb")
+_GPU_COLUMNS += (*(f"{kind}_mb_at_{x}" for x in gpu.RATIOS for kind in ("layer", "program")),)
 _GPU_COLUMNS += ("host_conditionals", "host_loops", "most_registers", "spill_bytes")
 _UNITS = {"mib": "MiB", "gib": "GiB", "mb": "MB"}
 

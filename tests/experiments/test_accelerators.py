@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from experiments.accelerators import bench, report
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECTIONS = ("machine", "static", "removal", "removal_old_flags", "equality", "switch")
+SECTIONS = ("machine", "static", "removal", "removal_old_flags", "equality", "switch", "kernels")
 
 
 def run(out: pathlib.Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -40,11 +40,15 @@ def test_a_rehearsal(tmp_path: pathlib.Path) -> None:
     assert {"default flags", "old flags"} <= set(found["static"])
     for section in ("removal", "removal_old_flags"):
         for ratio in (1.0, 0.8, 0.62, 0.4):
-            row = found[section][f"removed {ratio}"]
-            assert row["macs_ratio"] == pytest.approx(ratio, abs=0.1) and row["efficiency"] > 0
+            for kind in ("removed", "packed"):
+                row = found[section][f"{kind} {ratio}"]
+                assert row["macs_ratio"] == pytest.approx(ratio, abs=0.1) and row["efficiency"] > 0
         assert found[section]["masked"]["speed_up"] > 0
     assert found["equality"]["removed against masked"]["logit_difference"] < 1e-5
     assert found["equality"]["removed against masked"]["other_decisions"] == 0
+    assert found["equality"]["packed against masked"]["logit_difference"] < 0.1
+    kernels = (tmp_path / "kernels.jsonl").read_text().splitlines()
+    assert len(kernels) == 3 * (3 + 3 + 4) and all("microseconds" in row for row in kernels)
     assert "microseconds_added" in found["switch"]["with a switch"]
     assert all(f"== {section}" in done.stdout for section in SECTIONS)
     assert (tmp_path / "table.txt").read_text() in done.stdout
