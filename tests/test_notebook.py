@@ -7,10 +7,8 @@ import matplotlib
 import pytest
 
 _NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks/digits.ipynb"
-zoo = pytest.importorskip("avit_jax.zoo", reason="needs the zoo")
 
 
-@pytest.mark.skipif("digits" not in zoo.NETWORKS, reason="needs the digits network of the zoo")
 def test_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     matplotlib.use("agg")
     cells = json.loads(_NOTEBOOK.read_text())["cells"]

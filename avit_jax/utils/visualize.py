@@ -38,7 +38,7 @@ def depth_figure(
     per_row = min(4, len(images))
     rows = -(-len(images) // per_row)
     panel = 9.6 / (2 * per_row)  # inches
-    height = rows * (panel * images.shape[1] / images.shape[2] + 0.55)
+    height = rows * (panel * images.shape[1] / images.shape[2] + 0.42)
     figure = Figure(figsize=(11, height + 3.6), layout="constrained")
     colours = f"Colours: layers that compute a patch. Yellow patches use all {num_layers} layers."
     figure.suptitle(f"{caption}\n{colours}", fontsize=11)
