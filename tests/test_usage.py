@@ -61,7 +61,8 @@ def test_help_config_has_every_key_with_default_and_comment(
     assert [key.name for key in described if not key.comment] == []
     assert keys["train.steps"].comment == "of the whole run"
     assert keys["init_grid"].comment.startswith("Rows and columns of patches in `init`")
-    assert keys["budget"].comment.endswith("loss.target_depth is unused.")  # two lines above it
+    assert keys["budget"].comment.startswith("Target MACs ratio of training")  # two lines above it
+    assert keys["budget"].comment.endswith("loss.target_depth is unused.")
     text, table = _printed("--help_config", capsys), config_help.markdown(described)
     for name, key in keys.items():
         assert f"--config.{name}=" in text and key.comment in text
