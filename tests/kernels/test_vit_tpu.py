@@ -64,6 +64,7 @@ def _check(model: vit.AViT, variables: Any, images: Any, multiple: int = 16) -> 
         if (output := getattr(aux, name)) is not None:
             close(getattr(got, name), output, atol=1e-5 * np.abs(output).max(), err_msg=name)
     close(np.where(computed, got.score - aux.score, 0), 0, atol=1e-5)
+    assert not got.score[~computed].any()  # finished images do not run
     # An image that is finished early keeps the remainder of its other tokens as it was.
     same = computed.sum(axis=0) == aux.depth
     close(np.where(same, got.ponder_cost - aux.ponder_cost, 0), 0, atol=1e-5)
@@ -168,6 +169,7 @@ def test_what_the_kernel_supports() -> None:
     for model in (vit.deit_tiny(), vit.deit_small(distilled=True), vit.deit_tiny(image_size=384)):
         assert supports(model) and supports(model, jnp.bfloat16)
     assert supports(vit.deit_small(image_size=384), jnp.bfloat16)
+    assert not supports(vit.deit_small(image_size=384))  # in float32
     assert not supports(vit.deit_base(), jnp.bfloat16)
     assert not supports(vit.deit_tiny(halting=None))
     assert not supports(vit.deit_tiny(halting=halting.HaltingConfig(merge=True)))
