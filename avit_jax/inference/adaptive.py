@@ -5,7 +5,8 @@ merges does so in the layer in which it halts. Once all prefix tokens of an imag
 logits are final, so its other tokens stop.
 
 `core.ragged` removes tokens despite fixed shapes. This module runs it from images to logits, in
-chunks of images that bound the memory.
+chunks of images that bound the memory. On TPUs, one kernel may run all layers instead, see
+`Plan.one_kernel`.
 """
 
 import dataclasses

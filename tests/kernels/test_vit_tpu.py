@@ -64,6 +64,7 @@ def _check(model: vit.AViT, variables: Any, images: Any, multiple: int = 16) -> 
         if (output := getattr(aux, name)) is not None:
             close(getattr(got, name), output, atol=1e-5 * np.abs(output).max(), err_msg=name)
     close(np.where(computed, got.score - aux.score, 0), 0, atol=1e-5)
+    assert not got.score[~computed].any()  # finished images do not run
     # An image that is finished early keeps the remainder of its other tokens as it was.
     same = computed.sum(axis=0) == aux.depth
     close(np.where(same, got.ponder_cost - aux.ponder_cost, 0), 0, atol=1e-5)
@@ -104,19 +105,31 @@ def test_the_kernel_computes_what_masking_does(name: str) -> None:
     assert (counts[2:] < counts[1:-1]).any()
 
 
-def test_a_distillation_token_outlives_the_class_token() -> None:
-    model = _model(distilled=True)
+def _with_gate_channel(model: vit.AViT, channel: jax.Array) -> dict[str, Any]:
+    """Variables with which the gate channel of the tokens stays about as given, `(N,)`."""
     variables = _variables(model)
     params = variables["params"]
-    # The first channel, which the gate reads, stays as the embedding has it.
-    layers = params["layers"]
     for name in ("proj", "fc2"):
-        layers[name] = jax.tree.map(lambda x: x.at[..., 0].set(0.0), layers[name])
-    place = jnp.linspace(0.0, 3.0, model.num_tokens).at[:2].set(jnp.array([1.2, -0.5]))
-    params["pos_embed"] = params["pos_embed"].at[0, :, 0].set(place)
-    aux = _check(model, variables, 0.1 * _images(model, 2))
+        params["layers"][name] = jax.tree.map(
+            lambda x: x.at[..., 0].set(0.0), params["layers"][name]
+        )
+    params["pos_embed"] = params["pos_embed"].at[0, :, 0].set(channel)
+    return variables
+
+
+def test_a_distillation_token_outlives_the_class_token() -> None:
+    model = _model(distilled=True)
+    channel = jnp.linspace(0.0, 3.0, model.num_tokens).at[:2].set(jnp.array([1.2, -0.5]))
+    aux = _check(model, _with_gate_channel(model, channel), 0.1 * _images(model, 2))
     assert (aux.depth[:, 0] < aux.depth[:, 1]).all()
     assert (aux.active[2].sum(axis=-1) < 16).all() and aux.active[2:, :, 1].all()
+
+
+def test_a_finished_image_stops_before_its_patches_halt() -> None:
+    model = _model()
+    channel = jnp.full(model.num_tokens, -1.0).at[0].set(1.2)
+    aux = _check(model, _with_gate_channel(model, channel), 0.1 * _images(model, 2))
+    np.testing.assert_array_equal(aux.depth, 2)
 
 
 @pytest.mark.slow
@@ -168,6 +181,7 @@ def test_what_the_kernel_supports() -> None:
     for model in (vit.deit_tiny(), vit.deit_small(distilled=True), vit.deit_tiny(image_size=384)):
         assert supports(model) and supports(model, jnp.bfloat16)
     assert supports(vit.deit_small(image_size=384), jnp.bfloat16)
+    assert not supports(vit.deit_small(image_size=384))  # in float32
     assert not supports(vit.deit_base(), jnp.bfloat16)
     assert not supports(vit.deit_tiny(halting=None))
     assert not supports(vit.deit_tiny(halting=halting.HaltingConfig(merge=True)))
