@@ -98,6 +98,16 @@ def _network() -> dict[str, dict[str, Any]]:
             "norm_eps": 1e-6,  # 1e-12 for weights of Hugging Face
             "num_classes": 1000,
             "distilled": False,
+            "pool": "token",  # what the head reads: "token", or "avg" or "max" over patch tokens
+            "class_token": True,
+            "num_registers": 0,  # register tokens, as in DINOv2
+            "position_class": True,  # False: only patches have position embeddings
+            "pre_norm": False,  # a norm before the first layer, as in CLIP
+            "fc_norm": False,  # the last norm follows pooling
+            "mlp": "gelu",  # or "gelu_tanh", "quick_gelu", "swiglu"
+            "qkv_bias": True,
+            "qk_norm": False,  # norms of queries and keys
+            "layer_scale": False,  # learned scales of both branches of a layer
             "drop_path": 0.0,
             "dropout": 0.0,
             "dtype": "float32",  # of the computation; "bfloat16" on accelerators

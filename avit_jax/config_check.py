@@ -32,6 +32,7 @@ _RANGES = {
     "model.depth": (1, None),
     "model.mlp_ratio": (0.01, 100),
     "model.norm_eps": (1e-20, 1),
+    "model.num_classes": (1, 2**24),
     "loss.ponder_weight": (0, None),
     "loss.prior_weight": (0, None),
     "loss.prior_width": (1e-3, None),
@@ -60,7 +61,7 @@ _LARGEST = {
     "model.width": 2**16,
     "model.depth": 1000,
     "model.num_heads": 2**16,
-    "model.num_classes": 2**24,
+    "model.num_registers": 1000,
 }
 _LARGEST_INTEGER, _LARGEST_FLOAT = 2**32 - 1, 3.4e38  # of uint32 and float32, for other keys
 _LARGEST_SIDE = 100_000  # pixels

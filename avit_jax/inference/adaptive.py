@@ -1,8 +1,8 @@
 """Inference that removes halted tokens, with the logits of `vit.AViT` up to rounding.
 
 Other tokens give a halted token attention weight 0, so it affects no other token. A token that
-merges does so in the layer in which it halts. Once all prefix tokens of an image have halted, its
-logits are final, so its other tokens stop.
+merges does so in the layer in which it halts. Once all tokens that the classifier reads have
+halted, the logits of the image are final, so its other tokens stop.
 
 `core.ragged` removes tokens despite fixed shapes. This module runs it from images to logits, in
 chunks of images that bound the memory.

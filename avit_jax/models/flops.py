@@ -16,19 +16,20 @@ if TYPE_CHECKING:
     from avit_jax.models import vit
 
 
-def is_computed(active: jax.Array, num_prefix_tokens: int) -> jax.Array:
+def is_computed(active: jax.Array, readout: slice | int) -> jax.Array:
     """Returns which tokens are computed if halted tokens and finished images are removed.
 
-    An image is finished once all of its prefix tokens have halted: its logits are final.
+    An image is finished once all tokens that are read out have halted: its logits are final.
 
     Args:
       active: `(L, B, N)` bool, as in `forward.Aux`.
-      num_prefix_tokens: R.
+      readout: which tokens are read out, as `AViT.readout`; a number stands for the first ones.
 
     Returns:
       `(L, B, N)` bool: the token is active, and its image is not finished.
     """
-    return active & active[:, :, :num_prefix_tokens].any(axis=-1, keepdims=True)
+    readout = readout if isinstance(readout, slice) else slice(readout)
+    return active & active[:, :, readout].any(axis=-1, keepdims=True)
 
 
 def layer_macs(
@@ -42,7 +43,7 @@ def layer_macs(
       is_last: whether it is the last layer, in which no tokens are compared.
     """
     # qkv and projection, then the MLP.
-    linear = 4 * model.width**2 + 2 * model.width * model.mlp_width
+    linear = 4 * model.width**2 + (model.spec.mlp_inputs + 1) * model.width * model.mlp_width
     is_last = is_last if isinstance(is_last, bool) else jnp.asarray(is_last, jnp.float32)
     # Queries times keys and weights times values, then the comparison of tokens.
     pairs = 2 * model.width + model.similarity_dim * (1 - is_last)
@@ -59,7 +60,7 @@ def patch_depth(model: "vit.AViT", active: jax.Array) -> jax.Array:
     Returns:
       `(B, rows, columns)` int32.
     """
-    depth = is_computed(active, model.num_prefix_tokens).sum(axis=0)[:, model.num_prefix_tokens :]
+    depth = is_computed(active, model.readout).sum(axis=0)[:, model.num_prefix_tokens :]
     return depth.reshape(-1, *model.grid)
 
 
@@ -70,7 +71,8 @@ def fixed_macs(model: "vit.AViT") -> float:
     """
     patches = model.num_tokens - model.num_prefix_tokens
     macs = patches * model.patch_size**2 * model.channels * model.width
-    return float(macs + model.num_prefix_tokens * model.width * model.num_classes)
+    num_heads = 2 if model.distilled else 1
+    return float(macs + num_heads * model.width * model.num_classes)
 
 
 def static_macs(model: "vit.AViT") -> float:
@@ -89,6 +91,6 @@ def image_macs(model: "vit.AViT", active: jax.Array) -> jax.Array:
     Returns:
       `(B,)` float32 MACs.
     """
-    num_tokens = is_computed(active, model.num_prefix_tokens).sum(axis=-1).astype(jnp.float32)
+    num_tokens = is_computed(active, model.readout).sum(axis=-1).astype(jnp.float32)
     is_last = (jnp.arange(model.depth) == model.depth - 1)[:, None]
     return fixed_macs(model) + layer_macs(num_tokens, model, is_last).sum(axis=0)

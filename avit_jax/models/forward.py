@@ -60,8 +60,8 @@ class Aux:
     """What the network computes besides the logits.
 
     Without halting, the score is 0, the depth is L and the ponder cost is L + 1. `adaptive.apply`
-    also stops all tokens of an image once its prefix tokens have halted, because its logits are
-    final. There, `active`, `depth` and `ponder_cost` reflect this earlier stop.
+    also stops all tokens of an image once those that are read out have halted, because its logits
+    are final. There, `active`, `depth` and `ponder_cost` reflect this earlier stop.
 
     Attributes:
       score: `(L, B, N)` halting scores, at least float32. Those of halted tokens mean nothing. With
@@ -69,7 +69,8 @@ class Aux:
       active: `(L, B, N)` bool, whether the token is active in the layer.
       depth: `(B, N)` int32, number of layers in which the token is active.
       ponder_cost: `(B, N)` depth + remainder, in layers.
-      class_output: `(B, D)` class token, averaged over layers, before the final norm.
+      class_output: `(B, D)` class token, averaged over layers, before the final norm. With pooling,
+        the pooled patch tokens, each averaged over layers with its own weights.
       distillation_output: the same for the distillation token, None without one.
       macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
         `flops.image_macs`.
@@ -96,23 +97,47 @@ class Carry:
     Attributes:
       x: `(B, N, D)` tokens.
       state: of halting, fields `(B, N)`.
-      readout: `(B, R, D)` weighted sum of the outputs of the prefix tokens over the layers so far.
+      readout: `(B, M, D)` weighted sum of the outputs of the M tokens that are read out, over the
+        layers so far.
       size: `(B, N)` number of patches that each token stands for; None without merging.
+      num_prefix_tokens: R.
+      first_readout: index of the first token that is read out; the others follow it.
     """
 
     x: jax.Array
     state: halting.HaltingState
     readout: jax.Array
     size: jax.Array | None
+    num_prefix_tokens: int = dataclasses.field(metadata={"static": True})
+    first_readout: int = dataclasses.field(metadata={"static": True})
+
+    def read_out(self, x: jax.Array) -> jax.Array:
+        """Returns the entries `(B, M, ...)` of the tokens that are read out, of `(B, N, ...)`."""
+        return x[:, self.first_readout : self.first_readout + self.readout.shape[1]]
 
 
-def start(block: Block, x: jax.Array, num_prefix_tokens: int) -> Carry:
-    """Returns the carry before the first layer, for embedded tokens `(B, N, D)`."""
+def start(
+    block: Block, x: jax.Array, num_prefix_tokens: int, readout: slice | None = None
+) -> Carry:
+    """Returns the carry before the first layer.
+
+    Args:
+      block: the layer.
+      x: `(B, N, D)` embedded tokens.
+      num_prefix_tokens: R.
+      readout: which tokens are read out, as `AViT.readout`; None for the prefix tokens.
+    """
     state = halting.init(x.shape[:2], x.dtype)
-    shape = (x.shape[0], num_prefix_tokens, x.shape[-1])
+    first, stop, _ = (readout or slice(num_prefix_tokens)).indices(x.shape[1])
     size = jnp.ones_like(state.remainder) if block.similarity_dim else None
-    readout = jnp.zeros(shape, state.remainder.dtype)
-    return Carry(x=x, state=state, readout=readout, size=size)
+    return Carry(
+        x=x,
+        state=state,
+        readout=jnp.zeros((x.shape[0], stop - first, x.shape[-1]), state.remainder.dtype),
+        size=size,
+        num_prefix_tokens=num_prefix_tokens,
+        first_readout=first,
+    )
 
 
 def step(
@@ -143,13 +168,13 @@ def step(
     Returns:
       The carry, and score and active `(B, N)` of this layer; active at its input.
     """
-    state, num_prefix_tokens = carry.state, carry.readout.shape[1]
+    state = carry.state
     gamma, beta = jnp.asarray(gate[0]), jnp.asarray(gate[1])
     config = block.halting
     assert config is not None
     values, info, gate_of_layer = {}, None, None
     if carry.size is not None:
-        is_patch = jnp.arange(carry.size.shape[1]) >= num_prefix_tokens
+        is_patch = jnp.arange(carry.size.shape[1]) >= carry.num_prefix_tokens
         info = merging.TokenInfo(
             size=carry.size,
             cumulative=state.cumulative,
@@ -171,9 +196,9 @@ def step(
     else:  # with merging, the layer computes it
         score = values["score"]
     after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-    prefix = x[:, :num_prefix_tokens].astype(weight.dtype)
-    readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix
-    carry = Carry(x=x, state=after, readout=readout, size=values.get("size"))
+    outputs = carry.read_out(x).astype(weight.dtype)
+    readout = carry.readout + carry.read_out(weight)[..., None] * outputs
+    carry = dataclasses.replace(carry, x=x, state=after, readout=readout, size=values.get("size"))
     return carry, (score, state.active)
 
 
@@ -218,8 +243,8 @@ def run(
       image_index: `(B,)` indices in the global batch, for dropout; None in evaluation.
       dropout_key: None without dropout.
       remat: recomputes each layer in the backward pass.
-      stop_finished: whether all tokens of an image halt once its prefix tokens have halted. Its
-        logits do not change.
+      stop_finished: whether all tokens of an image halt once those that are read out have halted.
+        Its logits do not change.
 
     Returns:
       The carry, and score and active `(L, B, N)`. Without halting, the score is 0 and all tokens
@@ -261,15 +286,15 @@ def _end_without_halting(
 ) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
     """Reads out the last layer; all tokens have been active in all layers, with score 0."""
     state = dataclasses.replace(carry.state, depth=carry.state.depth + num_layers)
-    readout = carry.x[:, : carry.readout.shape[1]]
+    readout = carry.read_out(carry.x)
     score = jnp.zeros((num_layers, *state.remainder.shape), state.remainder.dtype)
     by_layer = (score, jnp.ones(score.shape, bool))
     return dataclasses.replace(carry, state=state, readout=readout), by_layer
 
 
 def _stop_finished(carry: Carry) -> Carry:
-    """Halts all tokens of images whose prefix tokens have halted."""
+    """Halts all tokens of images whose tokens that are read out have halted."""
     active = carry.state.active
-    unfinished = active[:, : carry.readout.shape[1]].any(axis=1, keepdims=True)
+    unfinished = carry.read_out(active).any(axis=1, keepdims=True)
     state = dataclasses.replace(carry.state, active=active & unfinished)
     return dataclasses.replace(carry, state=state)
