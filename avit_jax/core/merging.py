@@ -28,11 +28,14 @@ class TokenInfo:
       size: number of patches that the token stands for, at least float32.
       cumulative: sum of its scores so far, as in `halting.HaltingState`.
       is_patch: bool, False for prefix tokens.
+      index: index of the token in its image, of the dtype of the size; None if nobody asks for the
+        token into which each one merges.
     """
 
     size: jax.Array
     cumulative: jax.Array
     is_patch: jax.Array
+    index: jax.Array | None = None
 
 
 def similarity(tokens: jax.Array, channels: int) -> jax.Array:
@@ -67,6 +70,15 @@ def redundancy(similar: jax.Array, active: jax.Array) -> jax.Array:
     return jnp.where(active, jnp.where(before, similar, -1.0).max(axis=-1), 0.0)
 
 
+def _target(similar: jax.Array, kept: jax.Array) -> jax.Array:
+    """Returns the index `(B, N)` of the most similar kept token; N if similarities are nan."""
+    similar = jnp.where(kept[:, None, :], similar, -jnp.inf)
+    most = similar == similar.max(axis=-1, keepdims=True)
+    num_tokens = most.shape[-1]
+    # The first of the most similar tokens: argmax, but faster on a CPU.
+    return jnp.where(most, jnp.arange(num_tokens), num_tokens).min(axis=-1)
+
+
 def merge(
     tokens: jax.Array, size: jax.Array, similar: jax.Array, *, merged: jax.Array, kept: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -86,11 +98,7 @@ def merge(
 
     Reference: [ToMe] section 3.
     """
-    similar = jnp.where(kept[:, None, :], similar, -jnp.inf)
-    most = similar == similar.max(axis=-1, keepdims=True)
-    num_tokens = most.shape[-1]
-    # The first of the most similar tokens: argmax, but faster on a CPU.
-    target = jnp.where(most, jnp.arange(num_tokens), num_tokens).min(axis=-1)
+    target = _target(similar, kept)
     weight = jnp.where(merged & kept.any(axis=-1, keepdims=True), size, 0.0)
     add = jax.vmap(lambda target, values: jnp.zeros_like(values).at[target].add(values))
     wide = tokens.astype(size.dtype)
@@ -119,7 +127,8 @@ def score_and_merge(
       channels: how many of the first channels are compared.
 
     Returns:
-      Tokens, and the values "score" and "size" `(B, N)`.
+      Tokens, and the values "score" and "size" `(B, N)`; if `info` has an index also "target", the
+      index of the token that each one is part of afterwards.
     """
     patches = info.is_patch if active is None else info.is_patch & active
     similar = similarity(tokens, channels)
@@ -127,7 +136,11 @@ def score_and_merge(
     beta = beta + config.redundancy * redundancy(similar, patches)
     score = halting.score(tokens, gamma=gamma, beta=beta, channel=config.channel)
     running = halting.keeps_running(info.cumulative + score, config.epsilon)
-    tokens, size = merge(
-        tokens, info.size, similar, merged=patches & ~running, kept=patches & running
-    )
-    return tokens, {"score": score, "size": size}
+    merged, kept = patches & ~running, patches & running
+    tokens, size = merge(tokens, info.size, similar, merged=merged, kept=kept)
+    values = {"score": score, "size": size}
+    if info.index is not None:
+        target = jnp.take_along_axis(info.index, _target(similar, kept), axis=1, mode="clip")
+        merged &= kept.any(axis=-1, keepdims=True)
+        values["target"] = jnp.where(merged, target, info.index)
+    return tokens, values

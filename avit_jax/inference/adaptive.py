@@ -71,7 +71,12 @@ def cores_per_device() -> int:
 
 
 def apply(
-    model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | None = None
+    model: vit.AViT,
+    variables: Any,
+    images: jax.Array,
+    *,
+    plan: Plan | None = None,
+    features: bool = False,
 ) -> tuple[jax.Array, vit.Aux]:
     """Classifies images like `model.apply(variables, images)`, without computing halted tokens.
 
@@ -89,6 +94,8 @@ def apply(
       variables: `{"params": params}`, as for `model.apply`.
       images: `(B, H, W, C)` float, normalized, B at least 1.
       plan: sizes of the buckets; None for `default_plan`.
+      features: whether `Aux` holds the features of all patches. No image then stops before all of
+        its tokens have halted.
 
     Returns:
       Logits `(B, C)`, and `Aux` with `macs_padded`.
@@ -98,8 +105,8 @@ def apply(
       TypeError: a derivative of it is needed.
     """
     check(model, images)
-    run = no_gradient.without_gradient(functools.partial(_apply, model, plan), _NO_GRADIENT)
-    return run(variables, images)
+    run = functools.partial(_apply, model, plan, features)
+    return no_gradient.without_gradient(run, _NO_GRADIENT)(variables, images)
 
 
 def check(model: vit.AViT, images: jax.Array) -> None:
@@ -130,7 +137,7 @@ def make_apply(
 
 
 def _apply(
-    model: vit.AViT, plan: Plan | None, variables: Any, images: jax.Array
+    model: vit.AViT, plan: Plan | None, features: bool, variables: Any, images: jax.Array
 ) -> tuple[jax.Array, vit.Aux]:
     """`apply` for images that fit: splits the batch into chunks of equal size."""
     batch = images.shape[0]
@@ -160,7 +167,7 @@ def _apply(
         place = start + jnp.arange(size)
         exists = (begin <= place) & (place < batch)
         x = _embed(model, variables, images, start, exists, embedded)
-        return _classify(model, variables, x, exists, plan)
+        return _classify(model, variables, x, exists, plan, features)
 
     def in_order(x: jax.Array) -> jax.Array:
         if isinstance(batch, int):
@@ -214,12 +221,18 @@ def _embed(
 
 
 def _classify(
-    model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, plan: Plan
+    model: vit.AViT,
+    variables: Any,
+    x: jax.Array,
+    exists: jax.Array,
+    plan: Plan,
+    features: bool,
 ) -> tuple[jax.Array, vit.Aux]:
     """Maps the tokens `(B, N, D)` of one chunk to logits and `Aux` with the image axis first."""
     network = model.clone(removal=None, remat=False)
     run: Any = network.apply
-    logits, aux = run(variables, x, forward.Bucketed(plan), exists=exists, method="from_tokens")
+    options = {"exists": exists, "features": features, "method": "from_tokens"}
+    logits, aux = run(variables, x, forward.Bucketed(plan), **options)
     is_last = jnp.arange(model.depth) == model.depth - 1
     padded = jax.vmap(lambda active, is_last: padded_macs(model, active, plan, is_last))
     macs = flops.fixed_macs(model) + padded(aux.active, is_last).sum(axis=0)

@@ -170,8 +170,8 @@ class Block(nn.Module):
           gate: gamma and beta; only with merging.
 
         Returns:
-          Tokens `(B, N, D)`, and a dictionary: "score" and "size" `(B, N)` with merging, else
-            empty.
+          Tokens `(B, N, D)`, and a dictionary: the values of `merging.score_and_merge` with
+            merging, else empty.
         """
         info, (keep, image_index) = inputs.tokens, inputs.images
         size = None if info is None else info.size
@@ -188,6 +188,7 @@ class Block(nn.Module):
             channels=self.similarity_dim,
         )
         last = {"score": jnp.ones_like(info.size), "size": info.size}
+        last |= {} if info.index is None else {"target": info.index}
         return jax.lax.cond(inputs.shared, lambda x: (x, last), merge, x)
 
     def transform(

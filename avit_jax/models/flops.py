@@ -81,16 +81,18 @@ def static_macs(model: "vit.AViT") -> float:
     return fixed_macs(model) + model.depth * float(layer_macs(model.num_tokens, model, True))
 
 
-def image_macs(model: "vit.AViT", active: jax.Array) -> jax.Array:
+def image_macs(model: "vit.AViT", active: jax.Array, readout: slice | None = None) -> jax.Array:
     """Returns the MACs of each image if halted tokens and finished images are removed.
 
     Args:
       model: for its sizes.
       active: `(L, B, N)` bool, as in `forward.Aux`.
+      readout: which tokens are needed; None for those that the classifier reads.
 
     Returns:
       `(B,)` float32 MACs.
     """
-    num_tokens = is_computed(active, model.readout).sum(axis=-1).astype(jnp.float32)
+    computed = is_computed(active, model.readout if readout is None else readout)
+    num_tokens = computed.sum(axis=-1).astype(jnp.float32)
     is_last = (jnp.arange(model.depth) == model.depth - 1)[:, None]
     return fixed_macs(model) + layer_macs(num_tokens, model, is_last).sum(axis=0)

@@ -13,6 +13,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from avit_jax.core import features as features_lib
 from avit_jax.core import halting, merging, ragged
 from avit_jax.core.plan import Plan
 from avit_jax.core.ragged import Inputs
@@ -77,6 +78,8 @@ class Aux:
       macs_padded: `(B,)` float32, MACs with the padding of `adaptive.apply`: rows without a token,
         and the image's share of empty places in its bucket. So it depends on the other images of
         the batch. None for other calls.
+      features: `(B, rows, columns, D)` features of the patches, after the last norm unless the
+        network has `fc_norm`; see `core.features`. None if not asked for.
     """
 
     score: jax.Array
@@ -87,6 +90,7 @@ class Aux:
     distillation_output: jax.Array | None = None
     macs: jax.Array | None = None
     macs_padded: jax.Array | None = None
+    features: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +106,7 @@ class Carry:
       size: `(B, N)` number of patches that each token stands for; None without merging.
       num_prefix_tokens: R.
       first_readout: index of the first token that is read out; the others follow it.
+      features: of all tokens; None if not asked for.
     """
 
     x: jax.Array
@@ -110,6 +115,7 @@ class Carry:
     size: jax.Array | None
     num_prefix_tokens: int = dataclasses.field(metadata={"static": True})
     first_readout: int = dataclasses.field(metadata={"static": True})
+    features: features_lib.Features | None = None
 
     def read_out(self, x: jax.Array) -> jax.Array:
         """Returns the entries `(B, M, ...)` of the tokens that are read out, of `(B, N, ...)`."""
@@ -117,7 +123,12 @@ class Carry:
 
 
 def start(
-    block: Block, x: jax.Array, num_prefix_tokens: int, readout: slice | None = None
+    block: Block,
+    x: jax.Array,
+    num_prefix_tokens: int,
+    readout: slice | None = None,
+    *,
+    features: bool = False,
 ) -> Carry:
     """Returns the carry before the first layer.
 
@@ -126,6 +137,7 @@ def start(
       x: `(B, N, D)` embedded tokens.
       num_prefix_tokens: R.
       readout: which tokens are read out, as `AViT.readout`; None for the prefix tokens.
+      features: whether the features of all tokens are needed.
     """
     state = halting.init(x.shape[:2], x.dtype)
     first, stop, _ = (readout or slice(num_prefix_tokens)).indices(x.shape[1])
@@ -137,6 +149,7 @@ def start(
         size=size,
         num_prefix_tokens=num_prefix_tokens,
         first_readout=first,
+        features=features_lib.init(x) if features else None,
     )
 
 
@@ -181,6 +194,9 @@ def step(
             is_patch=jnp.broadcast_to(is_patch, carry.size.shape),
         )
         values = {"score": jnp.zeros_like(state.remainder), "size": carry.size}
+        if carry.features is not None:
+            index = features_lib.token_index(carry.x).astype(carry.size.dtype)
+            info, values["target"] = dataclasses.replace(info, index=index), index
         gate_of_layer = (gamma, beta)
     inputs = Inputs(tokens=info, images=(keep, image_index), shared=jnp.asarray(is_last))
     x, values = executor(
@@ -198,7 +214,12 @@ def step(
     after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
     outputs = carry.read_out(x).astype(weight.dtype)
     readout = carry.readout + carry.read_out(weight)[..., None] * outputs
-    carry = dataclasses.replace(carry, x=x, state=after, readout=readout, size=values.get("size"))
+    features = carry.features
+    if features is not None:
+        features = features_lib.update(features, x, state.active, values.get("target"))
+    carry = dataclasses.replace(
+        carry, x=x, state=after, readout=readout, size=values.get("size"), features=features
+    )
     return carry, (score, state.active)
 
 
@@ -289,7 +310,9 @@ def _end_without_halting(
     readout = carry.read_out(carry.x)
     score = jnp.zeros((num_layers, *state.remainder.shape), state.remainder.dtype)
     by_layer = (score, jnp.ones(score.shape, bool))
-    return dataclasses.replace(carry, state=state, readout=readout), by_layer
+    features = None if carry.features is None else features_lib.init(carry.x)
+    carry = dataclasses.replace(carry, state=state, readout=readout, features=features)
+    return carry, by_layer
 
 
 def _stop_finished(carry: Carry) -> Carry:

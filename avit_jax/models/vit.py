@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avit_jax.core import features as features_lib
 from avit_jax.core import halting as halting_lib
 from avit_jax.core.plan import Plan
 from avit_jax.models import block, checks, flops, forward, halting_linen, sizes
@@ -211,6 +212,7 @@ class AViT(sizes.Sizes, nn.Module):
         exists: jax.Array | None = None,
         image_index: jax.Array | None = None,
         train: bool = False,
+        features: bool = False,
     ) -> tuple[Any, Aux]:
         """Maps embedded tokens to logits and `Aux`; `adaptive.apply` calls it.
 
@@ -222,12 +224,13 @@ class AViT(sizes.Sizes, nn.Module):
             halted. None for training and masked inference.
           image_index: see `__call__`; None without dropout and drop path.
           train: see `__call__`.
+          features: see `__call__`.
 
         Returns:
           As `__call__`.
         """
         cell = block.Block(**self.block_kwargs, parent=None)
-        carry = forward.start(cell, x, self.num_prefix_tokens, self.readout)
+        carry = forward.start(cell, x, self.num_prefix_tokens, self.readout, features=features)
         if exists is not None:
             active = carry.state.active & exists[:, None]
             state = dataclasses.replace(carry.state, active=active)
@@ -245,7 +248,7 @@ class AViT(sizes.Sizes, nn.Module):
             image_index=image_index,
             dropout_key=self.make_rng("dropout") if noisy and self.dropout else None,
             remat=self.remat,
-            stop_finished=exists is not None,
+            stop_finished=exists is not None and not features,
         )
         aux = Aux(
             score=score,
@@ -254,12 +257,23 @@ class AViT(sizes.Sizes, nn.Module):
             ponder_cost=halting_lib.ponder_cost(carry.state),
             class_output=self._pooled(carry.readout)[:, 0],
             distillation_output=carry.readout[:, 1] if self.distilled else None,
-            macs=flops.image_macs(self, active),
+            macs=flops.image_macs(self, active, slice(None) if features else None),
+            features=None if carry.features is None else self._on_grid(carry.features),
         )
         return self.classify(carry.readout, train=train), aux
 
+    def _on_grid(self, features: features_lib.Features) -> jax.Array:
+        x = features_lib.of_all(features)[:, self.num_prefix_tokens :]
+        x = x if self.fc_norm else self.norm(x)
+        return x.reshape(len(x), *self.grid, self.width)
+
     def __call__(
-        self, images: jax.Array, *, train: bool = False, image_index: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        image_index: jax.Array | None = None,
+        features: bool = False,
     ) -> tuple[jax.Array | tuple[jax.Array, jax.Array], Aux]:
         """Classifies images; halted tokens are masked, or removed with the attribute `removal`.
 
@@ -269,6 +283,8 @@ class AViT(sizes.Sizes, nn.Module):
           image_index: `(B,)` int32, index of each image in the global batch, if this is the share
             of one device. Dropout draws by it, so that the draw does not depend on the number of
             devices. Default: 0 to B - 1.
+
+          features: whether `Aux` holds the features of all patches, for dense tasks.
 
         Returns:
           Logits `(B, C)` and `Aux`. A distilled model returns the mean of its two heads; with
@@ -287,7 +303,9 @@ class AViT(sizes.Sizes, nn.Module):
         if self.is_initializing():
             self.layers(x[:1, :1], None)
         executor = forward.masked if self.removal is None else forward.Bucketed(self.removal)
-        return self.from_tokens(x, executor, image_index=image_index, train=train)
+        return self.from_tokens(
+            x, executor, image_index=image_index, train=train, features=features
+        )
 
 
 deit_tiny = functools.partial(AViT, width=192, num_heads=3)

@@ -79,7 +79,9 @@ def _logits(model: vit.AViT, x: np.ndarray, params: Any) -> np.ndarray:
 
 
 def run(model: vit.AViT, params: Any, image: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns logits `(C,)`, outputs `(N, D)` averaged over layers, and depth `(N,)`.
+    """Returns logits `(C,)`, outputs `(N, D)` averaged over layers, depth `(N,)` and features.
+
+    The features `(rows, columns, D)` are the outputs of the patches in their last layers.
 
     Args:
       model: without merging.
@@ -111,4 +113,6 @@ def run(model: vit.AViT, params: Any, image: np.ndarray) -> tuple[np.ndarray, ..
             else:
                 output[token] += (1 - total[token]) * x[token]
         active = np.array(running, int)
-    return _logits(model, output, params), output, depth
+    features = x if model.fc_norm else _norm(x, params["norm"], model.norm_eps)
+    features = features[model.num_prefix_tokens :].reshape(*model.grid, -1)
+    return _logits(model, output, params), output, depth, features

@@ -27,15 +27,11 @@ def _masked(model: vit.AViT):
     return jax.device_get(run(variants.params(model), variants.images(model, 5)))
 
 
-def _float64(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-
 def _compare_with_numpy(model: vit.AViT) -> None:
     logits, aux = _masked(model)
-    params = _float64(variants.params(model))
-    for i, image in enumerate(_float64(variants.images(model, 5))):
-        expected, output, depth = plain_numpy.run(model, params, image)
+    params = variants.float64(variants.params(model))
+    for i, image in enumerate(variants.float64(variants.images(model, 5))):
+        expected, output, depth, _ = plain_numpy.run(model, params, image)
         np.testing.assert_allclose(logits[i], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_array_equal(aux.depth[i], depth)
         patches = output[model.num_prefix_tokens :]

@@ -54,3 +54,8 @@ def params(model: vit.AViT) -> Any:
         return jnp.asarray(centre + 0.3 * values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def float64(tree: Any) -> Any:
+    """Returns a tree of NumPy arrays in float64."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
