@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import variants
 from ml_collections import ConfigDict
 
 from avit_jax.data import loader
@@ -127,6 +128,17 @@ def test_distilled_model_trains_both_heads() -> None:
     before, after = run_steps(config, 1, steps=0)[0].params, run_steps(config, 1)[0].params
     for head in ("head", "head_dist"):
         assert np.abs(after[head]["kernel"] - before[head]["kernel"]).max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "qk_norm"])
+def test_every_parameter_of_other_networks_trains(kind: str) -> None:
+    changes = {f"model.{name}": value for name, value in variants.KINDS[kind].items()}
+    config = fixtures.small_config(**changes)
+    before, after = run_steps(config, 1, steps=0)[0].params, run_steps(config, 1)[0].params
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+    ):
+        assert np.abs(new - old).max() > 1e-5, jax.tree_util.keystr(path)
 
 
 def test_no_compilation_after_the_first_step() -> None:
