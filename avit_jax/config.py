@@ -98,7 +98,7 @@ def _network() -> dict[str, dict[str, Any]]:
             "norm_eps": 1e-6,  # 1e-12 for weights of Hugging Face
             "num_classes": 1000,
             "distilled": False,
-            "pool": "token",  # what the head reads: "token", or "avg" or "max" over patch tokens
+            "pool": "token",  # what the head reads: "token", or "avg", "max" or "map" of patches
             "class_token": True,
             "num_registers": 0,  # register tokens, as in DINOv2
             "position_class": True,  # False: only patches have position embeddings

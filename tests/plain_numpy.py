@@ -67,11 +67,25 @@ def _embed(model: vit.AViT, image: np.ndarray, params: Any) -> np.ndarray:
     return _norm(x, params["norm_pre"], model.norm_eps) if model.pre_norm else x
 
 
+def _attention_pool(model: vit.AViT, x: np.ndarray, p: Any) -> np.ndarray:
+    """Tokens `(n, D)` to `(D,)`."""
+    query = _dense(p["latent"][0, 0], p["q"]).reshape(model.num_heads, -1)
+    key, value = np.split(_dense(x, p["kv"]), 2, axis=1)
+    key, value = (a.reshape(len(x), model.num_heads, -1) for a in (key, value))
+    weight = np.exp(np.einsum("hk,nhk->hn", query, key) / math.sqrt(query.shape[1]))
+    weight /= weight.sum(axis=1, keepdims=True)
+    x = _dense(np.einsum("hn,nhk->hk", weight, value).ravel(), p["proj"])
+    hidden = _activation(_dense(_norm(x, p["norm"], model.norm_eps), p["fc1"]), model.mlp)
+    return x + _dense(hidden, p["fc2"])
+
+
 def _logits(model: vit.AViT, x: np.ndarray, params: Any) -> np.ndarray:
     """Outputs `(N, D)` of all tokens, averaged over layers, to logits `(C,)`."""
     if not model.fc_norm:
         x = _norm(x, params["norm"], model.norm_eps)
     patches = x[model.num_prefix_tokens :]
+    if model.pool == "map":
+        return _dense(_attention_pool(model, patches, params["attn_pool"]), params["head"])
     x = {"token": x[0], "avg": patches.mean(axis=0), "max": patches.max(axis=0)}[model.pool]
     if model.fc_norm:
         x = _norm(x, params["fc_norm"], model.norm_eps)

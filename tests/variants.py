@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "registers_with_positions": {"num_registers": 2},
     "clip": {"pre_norm": True, "mlp": "quick_gelu", "norm_eps": 1e-5},
     "siglip_average": {"class_token": False, "pool": "avg", "mlp": "gelu_tanh"},
+    "siglip": {"class_token": False, "pool": "map", "mlp": "gelu_tanh"},
     "average_after_class_token": {"pool": "avg", "fc_norm": True},
     "maximum": {"class_token": False, "pool": "max", "num_registers": 1, "fc_norm": True},
     "qk_norm": {"qk_norm": True, "qkv_bias": False},

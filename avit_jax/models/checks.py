@@ -9,7 +9,7 @@ from avit_jax.models.layer_spec import ACTIVATIONS
 if TYPE_CHECKING:
     from avit_jax.models import vit
 
-POOLS = ("token", "avg", "max")
+POOLS = ("token", "avg", "max", "map")
 MLPS = tuple(ACTIVATIONS)
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -32,6 +32,11 @@ def check(model: "vit.AViT") -> None:
             raise ValueError(f'{name} must be {names}; got "{getattr(model, name)}".')
     if model.pool == "token" and not model.class_token:
         raise ValueError('pool "token" reads the class token: set class_token, or pool="avg".')
+    if model.pool == "map" and (model.num_prefix_tokens or model.fc_norm):
+        raise ValueError(
+            'pool "map" reads all tokens after the norm: unset class_token, fc_norm and '
+            "num_registers."
+        )
     if model.distilled and (model.pool != "token" or not model.num_classes):
         raise ValueError(
             'a distilled model needs pool "token" and at least one class: unset distilled.'

@@ -65,12 +65,16 @@ def patch_depth(model: "vit.AViT", active: jax.Array) -> jax.Array:
 
 
 def fixed_macs(model: "vit.AViT") -> float:
-    """Returns the MACs of an image outside the layers: patch embedding and head.
+    """Returns the MACs of an image outside the layers: patch embedding, pooling and head.
 
     A float, because int32 overflows for DeiT-B at 1,024 pixels.
     """
     patches = model.num_tokens - model.num_prefix_tokens
     macs = patches * model.patch_size**2 * model.channels * model.width
+    if model.pool == "map":  # keys, values and attention; then query, projection and MLP
+        macs += patches * (2 * model.width**2 + 2 * model.width)
+        mlp = (model.spec.mlp_inputs + 1) * model.width * model.mlp_width
+        macs += 2 * model.width**2 + mlp
     num_heads = 2 if model.distilled else 1
     return float(macs + num_heads * model.width * model.num_classes)
 

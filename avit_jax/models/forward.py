@@ -71,7 +71,8 @@ class Aux:
       depth: `(B, N)` int32, number of layers in which the token is active.
       ponder_cost: `(B, N)` depth + remainder, in layers.
       class_output: `(B, D)` class token, averaged over layers, before the final norm. With pooling,
-        the pooled patch tokens, each averaged over layers with its own weights.
+        the pooled patch tokens, each averaged over layers with its own weights; with "map" that is
+        what the head reads.
       distillation_output: the same for the distillation token, None without one.
       macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
         `flops.image_macs`.

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from avit_jax.core import features as features_lib
 from avit_jax.core import halting as halting_lib
 from avit_jax.core.plan import Plan
-from avit_jax.models import block, checks, flops, forward, halting_linen, sizes
+from avit_jax.models import attention_pool, block, checks, flops, forward, halting_linen, sizes
 from avit_jax.models.forward import Aux
 
 _token_init = nn.initializers.truncated_normal(0.02)
@@ -43,8 +43,8 @@ class AViT(sizes.Sizes, nn.Module):
       num_classes: C; 0: there is no head, and the logits are the pooled features `(B, D)`.
       distilled: adds DeiT's distillation token and head.
       pool: what the classifier reads: "token", the class token; "avg" or "max", the mean or maximum
-        over all patch tokens. With pooling and halting, each patch token is averaged over layers
-        with its own weights first. Halted tokens count too.
+        over all patch tokens; "map", SigLIP's attention over them. With pooling and halting, each
+        patch token is averaged over layers with its own weights first. Halted tokens count too.
       class_token: whether there is one; it is only an extra token if `pool` is not "token".
       num_registers: number of register tokens, which the classifier does not read.
       position_class: whether prefix tokens have a position embedding too.
@@ -146,6 +146,14 @@ class AViT(sizes.Sizes, nn.Module):
         if self.pre_norm:
             self.norm_pre = norm()
         self.norm = norm(name="fc_norm" if self.fc_norm else "norm")
+        if self.pool == "map":
+            self.attn_pool = attention_pool.AttentionPool(
+                num_heads=self.num_heads,
+                mlp_width=self.mlp_width,
+                norm_eps=self.norm_eps,
+                dtype=self.dtype,
+                spec=self.spec,
+            )
         if self.num_classes:
             self.head = dense(self.num_classes)
 
@@ -177,6 +185,8 @@ class AViT(sizes.Sizes, nn.Module):
         """Maps the tokens that are read out `(B, M, D)` to the tokens of the heads."""
         if self.pool == "token":
             return readout
+        if self.pool == "map":
+            return self.attn_pool(self.norm(readout))
         reduce = jnp.mean if self.pool == "avg" else jnp.max
         return reduce(readout, axis=1, keepdims=True)
 
@@ -184,7 +194,9 @@ class AViT(sizes.Sizes, nn.Module):
         self, readout: jax.Array, *, train: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Maps the tokens that are read out `(B, M, D)` to logits, as `__call__` returns them."""
-        if self.fc_norm:
+        if self.pool == "map":
+            pooled = self._pooled(readout)
+        elif self.fc_norm:
             pooled = self.norm(self._pooled(readout))
         else:
             pooled = self._pooled(self.norm(readout))
