@@ -186,19 +186,8 @@ def step(
     gamma, beta = jnp.asarray(gate[0]), jnp.asarray(gate[1])
     config = block.halting
     assert config is not None
-    values, info, gate_of_layer = {}, None, None
-    if carry.size is not None:
-        is_patch = jnp.arange(carry.size.shape[1]) >= carry.num_prefix_tokens
-        info = merging.TokenInfo(
-            size=carry.size,
-            cumulative=state.cumulative,
-            is_patch=jnp.broadcast_to(is_patch, carry.size.shape),
-        )
-        values = {"score": jnp.zeros_like(state.remainder), "size": carry.size}
-        if carry.features is not None:
-            index = features_lib.token_index(carry.x).astype(carry.size.dtype)
-            info, values["target"] = dataclasses.replace(info, index=index), index
-        gate_of_layer = (gamma, beta)
+    info, values = _merging_inputs(carry)
+    gate_of_layer = None if info is None else (gamma, beta)
     inputs = Inputs(tokens=info, images=(keep, image_index), shared=jnp.asarray(is_last))
     x, values = executor(
         functools.partial(_layer, block, dropout_key),
@@ -222,6 +211,23 @@ def step(
         carry, x=x, state=after, readout=readout, size=values.get("size"), features=features
     )
     return carry, (score, state.active)
+
+
+def _merging_inputs(carry: Carry) -> tuple[merging.TokenInfo | None, dict[str, jax.Array]]:
+    """Returns what merging needs to know of each token, and its values before the layer."""
+    if carry.size is None:
+        return None, {}
+    is_patch = jnp.arange(carry.size.shape[1]) >= carry.num_prefix_tokens
+    info = merging.TokenInfo(
+        size=carry.size,
+        cumulative=carry.state.cumulative,
+        is_patch=jnp.broadcast_to(is_patch, carry.size.shape),
+    )
+    values = {"score": jnp.zeros_like(carry.state.remainder), "size": carry.size}
+    if carry.features is not None:
+        index = features_lib.token_index(carry.x).astype(carry.size.dtype)
+        info, values["target"] = dataclasses.replace(info, index=index), index
+    return info, values
 
 
 def _layer(
