@@ -127,6 +127,8 @@ def _network() -> dict[str, dict[str, Any]]:
         },
         "loss": {
             "label_smoothing": 0.0,
+            "sigmoid": False,  # binary cross entropy of each class, as in DeiT-III; not softmax
+            "class_weights": (),  # factor of each class's term; empty: 1
             "ponder_weight": 5e-4,
             "prior_weight": 0.1,  # the paper's; the released code uses 1e-3 with its own prior
             "target_depth": 8.0,  # layer, counted from 1; unused with a budget
@@ -158,6 +160,7 @@ def _training() -> dict[str, dict[str, Any]]:
         },
         "train": {
             "batch_size": 512,  # images per step, over all devices
+            "accumulate": 1,  # parts of a device's batch that run in turn, in less memory
             "steps": 1000,
             # Removes halted tokens in training: less work, the same gradients up to rounding.
             # On a GPU, removes tokens only if `plan.removal_pays`; otherwise masks them with

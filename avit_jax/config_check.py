@@ -48,6 +48,7 @@ _RANGES = {
     "distill.temperature": (0.01, 1000),
     "train.steps": (1, 2**31 - 1),
     "train.batch_size": (1, 2**24),
+    "train.accumulate": (1, 2**24),
     "train.log_every": (1, None),
     "train.eval_every": (0, None),
     "train.save_every": (1, None),
@@ -146,6 +147,14 @@ def _shape_faults(values: dict[str, Any]) -> Iterator[str]:
         )
     if not all(std > 0 for std in values["data.std"]):
         yield f"config.data.std must be above 0; got {values['data.std']}."
+    weights, num_classes = values["loss.class_weights"], values["model.num_classes"]
+    if len(weights) not in (0, num_classes) or not all(
+        isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights
+    ):
+        yield (
+            "config.loss.class_weights must be empty, or hold a number of at least 0 for each of "
+            f"the {num_classes} classes."
+        )
     channels = values["model.channels"]
     for key in _PER_CHANNEL:
         if len(values[key]) not in (1, channels):

@@ -45,7 +45,8 @@ def eval_sums(
       `images`, `loss` (nats), `top1`, `top5`, `depth_patch` and `depth_class` (layers), `macs`, and
       two vectors `(L,)`: `patch_depth`, the fraction of patch tokens that halt at each layer, and
       `score`, the mean score of each layer; halted tokens count as 0. With pooling, `depth_class`
-      is the number of layers until the image is finished.
+      is the number of layers until the image is finished. `class_images` and `class_top1` `(C,)`
+      are images, and images classified correctly, of each class.
     """
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
     # Equal logits: the first wins, as in argmax. A nan of another class ranks above the label. A
@@ -53,6 +54,7 @@ def eval_sums(
     is_before = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
     is_larger = jnp.where(is_before, ~(logits < label_logits), ~(logits <= label_logits))
     rank = is_larger.sum(axis=1)
+    is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
     ran = flops.is_computed(aux.active, model.readout)
     depth = ran.sum(axis=0)
     patches = depth[:, model.num_prefix_tokens :]
@@ -66,6 +68,8 @@ def eval_sums(
         "macs": aux.macs,
         "patch_depth": jax.nn.one_hot(patches - 1, model.depth).mean(axis=1),
         "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
+        "class_images": is_label,
+        "class_top1": is_label & (rank < 1)[:, None],
     }
     return {name: jnp.tensordot(weight, x.astype(jnp.float32), axes=1) for name, x in each.items()}
 
