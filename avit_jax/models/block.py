@@ -73,6 +73,15 @@ class LayerNorm(nn.LayerNorm):
             return super().__call__(x, mask=mask)
 
 
+def _three_products(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    results = []
+    for part in jnp.split(kernel, 3, axis=1):
+        results.append(x @ part)
+        # Without the barrier, XLA computes one product and copies the parts of its result.
+        x = jax.lax.optimization_barrier(x)
+    return results
+
+
 class _QueryKeyValue(nn.Module):
     """Maps rows `(..., D)` to queries, keys and values, with the parameters of one `nn.Dense`.
 
@@ -90,7 +99,7 @@ class _QueryKeyValue(nn.Module):
         kernel = self.param("kernel", kernel_init, (x.shape[-1], 3 * x.shape[-1]))
         if not self.use_bias:
             x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-            return [x @ part for part in jnp.split(kernel, 3, axis=1)] if split else x @ kernel
+            return _three_products(x, kernel) if split else x @ kernel
         bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         query, key, value = jnp.split(bias, 3)
@@ -98,12 +107,8 @@ class _QueryKeyValue(nn.Module):
         ones = (1,) * (x.ndim - 1)
         if not split:
             return x @ kernel + jnp.concatenate(biases).reshape(*ones, -1)
-        results = []
-        for part, bias in zip(jnp.split(kernel, 3, axis=1), biases, strict=True):
-            results.append(x @ part + bias.reshape(*ones, -1))
-            # Without the barrier, XLA computes one product and copies the parts of its result.
-            x = jax.lax.optimization_barrier(x)
-        return results
+        products = zip(_three_products(x, kernel), biases, strict=True)
+        return [product + bias.reshape(*ones, -1) for product, bias in products]
 
 
 class _LayerScale(nn.Module):

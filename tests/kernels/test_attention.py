@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import variants
 
 from avit_jax.core import halting
 from avit_jax.kernels import attention
@@ -136,3 +137,15 @@ def test_a_network_that_asks_for_it_runs_without_a_gpu(
         np.testing.assert_allclose(ours, exact, atol=0.03 * float(jnp.abs(exact).max()) + 1e-6)
     run(model.clone(fused_attention=True, dtype=jnp.float32))
     assert all(call["dtype"] == jnp.bfloat16 for call in cudnn)
+
+
+def test_queries_and_keys_of_a_layer_with_norms_and_without_biases(cudnn: list) -> None:
+    model = variants.network("qk_norm", halting=None, dtype=jnp.bfloat16, fused_attention=False)
+    variables, images = {"params": variants.params(model)}, variants.images(model, 2)
+    expected, _ = model.apply(variables, images)
+    logits, _ = model.clone(fused_attention=True).apply(variables, images)
+    assert cudnn
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(
+        logits.astype(jnp.float32), expected.astype(jnp.float32), atol=0.03 * scale
+    )

@@ -196,13 +196,14 @@ def test_mistakes_in_the_configuration_are_named(changes, message: str) -> None:
     "changes",
     [
         {"mlp": "swiglu", "pool": "avg", "class_token": False, "num_registers": 4},
-        {"pool": "map", "class_token": False},
+        {"pool": "map", "class_token": False, "image_size": 32, "num_classes": 10},
         {"qk_norm": True, "layer_scale": True, "mlp": "gelu_tanh", "pool": "max", "fc_norm": True},
     ],
     ids=["swiglu", "map", "qk_norm"],
 )
 def test_macs_as_xla_counts_them(changes) -> None:
-    model = vit.deit_tiny(depth=1, image_size=112, num_classes=5000, **changes)
+    sizes = {"depth": 1, "image_size": 112, "num_classes": 5000}
+    model = vit.deit_tiny(**(sizes | changes))
     images = jax.ShapeDtypeStruct((1, *model.pixels, model.channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     cost = jax.jit(model.apply).lower(variables, images).compile().cost_analysis()
