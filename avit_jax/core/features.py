@@ -41,13 +41,12 @@ def update(before: Features, x: jax.Array, active: jax.Array, target: jax.Array 
       before: after the layer before.
       x: `(B, N, D)` outputs of the layer; those of halted tokens mean nothing.
       active: `(B, N)` bool, whether the token is active in the layer.
-      target: `(B, N)` index of the token that each token is part of after the layer, of any dtype;
-        those of halted tokens mean nothing. None without merging.
+      target: `(B, N)` index of the token into which each token merges in the layer, of any dtype;
+        its own index if it does not merge. None without merging.
     """
     place = before.place
     if target is not None:
-        target = jnp.where(active, target.astype(place.dtype), token_index(x))
-        place = jnp.take_along_axis(target, place, axis=1)
+        place = jnp.take_along_axis(target.astype(place.dtype), place, axis=1)
     return Features(output=jnp.where(active[..., None], x, before.output), place=place)
 
 

@@ -128,7 +128,7 @@ def score_and_merge(
 
     Returns:
       Tokens, and the values "score" and "size" `(B, N)`; if `info` has an index also "target", the
-      index of the token that each one is part of afterwards.
+      index of the token into which each one merges, its own if it does not merge.
     """
     patches = info.is_patch if active is None else info.is_patch & active
     similar = similarity(tokens, channels)
