@@ -109,6 +109,16 @@ def _network() -> dict[str, dict[str, Any]]:
             "norm_eps": 1e-6,  # 1e-12 for weights of Hugging Face
             "num_classes": 1000,  # of the data set
             "distilled": False,  # adds DeiT's distillation token and its classifier
+            "pool": "token",  # what the head reads: "token", or "avg", "max" or "map" of patches
+            "class_token": True,  # False: no class token; then pool must not be "token"
+            "num_registers": 0,  # register tokens, as in DINOv2
+            "position_class": True,  # False: only patches have position embeddings
+            "pre_norm": False,  # a norm before the first layer, as in CLIP
+            "fc_norm": False,  # the last norm follows pooling
+            "mlp": "gelu",  # or "gelu_tanh", "quick_gelu", "swiglu"
+            "qkv_bias": True,  # biases of queries, keys and values
+            "qk_norm": False,  # norms of queries and keys
+            "layer_scale": False,  # learned scales of both branches of a layer
             "drop_path": 0.0,  # probability that training skips a branch of the last layer
             "dropout": 0.0,  # probability in training
             "dtype": "float32",  # of the computation; "bfloat16" on accelerators
@@ -128,6 +138,8 @@ def _network() -> dict[str, dict[str, Any]]:
         },
         "loss": {  # weights of the loss terms, and the depth prior
             "label_smoothing": 0.0,  # probability spread over all classes
+            "sigmoid": False,  # binary cross entropy of each class, as in DeiT-III; not softmax
+            "class_weights": (),  # factor of each class's term; empty: 1
             "ponder_weight": 5e-4,  # of the ponder loss, which shortens computation
             "prior_weight": 0.1,  # the paper's; the released code uses 1e-3 with its own prior
             "target_depth": 8.0,  # layer, counted from 1; unused with a budget
@@ -159,6 +171,7 @@ def _training() -> dict[str, dict[str, Any]]:
         },
         "train": {  # the length of the run, and what it writes
             "batch_size": 512,  # images per step, over all devices
+            "accumulate": 1,  # parts of a device's batch that run in turn, in less memory
             "steps": 1000,  # of the whole run
             # Removes halted tokens in training: less work, the same gradients up to rounding.
             # On a GPU, removes tokens only if `plan.removal_pays`; otherwise masks them with

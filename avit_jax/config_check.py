@@ -32,6 +32,7 @@ _RANGES = {
     "model.depth": (1, None),
     "model.mlp_ratio": (0.01, 100),
     "model.norm_eps": (1e-20, 1),
+    "model.num_classes": (1, 2**24),
     "loss.ponder_weight": (0, None),
     "loss.prior_weight": (0, None),
     "loss.prior_width": (1e-3, None),
@@ -47,6 +48,7 @@ _RANGES = {
     "distill.temperature": (0.01, 1000),
     "train.steps": (1, 2**31 - 1),
     "train.batch_size": (1, 2**24),
+    "train.accumulate": (1, 2**24),
     "train.log_every": (1, None),
     "train.eval_every": (0, None),
     "train.save_every": (1, None),
@@ -60,7 +62,7 @@ _LARGEST = {
     "model.width": 2**16,
     "model.depth": 1000,
     "model.num_heads": 2**16,
-    "model.num_classes": 2**24,
+    "model.num_registers": 1000,
 }
 _LARGEST_INTEGER, _LARGEST_FLOAT = 2**32 - 1, 3.4e38  # of uint32 and float32, for other keys
 _LARGEST_SIDE = 100_000  # pixels
@@ -145,6 +147,14 @@ def _shape_faults(values: dict[str, Any]) -> Iterator[str]:
         )
     if not all(std > 0 for std in values["data.std"]):
         yield f"config.data.std must be above 0; got {values['data.std']}."
+    weights, num_classes = values["loss.class_weights"], values["model.num_classes"]
+    if len(weights) not in (0, num_classes) or not all(
+        isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights
+    ):
+        yield (
+            "config.loss.class_weights must be empty, or hold a number of at least 0 for each of "
+            f"the {num_classes} classes."
+        )
     channels = values["model.channels"]
     for key in _PER_CHANNEL:
         if len(values[key]) not in (1, channels):

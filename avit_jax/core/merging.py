@@ -32,11 +32,14 @@ class TokenInfo:
       size: number of patches that the token stands for, at least float32.
       cumulative: sum of its scores so far, as in `halting.HaltingState`.
       is_patch: bool, False for prefix tokens.
+      index: index of the token in its image, of the dtype of the size; None if nobody asks for the
+        token into which each one merges.
     """
 
     size: Float[Array, "B N"]
     cumulative: Float[Array, "B N"]
     is_patch: Bool[Array, "B N"]
+    index: Float[Array, "B N"] | None = None
 
 
 def similarity(tokens: Float[Array, "B N D"], channels: int) -> Float[Array, "B N N"]:
@@ -71,6 +74,15 @@ def redundancy(similar: Float[Array, "B N N"], active: Bool[Array, "B N"]) -> Fl
     return jnp.where(active, jnp.where(before, similar, -1.0).max(axis=-1), 0.0)
 
 
+def _target(similar: jax.Array, kept: jax.Array) -> jax.Array:
+    """Returns the index `(B, N)` of the most similar kept token; N if similarities are nan."""
+    similar = jnp.where(kept[:, None, :], similar, -jnp.inf)
+    most = similar == similar.max(axis=-1, keepdims=True)
+    num_tokens = most.shape[-1]
+    # The first of the most similar tokens: argmax, but faster on a CPU.
+    return jnp.where(most, jnp.arange(num_tokens), num_tokens).min(axis=-1)
+
+
 def merge(
     tokens: Float[Array, "B N D"],
     size: Float[Array, "B N"],
@@ -95,11 +107,7 @@ def merge(
 
     Reference: [ToMe] section 3.
     """
-    similar = jnp.where(kept[:, None, :], similar, -jnp.inf)
-    most = similar == similar.max(axis=-1, keepdims=True)
-    num_tokens = most.shape[-1]
-    # The first of the most similar tokens: argmax, but faster on a CPU.
-    target = jnp.where(most, jnp.arange(num_tokens), num_tokens).min(axis=-1)
+    target = _target(similar, kept)
     weight = jnp.where(merged & kept.any(axis=-1, keepdims=True), size, 0.0)
     add = jax.vmap(lambda target, values: jnp.zeros_like(values).at[target].add(values))
     wide = tokens.astype(size.dtype)
@@ -128,7 +136,8 @@ def score_and_merge(
       channels: how many of the first channels are compared.
 
     Returns:
-      Tokens, and the values "score" and "size" `(B, N)`.
+      Tokens, and the values "score" and "size" `(B, N)`; if `info` has an index also "target", the
+      index of the token into which each one merges, its own if it does not merge.
     """
     patches = info.is_patch if active is None else info.is_patch & active
     similar = similarity(tokens, channels)
@@ -136,7 +145,11 @@ def score_and_merge(
     beta = beta + config.redundancy * redundancy(similar, patches)
     score = halting.score(tokens, gamma=gamma, beta=beta, channel=config.channel)
     running = halting.keeps_running(info.cumulative + score, config.epsilon)
-    tokens, size = merge(
-        tokens, info.size, similar, merged=patches & ~running, kept=patches & running
-    )
-    return tokens, {"score": score, "size": size}
+    merged, kept = patches & ~running, patches & running
+    tokens, size = merge(tokens, info.size, similar, merged=merged, kept=kept)
+    values = {"score": score, "size": size}
+    if info.index is not None:
+        target = jnp.take_along_axis(info.index, _target(similar, kept), axis=1, mode="clip")
+        merged &= kept.any(axis=-1, keepdims=True)
+        values["target"] = jnp.where(merged, target, info.index)
+    return tokens, values

@@ -1,8 +1,8 @@
 """Inference that removes halted tokens, with the logits of `vit.AViT` up to rounding.
 
 Other tokens give a halted token attention weight 0, so it affects no other token. A token that
-merges does so in the layer in which it halts. Once all prefix tokens of an image have halted, its
-logits are final, so its other tokens stop.
+merges does so in the layer in which it halts. Once all tokens that the classifier reads have
+halted, the logits of the image are final, so its other tokens stop.
 
 `core.ragged` removes tokens despite fixed shapes. This module runs it from images to logits, in
 chunks of images that bound the memory. On TPUs, one kernel may run all layers instead, see
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from avit_jax.core import no_gradient
 from avit_jax.core.plan import Plan, removal_pays
-from avit_jax.core.ragged import make_buckets
+from avit_jax.inference import padding
 from avit_jax.kernels import packed
-from avit_jax.models import flops, forward, vit
+from avit_jax.models import executors, flops, vit
 
 _NO_GRADIENT = (
     "adaptive.apply has no gradient: train with model.apply (AViT(removal=...) removes halted "
@@ -75,7 +75,12 @@ def cores_per_device() -> int:
 
 
 def apply(
-    model: vit.AViT, variables: Any, images: jax.Array, *, plan: Plan | None = None
+    model: vit.AViT,
+    variables: Any,
+    images: jax.Array,
+    *,
+    plan: Plan | None = None,
+    features: bool = False,
 ) -> tuple[jax.Array, vit.Aux]:
     """Classifies images like `model.apply(variables, images)`, without computing halted tokens.
 
@@ -93,6 +98,8 @@ def apply(
       variables: `{"params": params}`, as for `model.apply`.
       images: `(B, H, W, C)` float, normalized, B at least 1.
       plan: sizes of the buckets, or packed execution; None for `default_plan`.
+      features: whether `Aux` holds the features of all patches. No image then stops before all of
+        its tokens have halted. Buckets compute them.
 
     Returns:
       Logits `(B, C)`, and `Aux` with `macs_padded`.
@@ -102,8 +109,8 @@ def apply(
       TypeError: a derivative of it is needed.
     """
     check(model, images)
-    run = no_gradient.without_gradient(functools.partial(_apply, model, plan), _NO_GRADIENT)
-    return run(variables, images)
+    run = functools.partial(_apply, model, plan, features)
+    return no_gradient.without_gradient(run, _NO_GRADIENT)(variables, images)
 
 
 def check(model: vit.AViT, images: jax.Array) -> None:
@@ -134,7 +141,7 @@ def make_apply(
 
 
 def _apply(
-    model: vit.AViT, plan: Plan | None, variables: Any, images: jax.Array
+    model: vit.AViT, plan: Plan | None, features: bool, variables: Any, images: jax.Array
 ) -> tuple[jax.Array, vit.Aux]:
     """`apply` for images that fit: splits the batch into chunks of equal size."""
     batch = images.shape[0]
@@ -164,7 +171,7 @@ def _apply(
         place = start + jnp.arange(size)
         exists = (begin <= place) & (place < batch)
         x = _embed(model, variables, images, start, exists, embedded)
-        return _classify(model, variables, x, exists, plan)
+        return _classify(model, variables, x, exists, plan, features)
 
     def in_order(x: jax.Array) -> jax.Array:
         if isinstance(batch, int):
@@ -229,7 +236,7 @@ def can_pack(model: vit.AViT, variables: Any, x: jax.Array) -> bool:
       variables: as for `apply`.
       x: `(B, N, D)` embedded tokens of a chunk.
     """
-    if model.halting is None or model.halting.merge:
+    if model.halting is None or model.halting.merge or not model.is_plain:
         return False
     rows = packed.num_rows(x.shape[0] * x.shape[1])
     layers = variables["params"]["layers"]
@@ -237,15 +244,23 @@ def can_pack(model: vit.AViT, variables: Any, x: jax.Array) -> bool:
 
 
 def _classify(
-    model: vit.AViT, variables: Any, x: jax.Array, exists: jax.Array, plan: Plan
+    model: vit.AViT,
+    variables: Any,
+    x: jax.Array,
+    exists: jax.Array,
+    plan: Plan,
+    features: bool,
 ) -> tuple[jax.Array, vit.Aux]:
     """Maps the tokens `(B, N, D)` of one chunk to logits and `Aux` with the image axis first."""
+    by_bucket = functools.partial(padding.bucketed_macs, model, plan)
     bucketed = functools.partial(
-        _classify_by, model, forward.Bucketed(plan), functools.partial(_bucketed_macs, model, plan)
+        _classify_by, model, executors.Bucketed(plan), by_bucket, features=features
     )
+    if features:  # only buckets leave halted tokens as they are
+        return bucketed(variables, x, exists)
     if plan.packed and can_pack(model, variables, x):
-        executor = forward.Packed(num_heads=model.num_heads, norm_eps=model.norm_eps)
-        by_layer = jax.vmap(functools.partial(packed_macs, model))
+        executor = executors.Packed(num_heads=model.num_heads, norm_eps=model.norm_eps)
+        by_layer = jax.vmap(functools.partial(padding.packed_macs, model))
         macs = lambda active: by_layer(active).sum(axis=0)  # noqa: E731
         return _classify_by(model, executor, macs, variables, x, exists)
     if not plan.one_kernel:
@@ -262,76 +277,24 @@ def _classify(
 
 def _classify_by(
     model: vit.AViT,
-    executor: forward.Executor | forward.AtOnce,
+    executor: executors.Executor | executors.AtOnce,
     layer_macs: Callable[[jax.Array], jax.Array],
     variables: Any,
     x: jax.Array,
     exists: jax.Array,
+    *,
+    features: bool = False,
 ) -> tuple[jax.Array, vit.Aux]:
     """`_classify` by an executor; `layer_macs` maps active `(L, B, N)` to padded MACs `(B,)`."""
     network = model.clone(removal=None, remat=False)
     run: Any = network.apply
-    logits, aux = run(variables, x, executor, exists=exists, method="from_tokens")
+    options = {"exists": exists, "features": features, "method": "from_tokens"}
+    logits, aux = run(variables, x, executor, **options)
     # Rounding may leave the sum below the MACs without padding.
     macs = jnp.maximum(flops.fixed_macs(model) + layer_macs(aux.active), aux.macs)
     return logits, _swap_layers_and_images(dataclasses.replace(aux, macs_padded=macs))
 
 
-def _bucketed_macs(model: vit.AViT, plan: Plan, active: jax.Array) -> jax.Array:
-    is_last = jnp.arange(model.depth) == model.depth - 1
-    padded = jax.vmap(lambda active, is_last: padded_macs(model, active, plan, is_last))
-    return padded(active, is_last).sum(axis=0)
-
-
 def _swap_layers_and_images(aux: vit.Aux) -> vit.Aux:
     score, active = aux.score.swapaxes(0, 1), aux.active.swapaxes(0, 1)
     return dataclasses.replace(aux, score=score, active=active)
-
-
-def packed_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
-    """Returns the MACs of one layer for each image in packed execution, including padding.
-
-    Args:
-      model: for its sizes.
-      active: `(B, N)` bool.
-
-    Returns:
-      `(B,)` float32. The images share the last block of rows by their tokens. The attention of an
-      image runs in whole blocks of queries and keys.
-    """
-    tiles = packed.TILES
-
-    def in_blocks(num: jax.Array, size: int) -> jax.Array:
-        return jnp.ceil(num / size) * size
-
-    num = active.sum(axis=1).astype(jnp.float32)
-    share = in_blocks(num.sum(), tiles.rows) / jnp.maximum(num.sum(), 1.0)
-    pairs = 2.0 * model.width  # MACs of a query and a key
-    linear = flops.layer_macs(1.0, model, True) - pairs
-    return num * share * linear + pairs * in_blocks(num, tiles.queries) * in_blocks(num, tiles.keys)
-
-
-def padded_macs(
-    model: vit.AViT, active: jax.Array, plan: Plan, is_last: jax.typing.ArrayLike = False
-) -> jax.Array:
-    """Returns the MACs of one layer for each image of a chunk, including padding.
-
-    Args:
-      model: for its sizes.
-      active: `(B, N)` bool.
-      plan: sizes of the buckets.
-      is_last: whether it is the last layer.
-
-    Returns:
-      `(B,)` float32. The images with active tokens share the MACs of their bucket evenly, including
-      the MACs of empty places. Other images get 0.
-    """
-    buckets = make_buckets(active, plan)
-    size = buckets.image.shape[1]
-    compiled = jnp.array((0, *plan.token_counts(model.num_tokens)))
-    ran = compiled[jnp.searchsorted(compiled, buckets.count[:, :1])].astype(jnp.float32)
-    macs = size * flops.layer_macs(ran, model, is_last)
-    images = (buckets.count > 0).sum(axis=1, keepdims=True).astype(macs.dtype)
-    macs = jnp.where(buckets.count > 0, macs / jnp.maximum(images, 1.0), 0.0)
-    each = jnp.zeros(len(active), macs.dtype)
-    return each.at[buckets.image.reshape(-1)].set(macs.reshape(-1), mode="drop")

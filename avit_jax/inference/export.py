@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from avit_jax import config as config_lib
 from avit_jax import run_config
 from avit_jax.data import augment
-from avit_jax.inference import adaptive, serving
+from avit_jax.inference import adapt, adaptive, serving
 from avit_jax.models import flops, vit
 from avit_jax.training import build, distributed, restore
 from avit_jax.utils import errors, files
-from avit_jax.weights import weight_files
+from avit_jax.weights import writing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ def write(
 ) -> None:
     """Writes adaptive inference as a program from uint8 images to logits and depths.
 
+    The program has LayerScale folded into the layers before it.
+
     Args:
       path: of the file, which is about as large as the parameters.
       params: parameters of the model, of a dtype that NumPy knows.
@@ -53,6 +55,7 @@ def write(
     Raises:
       ValueError: the parameters have another dtype.
     """
+    model, params = adapt.fold_layer_scale(model, params)
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 has the kind "V"
         raise ValueError("convert the parameters to a dtype of NumPy's, such as float32.")
@@ -66,7 +69,7 @@ def write(
         "label_names": list(label_names),
         "mean": list(mean),
         "std": list(std),
-        "halting": weight_files.to_file(params, model).gate,
+        "halting": writing.gate_of(params, model),
         "platforms": list(platforms),
         "jax": jax.__version__,
     }

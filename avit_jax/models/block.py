@@ -14,17 +14,12 @@ from avit_jax.core import merging
 from avit_jax.core.arrays import Array
 from avit_jax.core.ragged import Inputs
 from avit_jax.kernels import attention as attention_lib
+from avit_jax.models.layer_spec import ACTIVATIONS, LayerSpec
 
 Gate = tuple[Shaped[ArrayLike, ""], Shaped[ArrayLike, ""]]
 # Networks train much faster from it than from a standard deviation of 0.02.
 kernel_init = nn.initializers.xavier_uniform()
-
-
-def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes the exact GELU by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
-    # In half precision, a GPU could fuse the tanh approximation into the product before it. But the
-    # approximation differs from the exact GELU by up to 5e-4.
-    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+_LAYER_SCALE = 1e-5  # initial value, as in DINOv2 (arXiv 2304.07193)
 
 
 def _recomputes(dtype: jax.typing.DTypeLike | None) -> bool:
@@ -72,7 +67,7 @@ def cast(params: PyTree[Array], dtype: jax.typing.DTypeLike | None) -> PyTree[Ar
     if dtype is None:
         return params
     return {
-        name: module if name.startswith("norm") else jax.tree.map(lambda x: x.astype(dtype), module)
+        name: module if "norm" in name else jax.tree.map(lambda x: x.astype(dtype), module)
         for name, module in params.items()
     }
 
@@ -87,6 +82,15 @@ class LayerNorm(nn.LayerNorm):
             return super().__call__(x, mask=mask)
 
 
+def _three_products(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    results = []
+    for part in jnp.split(kernel, 3, axis=1):
+        results.append(x @ part)
+        # Without the barrier, XLA computes one product and copies the parts of its result.
+        x = jax.lax.optimization_barrier(x)
+    return results
+
+
 class _QueryKeyValue(nn.Module):
     """Maps rows `(..., D)` to queries, keys and values, with the parameters of one `nn.Dense`.
 
@@ -96,11 +100,15 @@ class _QueryKeyValue(nn.Module):
     """
 
     dtype: jax.typing.DTypeLike | None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"], *, split: bool = False) -> Any:
         """Returns `(..., 3 D)`, or with `split` three arrays `(..., D)` from separate products."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], 3 * x.shape[-1]))
+        if not self.use_bias:
+            x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+            return _three_products(x, kernel) if split else x @ kernel
         bias = self.param("bias", nn.initializers.zeros, (3 * x.shape[-1],))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         query, key, value = jnp.split(bias, 3)
@@ -108,18 +116,21 @@ class _QueryKeyValue(nn.Module):
         ones = (1,) * (x.ndim - 1)
         if not split:
             return x @ kernel + jnp.concatenate(biases).reshape(*ones, -1)
-        results = []
-        for part, bias in zip(jnp.split(kernel, 3, axis=1), biases, strict=True):
-            results.append(x @ part + bias.reshape(*ones, -1))
-            # Without the barrier, XLA computes one product and copies the parts of its result.
-            x = jax.lax.optimization_barrier(x)
-        return results
+        products = zip(_three_products(x, kernel), biases, strict=True)
+        return [product + bias.reshape(*ones, -1) for product, bias in products]
+
+
+class _LayerScale(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", nn.initializers.constant(_LAYER_SCALE), (x.shape[-1],))
+        return x * gamma.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
 
 
 class Block(nn.Module):
     """A pre-norm transformer layer. `forward` runs it for all layers of a network.
 
-    Attributes are those of `vit.AViT`; `similarity_dim` is a property of it.
+    Attributes are those of `vit.AViT`; `similarity_dim` and `spec` are properties of it.
     """
 
     width: int
@@ -131,6 +142,7 @@ class Block(nn.Module):
     halting: halting_lib.HaltingConfig | None
     similarity_dim: int
     fused_attention: bool | None
+    spec: LayerSpec = LayerSpec()
 
     def setup(self) -> None:
         norm_class = (
@@ -141,18 +153,24 @@ class Block(nn.Module):
         )
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
         self.norm1 = norm()
-        self.qkv = _QueryKeyValue(dtype=self.dtype)
+        self.qkv = _QueryKeyValue(dtype=self.dtype, use_bias=self.spec.qkv_bias)
+        if self.spec.qk_norm:
+            self.q_norm, self.k_norm = norm(), norm()
         self.proj = dense(self.width)
         self.norm2 = norm()
-        self.fc1 = dense(self.mlp_width)
+        self.fc1 = dense(self.mlp_width * self.spec.mlp_inputs)
         self.fc2 = dense(self.width)
+        if self.spec.layer_scale:
+            self.ls1, self.ls2 = _LayerScale(), _LayerScale()
 
     def __call__(
         self, x: Float[Array, "B N D"], _: None = None
     ) -> tuple[Float[Array, "B N D"], None]:
         """Creates the parameters, as the body of a scan over layers; the result means nothing."""
-        self.qkv(self.norm1(x))
-        return self.fc2(self.fc1(self.norm2(self.proj(x)))), None
+        heads = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3 * self.num_heads, -1)
+        self._norm_heads(heads, heads)
+        hidden = self.fc1(self.norm2(self._scale_branch(0, self.proj(x))))
+        return self._scale_branch(1, self.fc2(ACTIVATIONS[self.spec.mlp](hidden))), None
 
     def layer(
         self,
@@ -172,8 +190,8 @@ class Block(nn.Module):
           gate: gamma and beta; only with merging.
 
         Returns:
-          Tokens `(B, N, D)`, and a dictionary: "score" and "size" `(B, N)` with merging, else
-            empty.
+          Tokens `(B, N, D)`, and a dictionary: the values of `merging.score_and_merge` with
+            merging, else empty.
         """
         info, (keep, image_index) = inputs.tokens, inputs.images
         size = None if info is None else info.size
@@ -190,6 +208,7 @@ class Block(nn.Module):
             channels=self.similarity_dim,
         )
         last = {"score": jnp.ones_like(info.size), "size": info.size}
+        last |= {} if info.index is None else {"target": info.index}
         return jax.lax.cond(inputs.shared, lambda x: (x, last), merge, x)
 
     def transform(
@@ -222,7 +241,8 @@ class Block(nn.Module):
           size: `(B, N)` number of patches that each token stands for; None for 1.
         """
         a = self._where_active(self.norm1(x), active)
-        return x + self.drop(self._attend(a, active, size), keep, 0, image_index)
+        a = self._scale_branch(0, self._attend(a, active, size))
+        return x + self.drop(a, keep, 0, image_index)
 
     def mlp(
         self,
@@ -238,12 +258,17 @@ class Block(nn.Module):
         shrink = (
             nn.remat(Block._shrink, prevent_cse=False) if _recomputes(a.dtype) else Block._shrink
         )
-        return x + self.drop(shrink(self, a, image_index), keep, 1, image_index)
+        a = self._scale_branch(1, shrink(self, a, image_index))
+        return x + self.drop(a, keep, 1, image_index)
+
+    def _scale_branch(self, branch: int, x: jax.Array) -> jax.Array:
+        return (self.ls1, self.ls2)[branch](x) if self.spec.layer_scale else x
 
     def _shrink(
         self, a: Float[Array, "B N mlp"], image_index: Int[Array, "B"] | None
     ) -> Float[Array, "B N D"]:
-        return per_token(self.fc2, self._dropout(_gelu(a), image_index))
+        a = ACTIVATIONS[self.spec.mlp](a)
+        return per_token(self.fc2, self._dropout(a, image_index))
 
     def _where_active(
         self, x: Float[Array, "B N D"], active: Bool[Array, "B N"] | None
@@ -251,7 +276,10 @@ class Block(nn.Module):
         return x if active is None else x * active[..., None].astype(x.dtype)
 
     def queries_keys_values(self, a: Float[Array, "B N D"]) -> Float[Array, "3 B H N K"]:
-        """Maps normed tokens `(B, N, D)` to the inputs of all heads, `(3, B, H, N, K)`."""
+        """Maps normed tokens `(B, N, D)` to the inputs of all heads, `(3, B, H, N, K)`.
+
+        The norms of `qk_norm` are not applied.
+        """
         heads = per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1)
         return heads.transpose(2, 0, 3, 1, 4)
 
@@ -265,13 +293,18 @@ class Block(nn.Module):
         if self._fuses(a.dtype):
             query, key, value = self.qkv(a.reshape(-1, a.shape[-1]), split=True)
             heads = (*a.shape[:2], self.num_heads, -1)
-            out = attention_lib.fused(
-                query.reshape(heads), key.reshape(heads), value.reshape(heads), bias
-            )
+            query, key = self._norm_heads(query.reshape(heads), key.reshape(heads))
+            out = attention_lib.fused(query, key, value.reshape(heads), bias)
         else:
             query, key, value = self.queries_keys_values(a)
+            query, key = self._norm_heads(query, key)
             out = attention_lib.exact(query, key, value, bias).swapaxes(1, 2)
         return per_token(self.proj, out.reshape(a.shape))
+
+    def _norm_heads(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if not self.spec.qk_norm:
+            return query, key
+        return self.q_norm(query), self.k_norm(key)
 
     def _fuses(self, dtype: jax.typing.DTypeLike) -> bool:
         if not attention_lib.can_fuse(dtype, self.width // self.num_heads):

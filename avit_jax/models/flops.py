@@ -18,19 +18,20 @@ if TYPE_CHECKING:
     from avit_jax.models import vit
 
 
-def is_computed(active: Bool[Array, "L B N"], num_prefix_tokens: int) -> Bool[Array, "L B N"]:
+def is_computed(active: Bool[Array, "L B N"], readout: slice | int) -> Bool[Array, "L B N"]:
     """Returns which tokens are computed if halted tokens and finished images are removed.
 
-    An image is finished once all of its prefix tokens have halted: its logits are final.
+    An image is finished once all tokens that are read out have halted: its logits are final.
 
     Args:
       active: `(L, B, N)` bool, as in `forward.Aux`.
-      num_prefix_tokens: R.
+      readout: which tokens are read out, as `AViT.readout`; a number stands for the first ones.
 
     Returns:
       `(L, B, N)` bool: the token is active, and its image is not finished.
     """
-    return active & active[:, :, :num_prefix_tokens].any(axis=-1, keepdims=True)
+    readout = readout if isinstance(readout, slice) else slice(readout)
+    return active & active[:, :, readout].any(axis=-1, keepdims=True)
 
 
 def layer_macs(num_tokens: ArrayLike, model: "vit.AViT", is_last: ArrayLike = False) -> Any:
@@ -42,7 +43,7 @@ def layer_macs(num_tokens: ArrayLike, model: "vit.AViT", is_last: ArrayLike = Fa
       is_last: whether it is the last layer, in which no tokens are compared.
     """
     # qkv and projection, then the MLP.
-    linear = 4 * model.width**2 + 2 * model.width * model.mlp_width
+    linear = 4 * model.width**2 + (model.spec.mlp_inputs + 1) * model.width * model.mlp_width
     is_last = is_last if isinstance(is_last, bool) else jnp.asarray(is_last, jnp.float32)
     # Queries times keys and weights times values, then the comparison of tokens.
     pairs = 2 * model.width + model.similarity_dim * (1 - is_last)
@@ -59,19 +60,24 @@ def patch_depth(model: "vit.AViT", active: Bool[Array, "L B N"]) -> Int32[Array,
     Returns:
       `(B, rows, columns)` int32.
     """
-    computed = is_computed(active, model.num_prefix_tokens)[:, :, model.num_prefix_tokens :]
+    computed = is_computed(active, model.readout)[:, :, model.num_prefix_tokens :]
     depth = computed.sum(axis=0, dtype=jnp.int32)
     return depth.reshape(-1, *model.grid)
 
 
 def fixed_macs(model: "vit.AViT") -> float:
-    """Returns the MACs of an image outside the layers: patch embedding and head.
+    """Returns the MACs of an image outside the layers: patch embedding, pooling and head.
 
     A float, because int32 overflows for DeiT-B at 1,024 pixels.
     """
     patches = model.num_tokens - model.num_prefix_tokens
     macs = patches * model.patch_size**2 * model.channels * model.width
-    return float(macs + model.num_prefix_tokens * model.width * model.num_classes)
+    if model.pool == "map":  # keys, values and attention; then query, projection and MLP
+        macs += patches * (2 * model.width**2 + 2 * model.width)
+        mlp = (model.spec.mlp_inputs + 1) * model.width * model.mlp_width
+        macs += 2 * model.width**2 + mlp
+    num_heads = 2 if model.distilled else 1
+    return float(macs + num_heads * model.width * model.num_classes)
 
 
 def static_macs(model: "vit.AViT") -> float:
@@ -80,16 +86,20 @@ def static_macs(model: "vit.AViT") -> float:
     return fixed_macs(model) + model.depth * float(layer_macs(model.num_tokens, model, True))
 
 
-def image_macs(model: "vit.AViT", active: Bool[Array, "L B N"]) -> Float32[Array, "B"]:
+def image_macs(
+    model: "vit.AViT", active: Bool[Array, "L B N"], readout: slice | None = None
+) -> Float32[Array, "B"]:
     """Returns the MACs of each image if halted tokens and finished images are removed.
 
     Args:
       model: for its sizes.
       active: `(L, B, N)` bool, as in `forward.Aux`.
+      readout: which tokens are needed; None for those that the classifier reads.
 
     Returns:
       `(B,)` float32 MACs.
     """
-    num_tokens = is_computed(active, model.num_prefix_tokens).sum(axis=-1).astype(jnp.float32)
+    computed = is_computed(active, model.readout if readout is None else readout)
+    num_tokens = computed.sum(axis=-1).astype(jnp.float32)
     is_last = (jnp.arange(model.depth) == model.depth - 1)[:, None]
     return fixed_macs(model) + layer_macs(num_tokens, model, is_last).sum(axis=0)

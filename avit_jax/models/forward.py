@@ -1,13 +1,11 @@
 """The one forward pass over all layers. Axes as in `vit`.
 
-An executor runs a layer: `masked` on all tokens, `Bucketed` and `Packed` on the active ones.
-`AtOnce` runs all layers by one function. The executor affects neither which tokens halt, nor how
-outputs are averaged, nor the fields of `Aux`.
+An executor runs a layer, or all of them, see `executors`. It affects neither which tokens halt, nor
+how outputs are averaged, nor the fields of `Aux`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, no_type_check
 
 import flax
@@ -15,112 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKeyArray, PyTree, Shaped
 
-from avit_jax.core import halting, merging, packed, ragged
+from avit_jax.core import features as features_lib
+from avit_jax.core import halting, merging, packed
 from avit_jax.core.arrays import Array
-from avit_jax.core.plan import Plan
 from avit_jax.core.ragged import Inputs
-from avit_jax.kernels import packed as packed_kernels
 from avit_jax.models.block import Block, Gate
-
-# (layer, params, x, values, inputs, active) -> (x, values), as `ragged.transform` without a plan.
-Executor = Callable[..., tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]]
-
-
-def masked(
-    layer: ragged.Layer,
-    params: PyTree[Array],
-    x: Float[Array, "B N D"],
-    values: PyTree[Float[Array, "B N"]],
-    inputs: Inputs,
-    active: Bool[Array, "B N"],
-) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
-    """Sets halted tokens to 0, then runs a layer on all tokens; arguments as `ragged.transform`.
-
-    Outputs and values of halted tokens mean nothing.
-    """
-    del values
-    # Straight-through: the gradient of halted tokens is not set to 0, as in the released code. It
-    # is 0 anyway, unless the "official" prior reads halted tokens.
-    x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
-    return layer(params, x, inputs, active)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucketed:
-    """Runs a layer on the active tokens only; see `ragged.transform`.
-
-    Attributes:
-      plan: sizes of the buckets.
-    """
-
-    plan: Plan
-
-    def __call__(
-        self, layer: ragged.Layer, *args: PyTree[Array]
-    ) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
-        return ragged.transform(layer, self.plan, *args)
-
-
-@dataclasses.dataclass(frozen=True)
-class AtOnce:
-    """Runs all layers by one function, which decides which tokens halt; for inference only.
-
-    Attributes:
-      layers: maps `(block, gate, carry, params)`, as in `run`, to scores `(L, B, N)` and readout
-        `(B, R, D)`. Finished images must stop. Scores of halted tokens mean nothing.
-    """
-
-    layers: Callable[..., tuple[jax.Array, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Packed:
-    """Runs a layer on the active tokens of all images, which share one buffer; see `core.packed`.
-
-    The tokens stay in the buffer between layers. It is for inference with layers that
-    `kernels.packed.supports`, and computes them itself, without the argument `layer`.
-
-    Attributes:
-      num_heads: H.
-      norm_eps: epsilon of the layer norms.
-      params: of all layers, stacked; set by `run`.
-    """
-
-    num_heads: int
-    norm_eps: float
-    params: Any = None
-
-    def start(self, carry: "Carry", params: Any) -> tuple["Packed", "Carry", jax.Array]:
-        """Returns the executor with its parameters, the carry with a buffer, and layer indices."""
-        rows = packed_kernels.num_rows(carry.x.shape[0] * carry.x.shape[1])
-        carry = dataclasses.replace(carry, x=packed.buffer(carry.x, rows))
-        index = jnp.arange(len(jax.tree.leaves(params)[0]), dtype=jnp.int32)
-        return dataclasses.replace(self, params=params), carry, index
-
-    def __call__(
-        self,
-        layer: ragged.Layer,
-        params: Any,
-        x: packed.PackedTokens,
-        values: Any,
-        inputs: Inputs,
-        active: jax.Array,
-    ) -> tuple[Any, Any]:
-        """Runs the layer; arguments as `ragged.transform`, but `params` starts with its index."""
-        del layer, inputs
-        packing = packed.pack(active, len(x.rows))
-        source = x.row.reshape(-1).at[packing.token].get(mode="promise_in_bounds")
-        rows = packed_kernels.layer(
-            self.params,
-            params[0][None],
-            x.rows,
-            source,
-            packing.first,
-            num_tokens=active.shape[1],
-            num_heads=self.num_heads,
-            eps=self.norm_eps,
-        )
-        return packed.PackedTokens(rows=rows, row=packing.row), values
+from avit_jax.models.executors import AtOnce, Executor, Packed
 
 
 @no_type_check  # JAX also fills it with leaves of other types and shapes
@@ -129,8 +27,8 @@ class Aux:
     """What the network computes besides the logits.
 
     Without halting, the score is 0, the depth is L and the ponder cost is L + 1. `adaptive.apply`
-    also stops all tokens of an image once its prefix tokens have halted, because its logits are
-    final. There, `active`, `depth` and `ponder_cost` reflect this earlier stop.
+    also stops all tokens of an image once those that are read out have halted, because its logits
+    are final. There, `active`, `depth` and `ponder_cost` reflect this earlier stop.
 
     Attributes:
       score: `(L, B, N)` halting scores, at least float32. Those of halted tokens mean nothing. With
@@ -138,13 +36,17 @@ class Aux:
       active: `(L, B, N)` bool, whether the token is active in the layer.
       depth: `(B, N)` int32, number of layers in which the token is active.
       ponder_cost: `(B, N)` depth + remainder, in layers.
-      class_output: `(B, D)` class token, averaged over layers, before the final norm.
+      class_output: `(B, D)` class token, averaged over layers, before the final norm. With pooling,
+        the pooled patch tokens, each averaged over layers with its own weights; with "map" that is
+        what the head reads.
       distillation_output: the same for the distillation token, None without one.
       macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
         `flops.image_macs`.
       macs_padded: `(B,)` float32, MACs with the padding of `adaptive.apply`: rows without a token,
         and the image's share of empty places in its bucket. So it depends on the other images of
         the batch. None for other calls.
+      features: `(B, rows, columns, D)` features of the patches, after the last norm unless the
+        network has `fc_norm`; see `core.features`. None if not asked for.
     """
 
     score: Float[Array, "L B N"]
@@ -155,6 +57,7 @@ class Aux:
     distillation_output: Float[Array, "B D"] | None = None
     macs: Float32[Array, "B"] | None = None
     macs_padded: Float32[Array, "B"] | None = None
+    features: Float[Array, "B rows columns D"] | None = None
 
 
 @no_type_check  # JAX also fills it with leaves of other types and shapes
@@ -166,23 +69,56 @@ class Carry:
     Attributes:
       x: `(B, N, D)` tokens, or those in the buffer of `Packed`.
       state: of halting, fields `(B, N)`.
-      readout: `(B, R, D)` weighted sum of the outputs of the prefix tokens over the layers so far.
+      readout: `(B, M, D)` weighted sum of the outputs of the M tokens that are read out, over the
+        layers so far.
       size: `(B, N)` number of patches that each token stands for; None without merging.
+      num_prefix_tokens: R.
+      first_readout: index of the first token that is read out; the others follow it.
+      features: of all tokens; None if not asked for.
     """
 
     x: Any
     state: halting.HaltingState
-    readout: Float[Array, "B R D"]
+    readout: Float[Array, "B M D"]
     size: Float[Array, "B N"] | None
+    num_prefix_tokens: int = dataclasses.field(metadata={"static": True})
+    first_readout: int = dataclasses.field(metadata={"static": True})
+    features: features_lib.Features | None = None
+
+    def read_out(self, x: Array) -> Array:
+        """Returns the entries `(B, M, ...)` of the tokens that are read out, of `(B, N, ...)`."""
+        return x[:, self.first_readout : self.first_readout + self.readout.shape[1]]
 
 
-def start(block: Block, x: Float[Array, "B N D"], num_prefix_tokens: int) -> Carry:
-    """Returns the carry before the first layer, for embedded tokens `(B, N, D)`."""
+def start(
+    block: Block,
+    x: Float[Array, "B N D"],
+    num_prefix_tokens: int,
+    readout: slice | None = None,
+    *,
+    features: bool = False,
+) -> Carry:
+    """Returns the carry before the first layer.
+
+    Args:
+      block: the layer.
+      x: `(B, N, D)` embedded tokens.
+      num_prefix_tokens: R.
+      readout: which tokens are read out, as `AViT.readout`; None for the prefix tokens.
+      features: whether the features of all tokens are needed.
+    """
     state = halting.init(x.shape[:2], x.dtype)
-    shape = (x.shape[0], num_prefix_tokens, x.shape[-1])
+    first, stop, _ = (readout or slice(num_prefix_tokens)).indices(x.shape[1])
     size = jnp.ones_like(state.remainder) if block.similarity_dim else None
-    readout = jnp.zeros(shape, state.remainder.dtype)
-    return Carry(x=x, state=state, readout=readout, size=size)
+    return Carry(
+        x=x,
+        state=state,
+        readout=jnp.zeros((x.shape[0], stop - first, x.shape[-1]), state.remainder.dtype),
+        size=size,
+        num_prefix_tokens=num_prefix_tokens,
+        first_readout=first,
+        features=features_lib.init(x) if features else None,
+    )
 
 
 def step(
@@ -213,20 +149,12 @@ def step(
     Returns:
       The carry, and score and active `(B, N)` of this layer; active at its input.
     """
-    state, num_prefix_tokens = carry.state, carry.readout.shape[1]
+    state = carry.state
     gamma, beta = jnp.asarray(gate[0]), jnp.asarray(gate[1])
     config = block.halting
     assert config is not None
-    values, info, gate_of_layer = {}, None, None
-    if carry.size is not None:
-        is_patch = jnp.arange(carry.size.shape[1]) >= num_prefix_tokens
-        info = merging.TokenInfo(
-            size=carry.size,
-            cumulative=state.cumulative,
-            is_patch=jnp.broadcast_to(is_patch, carry.size.shape),
-        )
-        values = {"score": jnp.zeros_like(state.remainder), "size": carry.size}
-        gate_of_layer = (gamma, beta)
+    info, values = _merging_inputs(carry)
+    gate_of_layer = None if info is None else (gamma, beta)
     inputs = Inputs(tokens=info, images=(keep, image_index), shared=jnp.asarray(is_last))
     x, values = executor(
         functools.partial(_layer, block, dropout_key),
@@ -241,22 +169,46 @@ def step(
     else:  # with merging, the layer computes it
         score = values["score"]
     after, weight = halting.accumulate(state, score, epsilon=config.epsilon, is_last=is_last)
-    prefix = _prefix(x, state.active, num_prefix_tokens).astype(weight.dtype)
-    readout = carry.readout + weight[:, :num_prefix_tokens, None] * prefix
-    carry = Carry(x=x, state=after, readout=readout, size=values.get("size"))
+    outputs = _outputs(carry, x).astype(weight.dtype)
+    readout = carry.readout + carry.read_out(weight)[..., None] * outputs
+    features = carry.features
+    if features is not None:
+        features = features_lib.update(features, x, state.active, values.get("target"))
+    carry = dataclasses.replace(
+        carry, x=x, state=after, readout=readout, size=values.get("size"), features=features
+    )
     return carry, (score, state.active)
 
 
-def _score(x: Any, active: jax.Array, gate: Gate, channel: int) -> jax.Array:
-    """Returns the score `(B, N)` of tokens in either layout."""
+def _score(x: Any, active: Bool[Array, "B N"], gate: Gate, channel: int) -> Float[Array, "B N"]:
+    """Returns the score of tokens in either layout."""
     if isinstance(x, packed.PackedTokens):
         x, channel = x.channel(active, channel)[..., None], 0
     return halting.score(x, gamma=gate[0], beta=gate[1], channel=channel)
 
 
-def _prefix(x: Any, active: jax.Array, num: int) -> jax.Array:
-    """Returns the prefix tokens `(B, R, D)` of tokens in either layout."""
-    return x.prefix(active, num) if isinstance(x, packed.PackedTokens) else x[:, :num]
+def _outputs(carry: Carry, x: Any) -> Float[Array, "B M D"]:
+    """Returns the outputs that are read out, of tokens in either layout."""
+    if isinstance(x, packed.PackedTokens):  # of plain networks, which read out the prefix tokens
+        return x.prefix(carry.state.active, carry.num_prefix_tokens)
+    return carry.read_out(x)
+
+
+def _merging_inputs(carry: Carry) -> tuple[merging.TokenInfo | None, dict[str, Array]]:
+    """Returns what merging needs to know of each token, and its values before the layer."""
+    if carry.size is None:
+        return None, {}
+    is_patch = jnp.arange(carry.size.shape[1]) >= carry.num_prefix_tokens
+    info = merging.TokenInfo(
+        size=carry.size,
+        cumulative=carry.state.cumulative,
+        is_patch=jnp.broadcast_to(is_patch, carry.size.shape),
+    )
+    values = {"score": jnp.zeros_like(carry.state.remainder), "size": carry.size}
+    if carry.features is not None:
+        index = features_lib.token_index(carry.x).astype(carry.size.dtype)
+        info, values["target"] = dataclasses.replace(info, index=index), index
+    return info, values
 
 
 def _layer(
@@ -300,8 +252,8 @@ def run(
       image_index: `(B,)` indices in the global batch, for dropout; None in evaluation.
       dropout_key: None without dropout.
       remat: recomputes each layer in the backward pass.
-      stop_finished: whether all tokens of an image halt once its prefix tokens have halted. Its
-        logits do not change.
+      stop_finished: whether all tokens of an image halt once those that are read out have halted.
+        Its logits do not change.
 
     Returns:
       The carry, and score and active `(L, B, N)`. Without halting, the score is 0 and all tokens
@@ -368,15 +320,17 @@ def _end_without_halting(
 ) -> tuple[Carry, tuple[Float[Array, "L B N"], Bool[Array, "L B N"]]]:
     """Reads out the last layer; all tokens have been active in all layers, with score 0."""
     state = dataclasses.replace(carry.state, depth=carry.state.depth + num_layers)
-    readout = carry.x[:, : carry.readout.shape[1]]
+    readout = carry.read_out(carry.x)
     score = jnp.zeros((num_layers, *state.remainder.shape), state.remainder.dtype)
     by_layer = (score, jnp.ones(score.shape, bool))
-    return dataclasses.replace(carry, state=state, readout=readout), by_layer
+    features = None if carry.features is None else features_lib.init(carry.x)
+    carry = dataclasses.replace(carry, state=state, readout=readout, features=features)
+    return carry, by_layer
 
 
 def _stop_finished(carry: Carry) -> Carry:
-    """Halts all tokens of images whose prefix tokens have halted."""
+    """Halts all tokens of images whose tokens that are read out have halted."""
     active = carry.state.active
-    unfinished = active[:, : carry.readout.shape[1]].any(axis=1, keepdims=True)
+    unfinished = carry.read_out(active).any(axis=1, keepdims=True)
     state = dataclasses.replace(carry.state, active=active & unfinished)
     return dataclasses.replace(carry, state=state)

@@ -1,10 +1,9 @@
-"""All layers of a network by `kernels.vit_tpu`, as the executor `forward.AtOnce`. Axes as in `vit`.
+"""All layers of a network by `kernels.vit_tpu`, as the executor `AtOnce`. Axes as in `vit`.
 
 `adaptive.apply` uses it on TPUs if the plan says so and `supports` is true. Otherwise, XLA runs the
 layers on buckets of images.
 """
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from avit_jax.kernels import vit_tpu, vit_tpu_layer
-from avit_jax.models import flops, forward
+from avit_jax.models import executors, flops, forward
 from avit_jax.models.block import Block, Gate
 
 if TYPE_CHECKING:
     from avit_jax.models import vit
-
-# Attributes of `AViT` whose values the kernel knows, or that inference does not need. The default
-# of any other attribute means the plain layer.
-_KNOWN = "image_size patch_size channels width depth num_heads mlp_ratio num_classes distilled"
-_KNOWN += " halting drop_path dropout norm_eps dtype remat removal fused_attention parent name"
 
 
 def sizes(model: "vit.AViT", token_multiple: int) -> vit_tpu_layer.Sizes:
@@ -44,26 +38,23 @@ def sizes(model: "vit.AViT", token_multiple: int) -> vit_tpu_layer.Sizes:
 def supports(model: "vit.AViT", dtype: jax.typing.DTypeLike, token_multiple: int) -> bool:
     """Returns whether the kernel can run a network.
 
-    It needs halting without merging, a `token_multiple` that is a multiple of 16, the default of
-    every option that is not in `_KNOWN`, and what `vit_tpu.supports` needs. The weights of DeiT-B
-    are too large.
+    It needs halting without merging, a plain network (`AViT.is_plain`), a `token_multiple` that is
+    a multiple of 16, and what `vit_tpu.supports` needs. The weights of DeiT-B are too large.
 
     Args:
       model: the network.
       dtype: of the embedded tokens.
       token_multiple: the kernel is compiled for multiples of it.
     """
-    if model.halting is None or model.halting.merge or token_multiple % 16:
+    merges = model.halting is None or model.halting.merge
+    if merges or not model.is_plain or token_multiple % 16:
         return False
-    for field in dataclasses.fields(model):
-        if field.name not in _KNOWN.split() and getattr(model, field.name) != field.default:
-            return False
     return vit_tpu.supports(sizes(model, token_multiple), dtype)
 
 
-def executor(model: "vit.AViT", token_multiple: int) -> forward.AtOnce:
+def executor(model: "vit.AViT", token_multiple: int) -> executors.AtOnce:
     """Returns the executor of a network that the kernel supports."""
-    return forward.AtOnce(functools.partial(_run, sizes(model, token_multiple)))
+    return executors.AtOnce(functools.partial(_run, sizes(model, token_multiple)))
 
 
 def _run(

@@ -1,13 +1,15 @@
-"""The vision transformer: DeiT without halting, A-ViT with it.
+"""The vision transformer: DeiT and its relatives without halting, A-ViT with it.
 
 The layers run as one `lax.scan` over stacked parameters, so the program compiles in about the time
 of a single layer.
 
-Axes: `B` images, `N` tokens (class token, then the distillation token if any, then patches row by
-row), `D` width, `H` heads, `K` channels of a head, `L` layers, `C` classes, `R` prefix tokens (1,
-or 2 if distilled).
+Axes: `B` images, `N` tokens (first the prefix tokens: class token, distillation token and register
+tokens, as far as there are any; then patches row by row), `D` width, `H` heads, `K` channels of a
+head, `L` layers, `C` classes, `R` prefix tokens, `M` tokens that the classifier reads: class and
+distillation token, or all patches with pooling.
 
-Reference: Touvron et al., arXiv 2012.12877 (DeiT); Yin et al., arXiv 2112.07658 (A-ViT).
+Reference: Touvron et al., arXiv 2012.12877 (DeiT); Yin et al., arXiv 2112.07658 (A-ViT); Darcet et
+al., arXiv 2309.16588 (register tokens).
 """
 
 import dataclasses
@@ -20,18 +22,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from avit_jax.core import features as features_lib
 from avit_jax.core import halting as halting_lib
 from avit_jax.core.arrays import Array, UncheckedArray
 from avit_jax.core.plan import Plan
-from avit_jax.models import block, flops, forward, halting_linen
+from avit_jax.models import (
+    attention_pool,
+    block,
+    checks,
+    executors,
+    flops,
+    forward,
+    halting_linen,
+    sizes,
+)
 from avit_jax.models.forward import Aux
 
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
 Logits = Float[Array, "B C"] | tuple[Float[Array, "B C"], Float[Array, "B C"]]
 _token_init = nn.initializers.truncated_normal(0.02)
 
 
-class AViT(nn.Module):
+class AViT(sizes.Sizes, nn.Module):
     """Vision transformer with adaptive tokens.
 
     Attributes:
@@ -41,9 +52,21 @@ class AViT(nn.Module):
       width: D, channels of a token; divisible by `num_heads`.
       depth: L, number of layers.
       num_heads: H.
-      mlp_ratio: width of the MLP in units of D.
-      num_classes: C.
+      mlp_ratio: width of the MLP's hidden layer in units of D; with "swiglu" after the product.
+      num_classes: C; 0: there is no head, and the logits are the pooled features `(B, D)`.
       distilled: adds DeiT's distillation token and head.
+      pool: what the classifier reads: "token", the class token; "avg" or "max", the mean or maximum
+        over all patch tokens; "map", SigLIP's attention over them. With pooling and halting, each
+        patch token is averaged over layers with its own weights first. Halted tokens count too.
+      class_token: whether there is one; it is only an extra token if `pool` is not "token".
+      num_registers: number of register tokens, which the classifier does not read.
+      position_class: whether prefix tokens have a position embedding too.
+      pre_norm: adds a layer norm before the first layer, as in CLIP.
+      fc_norm: applies the last norm after pooling instead of before, under the name `fc_norm`.
+      mlp: see `block.LayerSpec`, also for the three attributes below.
+      qkv_bias: whether queries, keys and values have a bias.
+      qk_norm: whether queries and keys are normalized.
+      layer_scale: whether the output of each branch is scaled by a learned vector.
       halting: the gate; None for a plain DeiT.
       drop_path: probability of dropping a residual branch in the last layer, in training. It rises
         linearly from 0 in the first layer.
@@ -76,6 +99,16 @@ class AViT(nn.Module):
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     distilled: bool = False
+    pool: str = "token"
+    class_token: bool = True
+    num_registers: int = 0
+    position_class: bool = True
+    pre_norm: bool = False
+    fc_norm: bool = False
+    mlp: str = "gelu"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: bool = False
     halting: halting_lib.HaltingConfig | None = halting_lib.HaltingConfig()
     drop_path: float = 0.0
     dropout: float = 0.0
@@ -85,120 +118,30 @@ class AViT(nn.Module):
     removal: Plan | None = None
     fused_attention: bool | None = None
 
-    @property
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        size: Any = self.image_size
-        return tuple(size) if isinstance(size, tuple | list) else (size, size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.pixels[0] // self.patch_size, self.pixels[1] // self.patch_size
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """R: the class token and, if there is one, the distillation token."""
-        return 2 if self.distilled else 1
-
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
-
-    @property
-    def mlp_width(self) -> int:
-        """Channels of the MLP's hidden layer."""
-        return int(self.width * self.mlp_ratio)
-
-    @property
-    def similarity_dim(self) -> int:
-        """Channels by which tokens are compared: K, the width of a head, with merging; else 0."""
-        merges = self.halting is not None and self.halting.merge
-        return self.width // self.num_heads if merges else 0
-
-    @property
-    def block_kwargs(self) -> dict[str, Any]:
-        """Arguments of each layer's `Block`."""
-        return {
-            "width": self.width,
-            "num_heads": self.num_heads,
-            "mlp_width": self.mlp_width,
-            "norm_eps": self.norm_eps,
-            "dropout": self.dropout,
-            "dtype": self.dtype,
-            "halting": self.halting,
-            "similarity_dim": self.similarity_dim,
-            "fused_attention": self.fused_attention,
-        }
-
     def check(self) -> None:
         """Raises ValueError if the attributes are invalid; the message says what to change."""
-        if isinstance(self.image_size, Sequence) and len(self.image_size) != 2:
-            raise ValueError(
-                f"image_size must be one number or (height, width); got {self.image_size}."
-            )
-        for name in ("patch_size", "channels", "width", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.pixels[0] % self.patch_size or self.pixels[1] % self.patch_size:
-            raise ValueError(
-                f"patch_size {self.patch_size} must divide the image size {self.pixels}."
-            )
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} must be divisible by num_heads {self.num_heads}.")
-        if self.mlp_width < 1:
-            raise ValueError(
-                f"mlp_ratio {self.mlp_ratio} gives the MLP no hidden channel at width "
-                f"{self.width}: raise it."
-            )
-        for name in ("drop_path", "dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
-        if self.removal is not None and (self.halting is None or self.dropout or self.remat):
-            raise ValueError(
-                "removal in training needs halting, dropout 0, and remat off (the backward pass "
-                "recomputes anyway)."
-            )
-        if self.halting is not None and not -self.width <= self.halting.channel < self.width:
-            raise ValueError(
-                f"halting channel {self.halting.channel} is not among the {self.width} channels "
-                "of a token."
-            )
+        checks.check(self)
 
     def check_images(self, images: UncheckedArray) -> None:
         """Raises ValueError if the images do not have the model's dtype or shape.
 
         The batch may be symbolic.
         """
-        dtype, shape = getattr(images, "dtype", None), getattr(images, "shape", None)
-        if dtype is None or not isinstance(shape, tuple):
-            raise ValueError(
-                f"images must be one array of floats; got a {type(images).__name__}: use "
-                "jnp.asarray."
-            )
-        if str(dtype) not in _FLOATS:  # not np.issubdtype: other libraries have dtypes too
-            raise ValueError(
-                f"images must be normalized floats ({', '.join(_FLOATS)}); got {dtype}. For "
-                "pixels from 0 to 255 call "
-                "avit_jax.data.augment.normalize(images, mean, std) first."
-            )
-        if len(shape) != 4 or shape[1:] != (*self.pixels, self.channels):
-            raise ValueError(
-                f"images must be (B, {self.pixels[0]}, {self.pixels[1]}, {self.channels}); got "
-                f"{shape}."
-            )
-        if isinstance(shape[0], int) and not shape[0]:
-            raise ValueError("there are no images: the batch must be at least 1.")
+        checks.check_images(self, images)
 
     def setup(self) -> None:
         self.check()
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=block.kernel_init)
-        self.cls_token = self.param("cls_token", _token_init, (1, 1, self.width))
+        if self.class_token:
+            self.cls_token = self.param("cls_token", _token_init, (1, 1, self.width))
         if self.distilled:
             self.dist_token = self.param("dist_token", _token_init, (1, 1, self.width))
             self.head_dist = dense(self.num_classes)
-        self.pos_embed = self.param("pos_embed", _token_init, (1, self.num_tokens, self.width))
+        if self.num_registers:
+            shape = (1, self.num_registers, self.width)
+            self.reg_token = self.param("reg_token", _token_init, shape)
+        positions = self.num_tokens - (0 if self.position_class else self.num_prefix_tokens)
+        self.pos_embed = self.param("pos_embed", _token_init, (1, positions, self.width))
         self.patch_embed = dense(self.width)
         layers = nn.scan(
             block.Block,
@@ -210,10 +153,22 @@ class AViT(nn.Module):
         self.layers = layers(**self.block_kwargs)
         if self.halting is not None:
             self.gate = halting_linen.Halting(self.halting)
-        self.norm = block.LayerNorm(
-            epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False
+        norm = functools.partial(
+            block.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False
         )
-        self.head = dense(self.num_classes)
+        if self.pre_norm:
+            self.norm_pre = norm()
+        self.norm = norm(name="fc_norm" if self.fc_norm else "norm")
+        if self.pool == "map":
+            self.attn_pool = attention_pool.AttentionPool(
+                num_heads=self.num_heads,
+                mlp_width=self.mlp_width,
+                norm_eps=self.norm_eps,
+                dtype=self.dtype,
+                spec=self.spec,
+            )
+        if self.num_classes:
+            self.head = dense(self.num_classes)
 
     def embed(
         self, images: UncheckedArray, image_index: Int[Array, "B"] | None = None
@@ -223,23 +178,47 @@ class AViT(nn.Module):
         batch, (rows, columns), patch = images.shape[0], self.grid, self.patch_size
         x = images.reshape(batch, rows, patch, columns, patch, self.channels).swapaxes(2, 3)
         x = block.per_token(self.patch_embed, x.reshape(batch, rows * columns, -1))
-        tokens = (self.cls_token, self.dist_token) if self.distilled else (self.cls_token,)
+        tokens = [self.cls_token] if self.class_token else []
+        tokens += [self.dist_token] if self.distilled else []
+        tokens += [self.reg_token] if self.num_registers else []
         prefix = [
-            jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width)) for token in tokens
+            jnp.broadcast_to(token.astype(x.dtype), (batch, *token.shape[1:])) for token in tokens
         ]
-        x = jnp.concatenate([*prefix, x], axis=1) + self.pos_embed.astype(x.dtype)
-        if image_index is None or not self.dropout:
-            return x
-        key = self.make_rng("dropout")
-        return x * block.random_keep(key, image_index, self.dropout, x.shape[1:]).astype(x.dtype)
+        positions = self.pos_embed.astype(x.dtype)
+        if self.position_class:
+            x = jnp.concatenate([*prefix, x], axis=1) + positions
+        else:
+            x = jnp.concatenate([*prefix, x + positions], axis=1)
+        if image_index is not None and self.dropout:
+            keep = block.random_keep(
+                self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]
+            )
+            x = x * keep.astype(x.dtype)
+        return self.norm_pre(x) if self.pre_norm else x
 
-    def classify(self, prefix: Float[Array, "B R D"], *, train: bool = False) -> Logits:
-        """Maps prefix tokens `(B, R, D)` to logits `(B, C)`, as `__call__` returns them."""
-        prefix = self.norm(prefix)
-        logits = self.head(prefix[:, 0])
+    def _pooled(self, readout: jax.Array) -> jax.Array:
+        """Maps the tokens that are read out `(B, M, D)` to the tokens of the heads."""
+        if self.pool == "token":
+            return readout
+        if self.pool == "map":
+            return self.attn_pool(self.norm(readout))
+        reduce = jnp.mean if self.pool == "avg" else jnp.max
+        return reduce(readout, axis=1, keepdims=True)
+
+    def classify(self, readout: Float[Array, "B M D"], *, train: bool = False) -> Logits:
+        """Maps the tokens that are read out `(B, M, D)` to logits, as `__call__` returns them."""
+        if self.pool == "map":
+            pooled = self._pooled(readout)
+        elif self.fc_norm:
+            pooled = self.norm(self._pooled(readout))
+        else:
+            pooled = self._pooled(self.norm(readout))
+        if not self.num_classes:
+            return pooled[:, 0]
+        logits = self.head(pooled[:, 0])
         if not self.distilled:
             return logits
-        logits_dist = self.head_dist(prefix[:, 1])
+        logits_dist = self.head_dist(pooled[:, 1])
         return (logits, logits_dist) if train else (logits + logits_dist) / 2
 
     def draw_drop_path(self, image_index: Int[Array, "B"] | None) -> Float[Array, "L B 2"] | None:
@@ -253,11 +232,12 @@ class AViT(nn.Module):
     def from_tokens(
         self,
         x: Float[Array, "B N D"],
-        executor: forward.Executor | forward.AtOnce,
+        executor: executors.Executor | executors.AtOnce,
         *,
         exists: Bool[Array, "B"] | None = None,
         image_index: Int[Array, "B"] | None = None,
         train: bool = False,
+        features: bool = False,
     ) -> tuple[Logits, Aux]:
         """Maps embedded tokens to logits and `Aux`; `adaptive.apply` calls it.
 
@@ -265,16 +245,17 @@ class AViT(nn.Module):
           x: `(B, N, D)`.
           executor: how a layer runs, see `forward`.
           exists: `(B,)` bool, False for padding images, whose tokens are inactive from the start.
-            If it is given, all tokens of an image also stop once its prefix tokens have halted.
-            None for training and masked inference.
+            If it is given, all tokens of an image also stop once those that are read out have
+            halted. None for training and masked inference.
           image_index: see `__call__`; None without dropout and drop path.
           train: see `__call__`.
+          features: see `__call__`.
 
         Returns:
           As `__call__`.
         """
         cell = block.Block(**self.block_kwargs, parent=None)
-        carry = forward.start(cell, x, self.num_prefix_tokens)
+        carry = forward.start(cell, x, self.num_prefix_tokens, self.readout, features=features)
         if exists is not None:
             active = carry.state.active & exists[:, None]
             state = dataclasses.replace(carry.state, active=active)
@@ -292,18 +273,24 @@ class AViT(nn.Module):
             image_index=image_index,
             dropout_key=self.make_rng("dropout") if noisy and self.dropout else None,
             remat=self.remat,
-            stop_finished=exists is not None,
+            stop_finished=exists is not None and not features,
         )
         aux = Aux(
             score=score,
             active=active,
             depth=carry.state.depth,
             ponder_cost=halting_lib.ponder_cost(carry.state),
-            class_output=carry.readout[:, 0],
+            class_output=self._pooled(carry.readout)[:, 0],
             distillation_output=carry.readout[:, 1] if self.distilled else None,
-            macs=flops.image_macs(self, active),
+            macs=flops.image_macs(self, active, slice(None) if features else None),
+            features=None if carry.features is None else self._on_grid(carry.features),
         )
         return self.classify(carry.readout, train=train), aux
+
+    def _on_grid(self, features: features_lib.Features) -> jax.Array:
+        x = features_lib.of_all(features)[:, self.num_prefix_tokens :]
+        x = x if self.fc_norm else self.norm(x)
+        return x.reshape(len(x), *self.grid, self.width)
 
     def __call__(
         self,
@@ -311,6 +298,7 @@ class AViT(nn.Module):
         *,
         train: bool = False,
         image_index: Int[Array, "B"] | None = None,
+        features: bool = False,
     ) -> tuple[Logits, Aux]:
         """Classifies images; halted tokens are masked, or removed with the attribute `removal`.
 
@@ -320,6 +308,8 @@ class AViT(nn.Module):
           image_index: `(B,)` int32, index of each image in the global batch, if this is the share
             of one device. Dropout draws by it, so that the draw does not depend on the number of
             devices. Default: 0 to B - 1.
+
+          features: whether `Aux` holds the features of all patches, for dense tasks.
 
         Returns:
           Logits `(B, C)` and `Aux`. A distilled model returns the mean of its two heads; with
@@ -337,8 +327,10 @@ class AViT(nn.Module):
         x = self.embed(images, image_index)
         if self.is_initializing():
             self.layers(x[:1, :1], None)
-        executor = forward.masked if self.removal is None else forward.Bucketed(self.removal)
-        return self.from_tokens(x, executor, image_index=image_index, train=train)
+        executor = executors.masked if self.removal is None else executors.Bucketed(self.removal)
+        return self.from_tokens(
+            x, executor, image_index=image_index, train=train, features=features
+        )
 
 
 def deit_tiny(**attributes: Any) -> AViT:

@@ -79,7 +79,7 @@ def step_options(config: ConfigDict) -> train_step.StepOptions:
         erase=c.erase,
         mix=augment.Mix(mixup=c.mixup, cutmix=c.cutmix, switch=c.switch),
     )
-    loss = dict(config.loss)
+    loss = dict(config.loss) | {"class_weights": tuple(config.loss.class_weights)}
     if budget:  # a prior around another depth would work against the moving gate bias
         loss["target_depth"] = max(1.0, budget * num_layers)
     distill = {key: value for key, value in config.distill.items() if key != "teacher"}
@@ -92,6 +92,7 @@ def step_options(config: ConfigDict) -> train_step.StepOptions:
         learnable_gate=config.halting.learnable,
         ema_decay=config.optimizer.ema_decay,
         skip_nonfinite=config.train.nonfinite == "skip",
+        accumulate=config.train.accumulate,
     )
 
 
@@ -111,7 +112,7 @@ def model(config: ConfigDict) -> vit.AViT:
         network = vit.AViT(**sizes, halting=halts)
         network.check()
         if config.train.adaptive and halts:
-            images = config.train.batch_size // jax.device_count()
+            images = config.train.batch_size // jax.device_count() // config.train.accumulate
             removes = plan_lib.removal_pays(
                 network.width, images, config.budget or 1.0, training=True
             )
@@ -219,3 +220,8 @@ def check(config: ConfigDict, *names: str) -> None:
                 f"config.{name}.batch_size {size} must be a multiple of the number of devices, "
                 f"{jax.device_count()}."
             )
+    if "train" in names and config.train.batch_size // jax.device_count() % config.train.accumulate:
+        raise errors.UserError(
+            f"config.train.accumulate {config.train.accumulate} must divide the batch of a device, "
+            f"{config.train.batch_size // jax.device_count()} images."
+        )

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +116,7 @@ class Evaluator:
             "macs_ratio": values["macs_ratio"],
             "mean_depth": values["depth_patch"],
             "images": int(values["images"]),
+            "class_top1": class_accuracy(results, self.source.label_names),
         }
         files.write(summary, json.dumps(content | more, indent=2) + "\n")
         visualize.write(self._figure(devices.first(params), results, values), figure)
@@ -144,6 +145,12 @@ class Evaluator:
             f"network's MACs, mean depth of patch tokens {values['depth_patch']:.2f} of "
             f"{self._model.depth} layers",
         )
+
+
+def class_accuracy(results: Results, names: Sequence[str]) -> dict[str, float | None]:
+    """Returns the top-1 accuracy of each class by name; None for a class without images."""
+    parts = zip(names, results["class_top1"], results["class_images"], strict=True)
+    return {name: float(right / images) if images else None for name, right, images in parts}
 
 
 def make_eval_step(

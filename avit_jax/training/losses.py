@@ -1,5 +1,7 @@
 """Losses: cross entropy, distillation, ponder loss, and the prior over depth."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,22 +11,39 @@ from avit_jax.models import vit
 
 
 def cross_entropy(
-    logits: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] = (),
+    sigmoid: bool = False,
 ) -> jax.Array:
-    """Mean softmax cross entropy.
+    """Mean cross entropy of a softmax over all classes, or of a sigmoid for each class.
 
     Args:
       logits: `(B, C)`, any float dtype; the loss is at least float32.
-      targets: `(B, C)` probabilities, or `(B,)` int labels.
+      targets: `(B, C)` probabilities, or `(B,)` int labels. With `sigmoid`, an image may have any
+        number of classes of probability 1.
       label_smoothing: fraction of the target spread evenly over all classes, in [0, 1).
+      class_weights: factor of each class's term; empty for 1. The sum is not normalized by them.
+      sigmoid: whether each class has its own binary cross entropy. The loss is the mean over
+        classes.
 
     Returns:
       Scalar, in nats.
+
+    Reference: Touvron et al., arXiv 2204.07118, section 3 (DeiT-III's sigmoid).
     """
     logits = logits.astype(halting.at_least_float32(logits.dtype))
     if targets.ndim == 1:
         targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing)).mean()
+    targets = optax.smooth_labels(targets, label_smoothing)
+    weights = jnp.asarray(class_weights or 1.0, logits.dtype).reshape(1, -1)
+    if sigmoid:
+        return (weights * optax.sigmoid_binary_cross_entropy(logits, targets)).mean()
+    if class_weights:
+        targets = targets * weights
+    return optax.softmax_cross_entropy(logits, targets).mean()
 
 
 def distillation_loss(

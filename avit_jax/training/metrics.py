@@ -31,8 +31,8 @@ def eval_sums(
 
     To get a mean, divide a sum over all batches by the sum of `images`.
 
-    Depths and scores are the same for masking and removal: if the prefix tokens of an image have
-    halted, the image is finished and all of its tokens count as halted.
+    Depths and scores are the same for masking and removal: if the tokens that are read out of an
+    image have halted, the image is finished and all of its tokens count as halted.
 
     Args:
       model: for its sizes.
@@ -44,7 +44,9 @@ def eval_sums(
     Returns:
       `images`, `loss` (nats), `top1`, `top5`, `depth_patch` and `depth_class` (layers), `macs`, and
       two vectors `(L,)`: `patch_depth`, the fraction of patch tokens that halt at each layer, and
-      `score`, the mean score of each layer; halted tokens count as 0.
+      `score`, the mean score of each layer; halted tokens count as 0. With pooling, `depth_class`
+      is the number of layers until the image is finished. `class_images` and `class_top1` `(C,)`
+      are images, and images classified correctly, of each class.
     """
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
     # Equal logits: the first wins, as in argmax. A nan of another class ranks above the label. A
@@ -52,7 +54,8 @@ def eval_sums(
     is_before = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
     is_larger = jnp.where(is_before, ~(logits < label_logits), ~(logits <= label_logits))
     rank = is_larger.sum(axis=1)
-    ran = flops.is_computed(aux.active, model.num_prefix_tokens)
+    is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    ran = flops.is_computed(aux.active, model.readout)
     depth = ran.sum(axis=0)
     patches = depth[:, model.num_prefix_tokens :]
     each = {
@@ -61,10 +64,12 @@ def eval_sums(
         "top1": rank < 1,
         "top5": rank < 5,
         "depth_patch": patches.mean(axis=1),
-        "depth_class": depth[:, 0],
+        "depth_class": depth[:, 0] if model.pool == "token" else ran.any(axis=2).sum(axis=0),
         "macs": aux.macs,
         "patch_depth": jax.nn.one_hot(patches - 1, model.depth).mean(axis=1),
         "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
+        "class_images": is_label,
+        "class_top1": is_label & (rank < 1)[:, None],
     }
     return {name: jnp.tensordot(weight, x.astype(jnp.float32), axes=1) for name, x in each.items()}
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_LAST = ("head", "head_dist", "norm", "gate")
+_LAST = ("head", "head_dist", "norm", "fc_norm", "attn_pool", "gate")
 
 
 def schedule(

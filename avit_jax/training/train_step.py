@@ -43,6 +43,8 @@ class Augmentation:
 class LossOptions:
     """The losses other than the teacher's. See `losses`."""
 
+    sigmoid: bool
+    class_weights: tuple[float, ...]
     label_smoothing: float
     ponder_weight: float
     prior_weight: float
@@ -74,6 +76,8 @@ class StepOptions:
       ema_decay: decay of the moving average of the parameters.
       skip_nonfinite: keeps parameters, average and optimizer moments if the loss or a norm is not
         finite.
+      accumulate: number of equal parts of a device's batch that run one after the other, in less
+        memory. The gradient is the mean over the parts. Each part has its own prior loss.
     """
 
     seed: int
@@ -84,6 +88,7 @@ class StepOptions:
     learnable_gate: bool
     ema_decay: float
     skip_nonfinite: bool
+    accumulate: int
 
 
 def augment_batch(
@@ -146,10 +151,14 @@ def task_loss(
     heads = taught_heads = logits if isinstance(logits, tuple) else (logits,)
     if distilled and teacher_logits is not None:
         heads, taught_heads = heads[:1], heads[1:]
-    smoothing, distill = options.loss.label_smoothing, options.distill
-    task = sum(
-        losses.cross_entropy(head, targets, label_smoothing=smoothing) for head in heads
-    ) / len(heads)
+    loss, distill = options.loss, options.distill
+    cross_entropy = functools.partial(
+        losses.cross_entropy,
+        label_smoothing=loss.label_smoothing,
+        class_weights=loss.class_weights,
+        sigmoid=loss.sigmoid,
+    )
+    task = sum(cross_entropy(head, targets) for head in heads) / len(heads)
     if teacher_logits is None:
         return task, {"task_loss": task}
     how = {"targets": distill.targets, "temperature": distill.temperature}
@@ -245,8 +254,9 @@ def make_train_step(
         if teacher is not None:
             teacher_logits, _ = teacher.apply({"params": teacher_params}, images)
         loss_fn = functools.partial(_loss, model=model, options=options, dropout_key=dropout_key)
-        grads, values = jax.grad(loss_fn, has_aux=True)(
-            state.params, batch, images, targets, teacher_logits
+        own = {name: batch[name] for name in ("index", "label")}
+        grads, values = _gradient(
+            loss_fn, options.accumulate, state.params, (own, images, targets, teacher_logits)
         )
         grads, values = devices.mean((grads, values))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -272,6 +282,24 @@ def make_train_step(
         return new, values | counts | norms
 
     return train_step
+
+
+def _gradient(
+    loss_fn: Callable[..., tuple[jax.Array, Values]], parts: int, params: Any, inputs: tuple
+) -> tuple[Any, Values]:
+    """Returns gradient and metrics, means over equal parts of the batch that run in turn."""
+    gradient = jax.grad(loss_fn, has_aux=True)
+    if parts == 1:
+        return gradient(params, *inputs)
+
+    def add(sums: Any, part: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(params, *part)), None
+
+    inputs = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    shapes = jax.eval_shape(gradient, params, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.tree.map(lambda x: x / parts, jax.lax.scan(add, zeros, inputs)[0])
 
 
 def _has_budget(model: vit.AViT, options: StepOptions) -> bool:

@@ -59,15 +59,20 @@ def write(
     files.write(path, safetensors.numpy.save(contiguous, metadata))
 
 
+def gate_of(params: Mapping[str, Any], model: vit.AViT) -> dict[str, Any] | None:
+    """Returns the gate as files hold it, None without halting; a learned one becomes fixed."""
+    if model.halting is None:
+        return None
+    # The shortest decimals that give the same float32, so that users can type them.
+    learned = jax.device_get(params.get("gate", {})).items()
+    numbers = {name: float(str(np.float32(value))) for name, value in learned}
+    return gate_fields(model.halting) | numbers | {"learnable": False}
+
+
 def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
     """Returns the content of a file of these parameters; a learned gate becomes a fixed one."""
     params = jax.device_get(params)
-    gate = None
-    if model.halting is not None:
-        # The shortest decimals that give the same float32, so that users can type them.
-        learned = params.get("gate", {}).items()
-        numbers = {name: float(str(np.float32(value))) for name, value in learned}
-        gate = gate_fields(model.halting) | numbers | {"learnable": False}
+    gate = gate_of(params, model)
     patch_shape = (model.patch_size, model.patch_size, model.channels)
     tensors = name_maps.to_torch(params, patch_shape=patch_shape)
     if "norm_pre.weight" in tensors:  # timm and CLIP have no bias there; positions take it in

@@ -14,7 +14,7 @@ import pytest
 from avit_jax.core import halting, merging
 from avit_jax.core.plan import Plan
 from avit_jax.inference import adaptive
-from avit_jax.models import block, flops, forward, halting_linen, halting_nnx, vit
+from avit_jax.models import block, executors, flops, forward, halting_linen, halting_nnx, vit
 
 
 def test_similarity_is_the_cosine_of_the_first_channels_and_has_no_gradient() -> None:
@@ -198,7 +198,7 @@ def test_no_patch_is_lost() -> None:
     model = _model()
     carry = _carry(model)
     for i in range(model.depth):
-        carry, _ = _step(model, forward.masked, carry, i, gate=(0.5, -5.0), is_last=False)
+        carry, _ = _step(model, executors.masked, carry, i, gate=(0.5, -5.0), is_last=False)
         running = carry.state.active[:, 1:]
         assert running.any(axis=1).all()
         np.testing.assert_array_equal(
@@ -208,9 +208,9 @@ def test_no_patch_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    "executor", [forward.masked, forward.Bucketed(Plan(bucket=2, token_multiple=4))]
+    "executor", [executors.masked, executors.Bucketed(Plan(bucket=2, token_multiple=4))]
 )
-def test_in_the_last_layer_none_merges(executor: forward.Executor) -> None:
+def test_in_the_last_layer_none_merges(executor: executors.Executor) -> None:
     model = _model()
     for is_last in (True, False):
         carry, (score, _) = _step(

@@ -13,9 +13,9 @@ from jax import export
 
 from avit_jax.core import halting
 from avit_jax.core.plan import Plan
-from avit_jax.inference import adaptive, autotune
+from avit_jax.inference import adaptive, autotune, padding
 from avit_jax.kernels import packed as kernels
-from avit_jax.models import flops, forward, vit
+from avit_jax.models import executors, flops, vit
 
 _PLAN = Plan(bucket=3, token_multiple=8, chunk=4, packed=True)
 _LEARNABLE = halting.HaltingConfig(learnable=True)
@@ -46,13 +46,13 @@ def _run(model: vit.AViT, variables: Any, images: Any, plan: Plan = _PLAN) -> An
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Shapes of tokens that were packed."""
-    calls, run = [], forward.Packed.__call__
+    calls, run = [], executors.Packed.__call__
 
     def call(self: Any, layer: Any, params: Any, x: Any, *args: Any) -> Any:
         calls.append(x.rows.shape)
         return run(self, layer, params, x, *args)
 
-    monkeypatch.setattr(forward.Packed, "__call__", call)
+    monkeypatch.setattr(executors.Packed, "__call__", call)
     return calls
 
 
@@ -166,14 +166,14 @@ def test_the_default_is_buckets() -> None:
 def test_padded_macs_count_whole_blocks(in_float32: list[Any]) -> None:
     model = _model(depth=2)
     num = np.array([21, 3, 0])
-    macs = adaptive.packed_macs(model, jnp.arange(21)[None] < num[:, None])
+    macs = padding.packed_macs(model, jnp.arange(21)[None] < num[:, None])
     linear, pairs = 12 * 64**2, 2 * 64
     blocks = np.array([64 * 64, 64 * 64, 0])
     expected = num / num.sum() * 64 * linear + blocks * pairs
     np.testing.assert_allclose(macs, expected, rtol=1e-6)
     variables, images = _variables(model), _images(model, 4)
     aux = _run(model, variables, images)[1]
-    layers = sum(adaptive.packed_macs(model, active) for active in aux.active)
+    layers = sum(padding.packed_macs(model, active) for active in aux.active)
     np.testing.assert_allclose(aux.macs_padded, flops.fixed_macs(model) + layers, rtol=1e-5)
 
 

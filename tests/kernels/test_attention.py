@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import variants
 
 from avit_jax.core import halting
 from avit_jax.kernels import attention
@@ -143,3 +144,15 @@ def test_large_logits_give_finite_weights() -> None:
         jnp.array(x).reshape(1, 1, 2, 1) for x in ([200.0, 0.0], [5.0, 1.0], [1.0, 3.0])
     )
     np.testing.assert_allclose(attention.exact(query, key, value, None).ravel(), [1.0, 2.0])
+
+
+def test_queries_and_keys_of_a_layer_with_norms_and_without_biases(cudnn: list) -> None:
+    model = variants.network("qk_norm", halting=None, dtype=jnp.bfloat16, fused_attention=False)
+    variables, images = {"params": variants.params(model)}, variants.images(model, 2)
+    expected, _ = model.apply(variables, images)
+    logits, _ = model.clone(fused_attention=True).apply(variables, images)
+    assert cudnn
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(
+        logits.astype(jnp.float32), expected.astype(jnp.float32), atol=0.03 * scale
+    )

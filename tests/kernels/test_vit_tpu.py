@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from avit_jax.core import halting
 from avit_jax.kernels import vit_tpu
-from avit_jax.models import flops, forward, one_kernel, vit
+from avit_jax.models import executors, flops, one_kernel, vit
 
 
 def _model(*, gate: dict[str, Any] | None = None, **changes: Any) -> vit.AViT:
@@ -225,7 +225,7 @@ def test_an_executor_of_all_layers_gives_the_same_aux() -> None:
 
     x = model.apply(variables, images, method="embed")
     got = model.apply(
-        variables, x, forward.AtOnce(layers), exists=jnp.ones(3, bool), method="from_tokens"
+        variables, x, executors.AtOnce(layers), exists=jnp.ones(3, bool), method="from_tokens"
     )
     np.testing.assert_allclose(got[0], logits, rtol=0, atol=1e-6)
     computed = flops.is_computed(jnp.asarray(aux.active), 1)

@@ -15,7 +15,7 @@ import pytest
 
 import avit_jax
 from avit_jax.core import halting
-from avit_jax.models import block, flops, forward, vit
+from avit_jax.models import block, executors, flops, forward, vit
 from avit_jax.training import losses
 
 # A gate at which the tokens of a random network halt at all layers.
@@ -104,7 +104,7 @@ def _unrolled(model: vit.AViT, tap_LxBxNxD: jax.Array) -> tuple[jax.Array, vit.A
         carry = dataclasses.replace(carry, x=carry.x + tap_LxBxNxD[i])
         carry, (score, active) = forward.step(
             _block(model),
-            forward.masked,
+            executors.masked,
             (model.halting.gamma, model.halting.beta),
             carry,
             _layer_params(model, i)["params"],

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import variants
 from ml_collections import ConfigDict
 
+from avit_jax import config as config_lib
 from avit_jax.data import loader
 from avit_jax.inference import adaptive
 from avit_jax.models import flops
@@ -129,6 +131,47 @@ def test_distilled_model_trains_both_heads() -> None:
         assert np.abs(after[head]["kernel"] - before[head]["kernel"]).max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "qk_norm"])
+def test_every_parameter_of_other_networks_trains(kind: str) -> None:
+    changes = {f"model.{name}": value for name, value in variants.KINDS[kind].items()}
+    config = fixtures.small_config(**changes)
+    before, after = run_steps(config, 1, steps=0)[0].params, run_steps(config, 1)[0].params
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+    ):
+        assert np.abs(new - old).max() > 1e-5, jax.tree_util.keystr(path)
+
+
+def test_parts_of_a_batch_that_run_in_turn_give_the_same_step() -> None:
+    # The prior is that of each part.
+    config = fixtures.small_config(**{"loss.prior_weight": 0.0, "budget": 0.7})
+    whole, rows_whole = run_steps(config, 2, steps=2)
+    config.train.accumulate = 4
+    parts, rows_parts = run_steps(config, 2, steps=2)
+    chex.assert_trees_all_close(whole.params, parts.params, atol=1e-6, rtol=0)
+    for name in ("loss", "top1", "macs_ratio", "grad_norm"):
+        assert rows_parts[1][name] == pytest.approx(float(rows_whole[1][name]), rel=1e-4), name
+    config.train.accumulate = 3
+    with pytest.raises(errors.UserError, match="accumulate 3 must divide the batch"):
+        build.check(config, "train")
+
+
+def test_options_of_the_loss_reach_the_step() -> None:
+    def loss(**changes: object) -> float:
+        options = build.step_options(fixtures.small_config(**changes))
+        logits = np.random.default_rng(0).standard_normal((4, 10)).astype(np.float32)
+        labels = jnp.arange(4)
+        return float(train_step.task_loss(logits, labels, None, options, distilled=False)[0])
+
+    plain = loss()
+    weighted = loss(**{"loss.class_weights": (2.0,) * 10})
+    assert weighted == pytest.approx(2 * plain, rel=1e-5)
+    assert loss(**{"loss.sigmoid": True}) < plain / 2  # the mean over 10 classes
+    config = fixtures.small_config(**{"loss.class_weights": (1.0, 2.0)})
+    with pytest.raises(errors.UserError, match=r"class_weights .* each of the 10 classes"):
+        config_lib.check(config)
+
+
 def test_no_compilation_after_the_first_step() -> None:
     config = fixtures.small_config()
     model, (tx, _) = build.model(config), build.optimizer(config)
@@ -190,6 +233,7 @@ def test_a_run_end_to_end_and_its_evaluation(tmp_path) -> None:
         and 0.0 < summary["macs_ratio"] <= 1.0
         and 1.0 <= summary["mean_depth"] <= 3.0
     )
+    assert np.mean(list(summary["class_top1"].values())) == pytest.approx(summary["top1"], abs=0.05)
     assert summary["macs_per_image"] == pytest.approx(
         summary["macs_ratio"] * flops.static_macs(build.model(config))
     )

@@ -48,6 +48,30 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_class_weights_and_sigmoid(sigmoid: bool) -> None:
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(4, 3)), np.array([0, 2, 2, 1])
+    several = np.array([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    weights = (1.0, 0.5, 3.0)
+    for targets in (labels, several):
+        dense = np.eye(3)[targets] if targets.ndim == 1 else targets
+        if sigmoid:
+            p = 1 / (1 + np.exp(-logits))
+            terms = -(dense * np.log(p) + (1 - dense) * np.log(1 - p)) / 3
+        else:
+            terms = -dense * _log_softmax(logits)
+        for given in ((), weights):
+            loss = losses.cross_entropy(
+                jnp.asarray(logits, jnp.float32),
+                jnp.asarray(targets, None if targets.ndim == 1 else jnp.float32),
+                class_weights=given,
+                sigmoid=sigmoid,
+            )
+            expected = (terms * (given or 1.0)).sum(axis=1).mean()
+            assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy(smoothing: float) -> None:
     rng = np.random.default_rng(1)

@@ -15,7 +15,7 @@ from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
 from avit_jax.models import flops, vit
-from avit_jax.training import metrics
+from avit_jax.training import evaluate, metrics
 from avit_jax.utils import visualize
 
 _IMAGES, _CLASSES = 12, 8
@@ -97,6 +97,8 @@ def _expected(
         "macs": np.mean(jax.jit(flops.image_macs, static_argnums=0)(model, aux.active)),
         "patch_depth": [np.mean(depth[:, 1:] == layer + 1) for layer in range(model.depth)],
         "score": score.mean(axis=(1, 2)),
+        "class_images": [np.mean(labels == c) for c in range(_CLASSES)],
+        "class_top1": [np.mean((labels == c) & (order[:, 0] == c)) for c in range(_CLASSES)],
     }
 
 
@@ -123,6 +125,22 @@ def test_padding_counts_for_nothing(
     weight = np.arange(_IMAGES) < real.stop
     sums = _eval_sums(model, logits, aux, labels, weight.astype(np.float32))
     _check(metrics.means([sums]), _expected(model, logits[real], _some(aux, real), labels[real]))
+
+
+def test_accuracy_of_each_class() -> None:
+    results = {"class_images": np.array([0.5, 0.0, 0.5]), "class_top1": np.array([0.125, 0, 0.5])}
+    found = evaluate.class_accuracy(results, ["cat", "dog", "cow"])
+    assert found == {"cat": 0.25, "dog": None, "cow": 1.0}
+
+
+def test_with_pooling_the_class_depth_is_that_of_the_image(
+    model: vit.AViT, logits: np.ndarray, aux: vit.Aux, labels: np.ndarray
+) -> None:
+    pooled = model.clone(pool="avg")
+    values = _eval_sums(pooled, logits, aux, labels, np.ones(_IMAGES))
+    longest = np.asarray(aux.depth)[:, 1:].max(axis=1)  # of the patches, which are read out
+    assert values["depth_class"] == longest.sum()
+    assert values["depth_class"] != np.asarray(aux.depth)[:, 0].sum()
 
 
 @pytest.mark.parametrize("rank", range(_CLASSES))

@@ -1,0 +1,55 @@
+"""Features of all places of the grid, though tokens halt in different layers or merge.
+
+The feature of a token is its output in the layer in which it halts. A token that merges into
+another one has the feature of that token. Axes as in `models.vit`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+    """What is known between layers.
+
+    Attributes:
+      output: `(B, N, D)` output of each token in the last layer in which it was active.
+      place: `(B, N)` int32, index of the token that each token is part of by now.
+    """
+
+    output: jax.Array
+    place: jax.Array
+
+
+def token_index(x: jax.Array) -> jax.Array:
+    """Returns the index of each token of `(B, N, D)`, `(B, N)` int32."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+
+
+def init(x: jax.Array) -> Features:
+    """Returns the features before the first layer, for embedded tokens `(B, N, D)`."""
+    return Features(output=x, place=token_index(x))
+
+
+def update(before: Features, x: jax.Array, active: jax.Array, target: jax.Array | None) -> Features:
+    """Returns the features after a layer.
+
+    Args:
+      before: after the layer before.
+      x: `(B, N, D)` outputs of the layer; those of halted tokens mean nothing.
+      active: `(B, N)` bool, whether the token is active in the layer.
+      target: `(B, N)` index of the token into which each token merges in the layer, of any dtype;
+        its own index if it does not merge. None without merging.
+    """
+    place = before.place
+    if target is not None:
+        place = jnp.take_along_axis(target.astype(place.dtype), place, axis=1)
+    return Features(output=jnp.where(active[..., None], x, before.output), place=place)
+
+
+def of_all(features: Features) -> jax.Array:
+    """Returns the feature of each token, `(B, N, D)`."""
+    return jnp.take_along_axis(features.output, features.place[..., None], axis=1)

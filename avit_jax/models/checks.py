@@ -1,0 +1,92 @@
+"""Checks of a network's attributes and images. Axes as in `vit`."""
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from avit_jax.models.layer_spec import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from avit_jax.models import vit
+
+POOLS = ("token", "avg", "max", "map")
+MLPS = tuple(ACTIVATIONS)
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def check(model: "vit.AViT") -> None:
+    """Raises ValueError if the attributes are invalid; the message says what to change."""
+    if len(model.pixels) != 2:
+        raise ValueError(
+            f"image_size must be one number or (height, width); got {model.image_size}."
+        )
+    for name in ("patch_size", "channels", "width", "depth", "num_heads"):
+        if getattr(model, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(model, name)}.")
+    for name in ("num_classes", "num_registers"):
+        if getattr(model, name) < 0:
+            raise ValueError(f"{name} must be at least 0; got {getattr(model, name)}.")
+    for name, choices in (("pool", POOLS), ("mlp", MLPS)):
+        if getattr(model, name) not in choices:
+            names = " or ".join(f'"{choice}"' for choice in choices)
+            raise ValueError(f'{name} must be {names}; got "{getattr(model, name)}".')
+    if model.pool == "token" and not model.class_token:
+        raise ValueError('pool "token" reads the class token: set class_token, or pool="avg".')
+    if model.pool == "map" and (model.num_prefix_tokens or model.fc_norm):
+        raise ValueError(
+            'pool "map" reads all tokens after the norm: unset class_token, fc_norm and '
+            "num_registers."
+        )
+    if model.distilled and (model.pool != "token" or not model.num_classes):
+        raise ValueError(
+            'a distilled model needs pool "token" and at least one class: unset distilled.'
+        )
+    if model.pixels[0] % model.patch_size or model.pixels[1] % model.patch_size:
+        raise ValueError(
+            f"patch_size {model.patch_size} must divide the image size {model.pixels}."
+        )
+    if model.width % model.num_heads:
+        raise ValueError(f"width {model.width} must be divisible by num_heads {model.num_heads}.")
+    if model.mlp_width < 1:
+        raise ValueError(
+            f"mlp_ratio {model.mlp_ratio} gives the MLP no hidden channel at width "
+            f"{model.width}: raise it."
+        )
+    for name in ("drop_path", "dropout"):
+        if not 0.0 <= getattr(model, name) < 1.0:
+            raise ValueError(f"{name} must lie in [0, 1); got {getattr(model, name)}.")
+    if model.removal is not None and (model.halting is None or model.dropout or model.remat):
+        raise ValueError(
+            "removal in training needs halting, dropout 0, and remat off (the backward pass "
+            "recomputes anyway)."
+        )
+    if model.halting is not None and not -model.width <= model.halting.channel < model.width:
+        raise ValueError(
+            f"halting channel {model.halting.channel} is not among the {model.width} channels "
+            "of a token."
+        )
+
+
+def check_images(model: "vit.AViT", images: jax.Array) -> None:
+    """Raises ValueError if the images do not have the model's dtype or shape.
+
+    The batch may be symbolic.
+    """
+    dtype, shape = getattr(images, "dtype", None), getattr(images, "shape", None)
+    if dtype is None or not isinstance(shape, tuple):
+        raise ValueError(
+            f"images must be one array of floats; got a {type(images).__name__}: use jnp.asarray."
+        )
+    if str(dtype) not in _FLOATS:  # not np.issubdtype: other libraries have dtypes too
+        raise ValueError(
+            f"images must be normalized floats ({', '.join(_FLOATS)}); got {dtype}. For "
+            "pixels from 0 to 255 call "
+            "avit_jax.data.augment.normalize(images, mean, std) first."
+        )
+    if len(shape) != 4 or shape[1:] != (*model.pixels, model.channels):
+        raise ValueError(
+            f"images must be (B, {model.pixels[0]}, {model.pixels[1]}, {model.channels}); got "
+            f"{shape}."
+        )
+    if isinstance(shape[0], int) and not shape[0]:
+        raise ValueError("there are no images: the batch must be at least 1.")
