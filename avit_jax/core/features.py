@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from avit_jax.core.arrays import Array
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,21 +22,21 @@ class Features:
       place: `(B, N)` int32, index of the token that each token is part of by now.
     """
 
-    output: jax.Array
-    place: jax.Array
+    output: Array
+    place: Array
 
 
-def token_index(x: jax.Array) -> jax.Array:
+def token_index(x: Array) -> Array:
     """Returns the index of each token of `(B, N, D)`, `(B, N)` int32."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
-def init(x: jax.Array) -> Features:
+def init(x: Array) -> Features:
     """Returns the features before the first layer, for embedded tokens `(B, N, D)`."""
     return Features(output=x, place=token_index(x))
 
 
-def update(before: Features, x: jax.Array, active: jax.Array, target: jax.Array | None) -> Features:
+def update(before: Features, x: Array, active: Array, target: Array | None) -> Features:
     """Returns the features after a layer.
 
     Args:
@@ -50,6 +52,6 @@ def update(before: Features, x: jax.Array, active: jax.Array, target: jax.Array 
     return Features(output=jnp.where(active[..., None], x, before.output), place=place)
 
 
-def of_all(features: Features) -> jax.Array:
+def of_all(features: Features) -> Array:
     """Returns the feature of each token, `(B, N, D)`."""
     return jnp.take_along_axis(features.output, features.place[..., None], axis=1)

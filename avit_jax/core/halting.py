@@ -220,9 +220,7 @@ def score(
     return score_of_gate(tokens[..., channel], gamma=gamma, beta=beta)
 
 
-def score_of_gate(
-    gate: jax.Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.ArrayLike
-) -> jax.Array:
+def score_of_gate(gate: Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.ArrayLike) -> Array:
     """Computes `score` from the gate channel of the tokens, of any shape and float dtype."""
     gate = gate.astype(at_least_float32(gate.dtype))
     return jax.nn.sigmoid(gamma * gate + beta)

@@ -74,7 +74,7 @@ def redundancy(similar: Float[Array, "B N N"], active: Bool[Array, "B N"]) -> Fl
     return jnp.where(active, jnp.where(before, similar, -1.0).max(axis=-1), 0.0)
 
 
-def _target(similar: jax.Array, kept: jax.Array) -> jax.Array:
+def _target(similar: Array, kept: Array) -> Array:
     """Returns the index `(B, N)` of the most similar kept token; N if similarities are nan."""
     similar = jnp.where(kept[:, None, :], similar, -jnp.inf)
     most = similar == similar.max(axis=-1, keepdims=True)

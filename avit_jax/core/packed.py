@@ -11,6 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from avit_jax.core.arrays import Array
+
 _IN = "promise_in_bounds"
 
 
@@ -26,12 +28,12 @@ class Packing:
         tokens. Image b has the rows from `first[b]` to `first[b + 1] - 1`.
     """
 
-    token: jax.Array
-    row: jax.Array
-    first: jax.Array
+    token: Array
+    row: Array
+    first: Array
 
 
-def pack(active: jax.Array, num_rows: int) -> Packing:
+def pack(active: Array, num_rows: int) -> Packing:
     """Gives each active token a row, in ascending order of image and token.
 
     Args:
@@ -64,10 +66,10 @@ class PackedTokens:
       row: `(B, N)` int32, row of each token; see `Packing`.
     """
 
-    rows: jax.Array
-    row: jax.Array
+    rows: Array
+    row: Array
 
-    def prefix(self, active: jax.Array, num_prefix_tokens: int) -> jax.Array:
+    def prefix(self, active: Array, num_prefix_tokens: int) -> Array:
         """Returns the prefix tokens `(B, R, D)`; those that are not active are 0.
 
         Args:
@@ -78,7 +80,7 @@ class PackedTokens:
         zero = jnp.zeros((), self.rows.dtype)
         return jnp.where(active[few][..., None], self.rows.at[self.row[few]].get(mode=_IN), zero)
 
-    def channel(self, active: jax.Array, channel: int) -> jax.Array:
+    def channel(self, active: Array, channel: int) -> Array:
         """Returns one channel of all tokens, `(B, N)`; 0 for those that are not active.
 
         Args:
@@ -89,7 +91,7 @@ class PackedTokens:
         return jnp.where(active, self.rows.at[self.row, channel].get(mode=_IN), zero)
 
 
-def buffer(x: jax.Array, num_rows: int) -> PackedTokens:
+def buffer(x: Array, num_rows: int) -> PackedTokens:
     """Returns all tokens `(B, N, D)` as a buffer of `num_rows` rows; the rest of it is 0."""
     size = x.shape[0] * x.shape[1]
     rows = jnp.pad(x.reshape(size, -1), ((0, num_rows - size), (0, 0)))

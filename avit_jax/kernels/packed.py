@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from avit_jax.core import halting
+from avit_jax.core.arrays import Array
 from avit_jax.kernels import attention
 
 _WIDEST = 384  # the shared memory of an H100 does not hold the kernels of a wider network
@@ -100,15 +101,15 @@ def supports(
 
 def layer(
     params: Any,
-    index: jax.Array,
-    x: jax.Array,
-    source: jax.Array,
-    first: jax.Array,
+    index: Array,
+    x: Array,
+    source: Array,
+    first: Array,
     *,
     num_tokens: int,
     num_heads: int,
     eps: float,
-) -> jax.Array:
+) -> Array:
     """Runs a layer on the active tokens: by kernels on an NVIDIA GPU, elsewhere by their twins.
 
     Args:
@@ -131,17 +132,17 @@ def layer(
 
 def kernels(
     params: Any,
-    index: jax.Array,
-    x: jax.Array,
-    source: jax.Array,
-    first: jax.Array,
+    index: Array,
+    x: Array,
+    source: Array,
+    first: Array,
     *,
     num_tokens: int,
     num_heads: int,
     eps: float,
     tiles: Tiles = TILES,
     interpret: bool = False,
-) -> jax.Array:
+) -> Array:
     """`layer` by kernels; `interpret` runs them on a CPU."""
     # Imported here: not every build of JAX for another backend has Triton.
     from avit_jax.kernels import packed_triton
@@ -154,15 +155,15 @@ def kernels(
 
 def twins(
     params: Any,
-    index: jax.Array,
-    x: jax.Array,
-    source: jax.Array,
-    first: jax.Array,
+    index: Array,
+    x: Array,
+    source: Array,
+    first: Array,
     *,
     num_tokens: int,
     num_heads: int,
     eps: float,
-) -> jax.Array:
+) -> Array:
     """`layer` in plain JAX."""
     params = jax.tree.map(lambda stacked: stacked[index[0]], params)
     heads, x = project_twin(params, x, source, eps=eps)
@@ -170,17 +171,13 @@ def twins(
     return finish_twin(params, attended, x, eps=eps)
 
 
-def project_twin(
-    params: Any, x: jax.Array, source: jax.Array, *, eps: float
-) -> tuple[jax.Array, jax.Array]:
+def project_twin(params: Any, x: Array, source: Array, *, eps: float) -> tuple[Array, Array]:
     """`project` in plain JAX."""
     rows = x[source]
     return _dense(_norm_twin(rows, params["norm1"], eps), params["qkv"]).astype(x.dtype), rows
 
 
-def attend_twin(
-    heads: jax.Array, first: jax.Array, *, num_tokens: int, num_heads: int
-) -> jax.Array:
+def attend_twin(heads: Array, first: Array, *, num_tokens: int, num_heads: int) -> Array:
     """`attend` in plain JAX; rows without a token are 0."""
     images, rows = len(first) - 1, len(heads)
     row = first[:-1, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
@@ -194,7 +191,7 @@ def attend_twin(
     return jnp.zeros((rows, out.shape[-1]), out.dtype).at[row].set(out, mode="drop")
 
 
-def finish_twin(params: Any, attended: jax.Array, x: jax.Array, *, eps: float) -> jax.Array:
+def finish_twin(params: Any, attended: Array, x: Array, *, eps: float) -> Array:
     """`finish` in plain JAX."""
     sums = x.astype(halting.at_least_float32(x.dtype)) + _dense(attended, params["proj"])
     normed = _norm_twin(sums, params["norm2"], eps).astype(x.dtype)
@@ -203,7 +200,7 @@ def finish_twin(params: Any, attended: jax.Array, x: jax.Array, *, eps: float) -
     return (sums + _dense(a.astype(x.dtype), params["fc2"])).astype(x.dtype)
 
 
-def _norm_twin(rows: jax.Array, params: Any, eps: float) -> jax.Array:
+def _norm_twin(rows: Array, params: Any, eps: float) -> Array:
     """Layer norm in the dtype of the rows, computed in at least float32."""
     x = rows.astype(halting.at_least_float32(rows.dtype))
     x = x - x.mean(axis=1, keepdims=True)
@@ -212,7 +209,7 @@ def _norm_twin(rows: jax.Array, params: Any, eps: float) -> jax.Array:
     return (x * scale + bias).astype(rows.dtype)
 
 
-def _dense(rows: jax.Array, params: Any) -> jax.Array:
+def _dense(rows: Array, params: Any) -> Array:
     """A matrix product and its bias, in at least float32."""
     wide = halting.at_least_float32(rows.dtype)
     out = jnp.dot(rows, params["kernel"], preferred_element_type=wide)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from avit_jax.core.arrays import Array
 from avit_jax.kernels.packed import TILES, Tiles
 
 _LOWEST = -1e30  # logit of a masked key; its weight underflows to exactly 0
@@ -35,23 +36,23 @@ class _Layer:
     """
 
     ref: Any
-    index: jax.Array
+    index: Array
 
-    def load(self, *at: Any) -> jax.Array:
+    def load(self, *at: Any) -> Array:
         return triton.load(self.ref.at[self.index, *at])
 
 
 def project(
     params: Any,
-    index: jax.Array,
-    x: jax.Array,
-    source: jax.Array,
-    first: jax.Array,
+    index: Array,
+    x: Array,
+    source: Array,
+    first: Array,
     *,
     eps: float,
     tiles: Tiles = TILES,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """Gathers tokens, and computes their norm, queries, keys and values.
 
     Arguments as in `layer`.
@@ -75,7 +76,7 @@ def project(
             normed = _norm([token.astype(jnp.float32) for token in tokens], scale, bias, parts, eps)
             normed = [a.astype(x.dtype) for a in normed]
 
-            def body(j: jax.Array, _: None) -> None:
+            def body(j: Array, _: None) -> None:
                 at = pl.ds(j * tiles.columns, tiles.columns)
                 out = _product(normed, weight, parts, at) + _vector(offset, at)
                 triton.store(heads.at[:, at], out.astype(heads.dtype))
@@ -101,14 +102,14 @@ def project(
 
 
 def attend(
-    heads: jax.Array,
-    first: jax.Array,
+    heads: Array,
+    first: Array,
     *,
     num_tokens: int,
     num_heads: int,
     tiles: Tiles = TILES,
     interpret: bool = False,
-) -> jax.Array:
+) -> Array:
     """Computes attention of each image's tokens to each other.
 
     A program computes a head of a block of queries of one image, so it reads no row of another one.
@@ -156,8 +157,8 @@ def attend(
 
 
 def _weigh(
-    query: jax.Array, heads: Any, column: jax.Array, begin: jax.Array, end: jax.Array, tiles: Tiles
-) -> jax.Array:
+    query: Array, heads: Any, column: Array, begin: Array, end: Array, tiles: Tiles
+) -> Array:
     """Attends from queries `(rows, K)` to the rows from `begin` to `end`; float32 `(rows, K)`.
 
     It takes the keys block by block, and keeps the largest logit and the sum of weights so far.
@@ -165,7 +166,7 @@ def _weigh(
     rows, size = query.shape
     width = heads.shape[1] // 3
 
-    def body(j: jax.Array, carry: tuple) -> tuple:
+    def body(j: Array, carry: tuple) -> tuple:
         out, highest, total = carry
         place = begin + j * tiles.keys + _arange(tiles.keys)
         is_key = (place < end)[:, None]
@@ -188,15 +189,15 @@ def _weigh(
 
 def finish(
     params: Any,
-    index: jax.Array,
-    attended: jax.Array,
-    x: jax.Array,
-    first: jax.Array,
+    index: Array,
+    attended: Array,
+    x: Array,
+    first: Array,
     *,
     eps: float,
     tiles: Tiles = TILES,
     interpret: bool = False,
-) -> jax.Array:
+) -> Array:
     """Adds the projected attention, then the MLP, to the tokens `(T, D)`; arguments as in `layer`.
 
     Args:
@@ -211,7 +212,7 @@ def finish(
         scale, bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = of_layer
         out = refs[-1]
 
-        def project(j: jax.Array, sums: list) -> list:
+        def project(j: Array, sums: list) -> list:
             at = pl.ds(j * deep, deep)
             return _add(sums, triton.load(attended.at[:, at]), proj, at, parts)
 
@@ -224,7 +225,7 @@ def finish(
             sums = jax.lax.fori_loop(0, width // deep, project, sums)
             normed = [a.astype(x.dtype) for a in _norm(sums, scale, bias, parts, eps)]
 
-            def mlp(j: jax.Array, sums: list) -> list:
+            def mlp(j: Array, sums: list) -> list:
                 at = pl.ds(j * tiles.hidden, tiles.hidden)
                 a = _product(normed, fc1, parts, at) + _vector(fc1_bias, at)
                 return _add(sums, _gelu(a).astype(x.dtype), fc2, at, parts)
@@ -248,7 +249,7 @@ def finish(
     )(first, index, attended, x, *weights)
 
 
-def erf(x: jax.Array) -> jax.Array:
+def erf(x: Array) -> Array:
     """Computes the error function to 1.5e-7, as Triton has none.
 
     Reference: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
@@ -261,11 +262,11 @@ def erf(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, -y, y)
 
 
-def _gelu(x: jax.Array) -> jax.Array:
+def _gelu(x: Array) -> Array:
     return 0.5 * x * (1.0 + erf(x * 0.5**0.5))
 
 
-def _arange(size: int) -> jax.Array:
+def _arange(size: int) -> Array:
     return jnp.arange(size, dtype=jnp.int32)
 
 
@@ -278,35 +279,31 @@ def _split(width: int, most: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot(a: Array, b: Array) -> Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _product(rows: list[jax.Array], weight: _Layer, parts: list, at: Any) -> jax.Array:
+def _product(rows: list[Array], weight: _Layer, parts: list, at: Any) -> Array:
     """Multiplies rows, given in parts, with some columns of a weight; float32."""
     pieces = [weight.load(pl.ds(a, n), at) for a, n in parts]
     return functools.reduce(jnp.add, map(_dot, rows, pieces))
 
 
-def _add(
-    sums: list[jax.Array], rows: jax.Array, weight: _Layer, at: Any, parts: list
-) -> list[jax.Array]:
+def _add(sums: list[Array], rows: Array, weight: _Layer, at: Any, parts: list) -> list[Array]:
     """Adds the product of rows with some rows of a weight to sums, given in parts; float32."""
     pieces = [weight.load(at, pl.ds(a, n)) for a, n in parts]
     return [s + _dot(rows, piece) for s, piece in zip(sums, pieces, strict=True)]
 
 
-def _vector(ref: _Layer, at: Any) -> jax.Array:
+def _vector(ref: _Layer, at: Any) -> Array:
     return ref.load(at).astype(jnp.float32)[None]
 
 
-def _norm(
-    rows: list[jax.Array], scale: _Layer, bias: _Layer, parts: list, eps: float
-) -> list[jax.Array]:
+def _norm(rows: list[Array], scale: _Layer, bias: _Layer, parts: list, eps: float) -> list[Array]:
     """Layer norm of float32 rows, given in parts."""
     width = sum(n for _, n in parts)
 
-    def mean(values: list[jax.Array]) -> jax.Array:
+    def mean(values: list[Array]) -> Array:
         return functools.reduce(jnp.add, [v.sum(axis=1) for v in values])[:, None] / width
 
     center = mean(rows)

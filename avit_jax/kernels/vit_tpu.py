@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from avit_jax.core import halting
+from avit_jax.core.arrays import Array
 from avit_jax.kernels import attention
 from avit_jax.kernels.vit_tpu_layer import LANES, Sizes, dot, layer, pack
 
@@ -44,10 +45,10 @@ def supports(sizes: Sizes, dtype: jax.typing.DTypeLike) -> bool:
     return sum(x.size * x.dtype.itemsize for x in weights) + 2 * 4 * largest * lanes <= VMEM
 
 
-def _zero_weights(sizes: Sizes, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
+def _zero_weights(sizes: Sizes, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
     length, width, hidden = sizes.depth, sizes.width, sizes.mlp_width
 
-    def module(*shape: int) -> dict[str, jax.Array]:
+    def module(*shape: int) -> dict[str, Array]:
         return {"kernel": jnp.zeros((length, *shape)), "bias": jnp.zeros((length, shape[-1]))}
 
     norm = {"scale": jnp.zeros((length, width)), "bias": jnp.zeros((length, width))}
@@ -70,7 +71,7 @@ class _Image:
         self.score, self.readout = outputs
         self.tokens, self.rows = scratch
 
-    def start(self, x: jax.Array) -> None:
+    def start(self, x: Array) -> None:
         """Writes the state before the first layer."""
         depth, num_tokens = self.sizes.depth, self.sizes.num_tokens
         row, lane = (jax.lax.broadcasted_iota(jnp.int32, self.rows.shape, i) for i in range(2))
@@ -81,7 +82,7 @@ class _Image:
         self.tokens[:num_tokens] = x
         self.readout[...] = jnp.zeros_like(self.readout)
 
-    def run(self, num: int, smaller: int, index: jax.Array) -> jax.Array:
+    def run(self, num: int, smaller: int, index: Array) -> Array:
         """Runs a layer on `num` tokens, and returns how many must stay."""
         sizes, prefix = self.sizes, self.sizes.num_prefix_tokens
         rows = self.rows[:, :num]
@@ -116,7 +117,7 @@ class _Image:
             pl.when((count <= smaller) & (count > 0))(move)
         return count
 
-    def _gate_channel(self, x: jax.Array) -> jax.Array:
+    def _gate_channel(self, x: Array) -> Array:
         """Returns the gate channel of tokens `(n, D)` as a row `(1, n)`."""
         channel = self.sizes.channel % self.sizes.width
         first = channel // LANES * LANES
@@ -124,7 +125,7 @@ class _Image:
         one = jax.lax.broadcasted_iota(jnp.int32, (8, x.shape[1]), 1) == channel - first
         return dot(one.astype(x.dtype), x, transposed=True, exact=True)[:1]
 
-    def _move(self, stays: jax.Array, count: jax.Array, smaller: int) -> None:
+    def _move(self, stays: Array, count: Array, smaller: int) -> None:
         """Moves the tokens that stay to the front, and the values of all others behind them.
 
         Args:
@@ -152,12 +153,12 @@ class _Image:
         self.score[...] = _move_exactly(self.rows[...], _one(token == place))[:depth]
 
 
-def _one(where: jax.Array) -> jax.Array:
+def _one(where: Array) -> Array:
     """Returns 1 where True, else 0."""
     return where.astype(jnp.bfloat16)
 
 
-def _move_exactly(rows: jax.Array, to: jax.Array) -> jax.Array:
+def _move_exactly(rows: Array, to: Array) -> Array:
     """Returns `rows @ to.T` without rounding, for a matrix with at most a 1 in each row, else 0.
 
     Three bfloat16 numbers hold the 24 bits of a float32. One product of all three is faster than
@@ -183,12 +184,10 @@ def _kernel(
     counts = (0, *sizes.token_counts())
     carry: Any = (jnp.int32(0), exists[pl.program_id(0)] * sizes.num_tokens)
 
-    def exceeds(smaller: int, carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def exceeds(smaller: int, carry: tuple[Array, Array]) -> Array:
         return carry[1] > smaller
 
-    def run_layer(
-        num: int, smaller: int, carry: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def run_layer(num: int, smaller: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return carry[0] + 1, image.run(num, smaller, carry[0])
 
     # For each compiled number, from the largest on, a loop over layers, which may run none.
@@ -199,12 +198,12 @@ def _kernel(
 
 
 def run(
-    x: jax.Array,
-    exists: jax.Array,
+    x: Array,
+    exists: Array,
     gate: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
     params: Mapping[str, Any],
     sizes: Sizes,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """Runs all layers on the tokens of a batch.
 
     Args:

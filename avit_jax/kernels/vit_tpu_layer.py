@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from avit_jax.core.arrays import Array
+
 LANES = 128
 
 
@@ -64,9 +66,7 @@ class Sizes:
         return (*range(step, largest - step // 2 + 1, step), largest)
 
 
-def pack(
-    params: Mapping[str, Any], sizes: Sizes, dtype: jax.typing.DTypeLike
-) -> dict[str, jax.Array]:
+def pack(params: Mapping[str, Any], sizes: Sizes, dtype: jax.typing.DTypeLike) -> dict[str, Array]:
     """Returns the parameters of all layers as the kernel reads them.
 
     Heads are padded to whole groups. Queries are scaled by `K ** -0.5`, which is exact if K is a
@@ -80,19 +80,19 @@ def pack(
     heads, head_width = sizes.num_heads, sizes.head_width
     missing = sizes.num_groups * sizes.group_width // head_width - heads
 
-    def pad(x: jax.Array, axis: int) -> jax.Array:
+    def pad(x: Array, axis: int) -> Array:
         shape = (*x.shape[:axis], heads, head_width, *x.shape[axis + 1 :])
         widths = [(0, 0)] * len(shape)
         widths[axis] = (0, missing)
         x = jnp.pad(x.reshape(shape), widths)
         return x.reshape(*shape[:axis], -1, *shape[axis + 2 :])
 
-    def pad_qkv(x: jax.Array) -> jax.Array:
+    def pad_qkv(x: Array) -> Array:
         query, key, value = jnp.split(x.astype(jnp.float32), 3, axis=-1)
         parts = (query * head_width**-0.5, key, value)
         return jnp.concatenate([pad(part, part.ndim - 1) for part in parts], axis=-1)
 
-    weights: dict[str, jax.Array] = {}
+    weights: dict[str, Array] = {}
     for name in ("qkv", "proj", "fc1", "fc2"):
         kernel, bias = params[name]["kernel"], params[name]["bias"]
         if name == "qkv":
@@ -106,7 +106,7 @@ def pack(
     return weights | rows
 
 
-def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False, exact: bool = False) -> jax.Array:
+def dot(a: Array, b: Array, *, transposed: bool = False, exact: bool = False) -> Array:
     """Returns a @ b, or a @ b.T, in float32.
 
     Args:
@@ -123,15 +123,15 @@ def dot(a: jax.Array, b: jax.Array, *, transposed: bool = False, exact: bool = F
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def _norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
     return x * (jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps) * scale) + bias
 
 
 def layer(
-    x: jax.Array, key_bias: jax.Array, weights: Mapping[str, Any], index: jax.Array, sizes: Sizes
-) -> jax.Array:
+    x: Array, key_bias: Array, weights: Mapping[str, Any], index: Array, sizes: Sizes
+) -> Array:
     """Runs a layer on the tokens `(n, D)` of an image, inside a kernel.
 
     Args:
@@ -153,7 +153,7 @@ def layer(
     return (x.astype(jnp.float32) + dot(a, w["fc2"]()) + w["fc2_bias"]()).astype(dtype)
 
 
-def _attend(qkv: jax.Array, key_bias: jax.Array, sizes: Sizes) -> jax.Array:
+def _attend(qkv: Array, key_bias: Array, sizes: Sizes) -> Array:
     """Attention of all heads. The heads of a group share its lanes and differ by masks."""
     width, heads_of_group = sizes.group_width, sizes.group_width // sizes.head_width
     third = sizes.num_groups * width

@@ -3,9 +3,9 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from avit_jax.core.arrays import Array
 from avit_jax.kernels import attention as attention_lib
 from avit_jax.models import block
 from avit_jax.models.layer_spec import ACTIVATIONS, LayerSpec
@@ -26,15 +26,15 @@ class AttentionPool(nn.Module):
     spec: LayerSpec
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """Maps tokens `(B, M, D)` to `(B, 1, D)`."""
         batch, _, width = x.shape
 
-        def dense(name: str, x: jax.Array, channels: int) -> jax.Array:
+        def dense(name: str, x: Array, channels: int) -> Array:
             layer = nn.Dense(channels, dtype=self.dtype, kernel_init=block.kernel_init, name=name)
             return block.per_token(layer, x)
 
-        def heads(x: jax.Array) -> jax.Array:
+        def heads(x: Array) -> Array:
             return x.reshape(*x.shape[:2], self.num_heads, -1).swapaxes(1, 2)
 
         latent = self.param("latent", nn.initializers.normal(width**-0.5), (1, 1, width))

@@ -82,7 +82,7 @@ class LayerNorm(nn.LayerNorm):
             return super().__call__(x, mask=mask)
 
 
-def _three_products(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+def _three_products(x: Array, kernel: Array) -> list[Array]:
     results = []
     for part in jnp.split(kernel, 3, axis=1):
         results.append(x @ part)
@@ -122,7 +122,7 @@ class _QueryKeyValue(nn.Module):
 
 class _LayerScale(nn.Module):
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         gamma = self.param("gamma", nn.initializers.constant(_LAYER_SCALE), (x.shape[-1],))
         return x * gamma.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
 
@@ -261,7 +261,7 @@ class Block(nn.Module):
         a = self._scale_branch(1, shrink(self, a, image_index))
         return x + self.drop(a, keep, 1, image_index)
 
-    def _scale_branch(self, branch: int, x: jax.Array) -> jax.Array:
+    def _scale_branch(self, branch: int, x: Array) -> Array:
         return (self.ls1, self.ls2)[branch](x) if self.spec.layer_scale else x
 
     def _shrink(
@@ -301,7 +301,7 @@ class Block(nn.Module):
             out = attention_lib.exact(query, key, value, bias).swapaxes(1, 2)
         return per_token(self.proj, out.reshape(a.shape))
 
-    def _norm_heads(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _norm_heads(self, query: Array, key: Array) -> tuple[Array, Array]:
         if not self.spec.qk_norm:
             return query, key
         return self.q_norm(query), self.k_norm(key)

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-import jax
-
+from avit_jax.core.arrays import UncheckedArray
 from avit_jax.models.layer_spec import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def check(model: "vit.AViT") -> None:
         )
 
 
-def check_images(model: "vit.AViT", images: jax.Array) -> None:
+def check_images(model: "vit.AViT", images: UncheckedArray) -> None:
     """Raises ValueError if the images do not have the model's dtype or shape.
 
     The batch may be symbolic.

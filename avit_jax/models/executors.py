@@ -68,7 +68,7 @@ class AtOnce:
         `(B, R, D)`. Finished images must stop. Scores of halted tokens mean nothing.
     """
 
-    layers: Callable[..., tuple[jax.Array, jax.Array]]
+    layers: Callable[..., tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Packed:
     norm_eps: float
     params: Any = None
 
-    def start(self, carry: "Carry", params: Any) -> tuple["Packed", "Carry", jax.Array]:
+    def start(self, carry: "Carry", params: Any) -> tuple["Packed", "Carry", Array]:
         """Returns the executor with its parameters, the carry with a buffer, and layer indices."""
         rows = packed_kernels.num_rows(carry.x.shape[0] * carry.x.shape[1])
         carry = dataclasses.replace(carry, x=packed.buffer(carry.x, rows))
@@ -102,7 +102,7 @@ class Packed:
         x: packed.PackedTokens,
         values: Any,
         inputs: Inputs,
-        active: jax.Array,
+        active: Array,
     ) -> tuple[Any, Any]:
         """Runs the layer; arguments as `ragged.transform`, but `params` starts with its index."""
         del layer, inputs

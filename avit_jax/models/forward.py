@@ -284,14 +284,14 @@ def run(
 
 def _run_at_once(
     block: Block, executor: AtOnce, gate: Gate | None, carry: Carry, params: Any
-) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+) -> tuple[Carry, tuple[Array, Array]]:
     """Runs all layers by one function, then derives the state of halting from the scores."""
     config = block.halting
     assert config is not None
     score, readout = executor.layers(block, gate, carry, params)
     is_last = jnp.arange(len(score)) == len(score) - 1
 
-    def body(carry: Carry, layer: tuple[jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
+    def body(carry: Carry, layer: tuple[Array, Array]) -> tuple[Carry, Array]:
         score, is_last = layer
         before = carry.state
         state, _ = halting.accumulate(before, score, epsilon=config.epsilon, is_last=is_last)

@@ -8,21 +8,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avit_jax.core.arrays import Array
 
-def _gelu(x: jax.Array) -> jax.Array:
+
+def _gelu(x: Array) -> Array:
     """Computes the exact GELU by erf, which XLA computes faster than the erfc of `jax.nn.gelu`."""
     # In half precision, a GPU could fuse the tanh approximation into the product before it. But the
     # approximation differs from the exact GELU by up to 5e-4.
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-def _swiglu(x: jax.Array) -> jax.Array:
+def _swiglu(x: Array) -> Array:
     gate, x = jnp.split(x, 2, axis=-1)
     return nn.silu(gate) * x
 
 
 # Name -> activation of the MLP.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": _gelu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from avit_jax.core.arrays import Array
 from avit_jax.kernels import vit_tpu, vit_tpu_layer
 from avit_jax.models import executors, flops, forward
 from avit_jax.models.block import Block, Gate
@@ -59,12 +60,12 @@ def executor(model: "vit.AViT", token_multiple: int) -> executors.AtOnce:
 
 def _run(
     sizes: vit_tpu_layer.Sizes, block: Block, gate: Gate, carry: forward.Carry, params: Any
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     del block
     return vit_tpu.run(carry.x, carry.state.active.any(axis=1), gate, params, sizes)
 
 
-def padded_macs(model: "vit.AViT", active: jax.Array, token_multiple: int) -> jax.Array:
+def padded_macs(model: "vit.AViT", active: Array, token_multiple: int) -> Array:
     """Returns the MACs of all layers for each image, including the kernel's padding.
 
     Prefix tokens stay until the image is finished.

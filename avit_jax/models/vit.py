@@ -196,7 +196,7 @@ class AViT(sizes.Sizes, nn.Module):
             x = x * keep.astype(x.dtype)
         return self.norm_pre(x) if self.pre_norm else x
 
-    def _pooled(self, readout: jax.Array) -> jax.Array:
+    def _pooled(self, readout: Array) -> Array:
         """Maps the tokens that are read out `(B, M, D)` to the tokens of the heads."""
         if self.pool == "token":
             return readout
@@ -287,7 +287,7 @@ class AViT(sizes.Sizes, nn.Module):
         )
         return self.classify(carry.readout, train=train), aux
 
-    def _on_grid(self, features: features_lib.Features) -> jax.Array:
+    def _on_grid(self, features: features_lib.Features) -> Array:
         x = features_lib.of_all(features)[:, self.num_prefix_tokens :]
         x = x if self.fc_norm else self.norm(x)
         return x.reshape(len(x), *self.grid, self.width)
