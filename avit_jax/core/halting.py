@@ -173,6 +173,7 @@ def at_least_float32(dtype: jax.typing.DTypeLike) -> np.dtype:
         return jnp.promote_types(dtype, jnp.float32)
 
 
+@no_type_check  # a symbolic batch is no int
 def init(
     shape: tuple[SupportsIndex, ...], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> HaltingState:

@@ -218,7 +218,8 @@ def fit(
     tensors = dict(tensors)
     images = jax.ShapeDtypeStruct((1, *model.pixels, model.channels), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    parts = {name: tree for name, tree in shapes.items() if name in name_maps.PARTS}
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), parts)
     patch_shape = (model.patch_size, model.patch_size, model.channels)
     expected = name_maps.to_torch(zeros, patch_shape=patch_shape)
     heads = {key: array for key, array in expected.items() if key.startswith("head")}

@@ -100,7 +100,7 @@ def test_the_program_is_the_same_without_the_rule() -> None:
         jax.jit(functools.partial(f, plan=plan)).lower(_variables(), _IMAGES).as_text()
         for f in (
             lambda variables, images, plan: adaptive.apply(_MODEL, variables, images, plan=plan),
-            lambda variables, images, plan: adaptive._apply(_MODEL, plan, variables, images),
+            lambda variables, images, plan: adaptive._apply(_MODEL, plan, False, variables, images),
         )
     )
     assert with_rule == plain and "custom_call" not in with_rule
