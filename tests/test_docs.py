@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from avit_jax import config as config_lib
+from avit_jax import zoo
 
 _REPOSITORY = pathlib.Path(__file__).parents[1]
 _FOLDERS = (".", "docs", "experiments", "experiments/*", "experiments/*/*", "notebooks")
@@ -87,6 +88,14 @@ def test_every_key_recipe_and_module_exists() -> None:
         for name in re.findall(r"python -m ((?:experiments|avit_jax)[a-z0-9_.]*[a-z0-9_])", text):
             path = _REPOSITORY / name.replace(".", "/")
             assert path.with_suffix(".py").exists() or path.is_dir(), f"{page.name}: {name}"
+
+
+def test_the_free_keys_and_the_zoo_are_complete() -> None:
+    runs, weights = (_text(_REPOSITORY / f"docs/{name}.md") for name in ("runs", "weights"))
+    (free,) = re.findall(r"^These keys may differ.*?\n\n", runs, re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`([\w.]+)`", free)) == config_lib._FREE
+    table = weights.partition("## The zoo\n")[2]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == zoo.NETWORKS.keys()
 
 
 def test_no_sentence_is_too_long() -> None:
