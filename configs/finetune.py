@@ -41,7 +41,6 @@ def get_config(backbone: str = "") -> ConfigDict:
     config.data.update({key: getattr(network, key) for key in ("mean", "std", "crop_ratio")})
     keys = [key for key in config.model if key not in _OF_TRAINING]
     config.model.update({key: getattr(network, key) for key in keys})
-    config.model.image_size = network.pixels
     config.halting.update(dataclasses.asdict(network.halting or adapt.SIMILARITY_GATE))
     if config.halting.merge:  # the budget alone sets the threshold
         config.loss.update({"ponder_weight": 0.0, "prior_weight": 0.0})

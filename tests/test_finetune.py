@@ -40,16 +40,20 @@ def test_the_recipe_takes_over_the_backbone(
     np.testing.assert_array_equal(start["patch_embed"]["kernel"], params["patch_embed"]["kernel"])
 
 
-def test_the_recipe_keeps_the_gate_of_a_backbone(tmp_path: pathlib.Path) -> None:
-    config = fixtures.small_config(**{"data.crop_ratio": 0.9})
+def test_the_recipe_keeps_the_gate_of_a_backbone(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = fixtures.small_config(**{"data.crop_ratio": 0.9, "train.adaptive": True})
     fakes.real_run(config, tmp_path / "run")
+    monkeypatch.setattr(jax, "device_count", None)  # it starts the devices
     for backbone in (str(tmp_path / "run"), "digits"):
         found = parse(f"--config=finetune:{backbone}")
         gate = networks.describe(backbone).halting
         assert gate and dict(found.halting) == {"enabled": True, **dataclasses.asdict(gate)}
         assert found.model.channels == 1 and not found.halting.merge
         assert found.loss.prior_weight == 0.1
-    assert parse(f"--config=finetune:{tmp_path}/run").data.crop_ratio == 0.9
+    data = parse(f"--config=finetune:{tmp_path}/run").data
+    assert data.crop_ratio == 0.9 and data.mean == (0.3,)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,18 @@ def _pixels(model: vit.AViT, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["plain", "siglip_average", "dinov2_registers"])
-def test_any_network_becomes_adaptive(kind: str, tmp_path: pathlib.Path) -> None:
+def test_any_network_becomes_adaptive(
+    kind: str,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapt, "RATIO_TOLERANCE", 0.0)
     static = variants.static(kind)
     path, pixels = variants.write(tmp_path, static), _pixels(static, 12)
     loaded, params = avit_jax.load(path)
     found = avit_jax.make_adaptive(path, pixels, budget=0.8)
+    assert "the cost jumps" in caplog.text
     assert found.model.clone(halting=None) == loaded
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     predictions = avit_jax.predict(found.model, found.params, pixels)
