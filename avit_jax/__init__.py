@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from avit_jax.inference import adaptive, autotune
     from avit_jax.models import vit
     from avit_jax.models.vit import AViT, deit_base, deit_small, deit_tiny
-    from avit_jax.networks import load, predict
+    from avit_jax.networks import load, make_adaptive, predict
     from avit_jax.publish import push, save
     from avit_jax.training import build, losses, restore
     from avit_jax.utils import errors
@@ -38,6 +38,7 @@ __all__ = [
     "halting_nnx",
     "load",
     "losses",
+    "make_adaptive",
     "predict",
     "push",
     "restore",
@@ -61,6 +62,7 @@ _PATHS = {
     "errors": "utils.errors",
     "load": "networks",
     "losses": "training.losses",
+    "make_adaptive": "networks",
     "predict": "networks",
     "push": "publish",
     "restore": "training.restore",

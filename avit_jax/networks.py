@@ -20,8 +20,9 @@ from avit_jax.data import class_names
 from avit_jax.models import pretrained
 from avit_jax.models.pretrained import PretrainedAViT
 from avit_jax.utils import errors, files
-from avit_jax.weights import locate, tensor_files, weight_files
+from avit_jax.weights import locate, positions, tensor_files, weight_files
 
+_MOST_IMAGES = 64  # that `make_adaptive` measures
 _logger = logging.getLogger(__name__)
 
 
@@ -55,6 +56,33 @@ def load(
       model, params = avit_jax.load("digits")
       print(avit_jax.predict(model, params, "photo.png")[0].top5)
     """
+    where = _locate(where)
+    if tensor_files.is_weights(where):
+        model, file = _describe_weights(where, image_size, num_heads)
+        return model, weight_files.to_params(file, model, name=str(where))
+    return _from_run(where, checkpoint)
+
+
+def describe(where: epath.PathLike) -> PretrainedAViT:
+    """Returns the network that `load` returns, without its parameters.
+
+    It runs nothing on a device. So a recipe may call it.
+
+    Raises:
+      errors.UserError: there is no such network, or it cannot be read.
+    """
+    where = _locate(where)
+    if tensor_files.is_weights(where):
+        return _describe_weights(where, None, None)[0]
+    from avit_jax.training import build
+
+    config = run_config.get_config(os.fspath(where))
+    config.train.adaptive = False
+    return prepared(build.model(config), config, ())
+
+
+def _locate(where: epath.PathLike) -> epath.PathLike:
+    """Returns the path or the name on the hub of a network that exists."""
     where = locate.locate(files.resolve(os.fspath(where), "the network"))
     is_hub = str(where).startswith(tensor_files.HUB)
     if not (is_hub or "://" in str(where) or pathlib.Path(where).exists()):
@@ -62,9 +90,7 @@ def load(
             f"there is no {where}: name the workdir of a run, a weight file, hf-hub:owner/name, or "
             f"a network of the zoo ({', '.join(zoo.NETWORKS)})."
         )
-    if tensor_files.is_weights(where):
-        return _from_weights(where, image_size, num_heads)
-    return _from_run(where, checkpoint)
+    return where
 
 
 def _from_run(where: epath.PathLike, checkpoint: str) -> tuple[PretrainedAViT, dict[str, Any]]:
@@ -80,9 +106,9 @@ def _from_run(where: epath.PathLike, checkpoint: str) -> tuple[PretrainedAViT, d
     return prepared(model, config, names), params
 
 
-def _from_weights(
+def _describe_weights(
     where: epath.PathLike, image_size: int | tuple[int, int] | None, num_heads: int | None
-) -> tuple[PretrainedAViT, dict[str, Any]]:
+) -> tuple[PretrainedAViT, weight_files.WeightFile]:
     path = tensor_files.find(where)
     file, saved = weight_files.read(path), run_config.read(path)
     file = dataclasses.replace(file, num_heads=file.num_heads or num_heads)
@@ -90,9 +116,9 @@ def _from_weights(
         size = saved.config.model.image_size if saved else _image_size(file, path)
     else:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    model, params = weight_files.infer(file, image_size=size, name=str(where))
+    model, file = weight_files.describe(file, image_size=size, name=str(where))
     if saved:
-        return prepared(model, saved.config, saved.label_names), params
+        return prepared(model, saved.config, saved.label_names), file
     how = _preprocessing(path) or _preprocessing(_fetch_preprocessing(where, path))
     if not how:
         _logger.warning(
@@ -103,7 +129,7 @@ def _from_weights(
     if model.channels not in (1, 3) and not how:
         how = {"mean": (0.5,), "std": (0.5,)}
     names = class_names.of_classes((), model.num_classes)
-    return pretrained.of_model(model, label_names=names, **how), params
+    return pretrained.of_model(model, label_names=names, **how), file
 
 
 def prepared(model: Any, config: ConfigDict, label_names: Iterable[str]) -> PretrainedAViT:
@@ -121,10 +147,15 @@ def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int,
     """Returns the size of the images that the position embeddings of a file fit."""
     try:
         patch_size = file.tensors["patch_embed.proj.weight"].shape[-1]
-        count = file.tensors["pos_embed"].shape[1] - (2 if "dist_token" in file.tensors else 1)
+        whole = file.tensors["pos_embed"].shape[1]
     except (KeyError, IndexError) as error:
         raise errors.UserError(f"{path} holds no vision transformer that can be run.") from error
-    side = math.isqrt(max(count, 0))
+    count = max(0, whole - positions.num_prefix_tokens(file.tensors))
+    has_position = file.attributes.get("position_class")
+    if has_position is None:
+        has_position = _is_square(count) or not _is_square(whole)
+    count = count if has_position else whole
+    side = math.isqrt(count)
     if file.grid is None and side * side != count:
         raise errors.UserError(
             f"{path} has position embeddings for {count} patches, which do not form a square: "
@@ -132,6 +163,10 @@ def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int,
         )
     rows, columns = file.grid or (side, side)
     return rows * patch_size, columns * patch_size
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def _fetch_preprocessing(where: epath.PathLike, path: pathlib.Path) -> pathlib.Path:
@@ -162,6 +197,67 @@ def _preprocessing(path: pathlib.Path) -> dict[str, Any]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue  # `weight_files.read` reports a config.json that makes no sense
     return {}
+
+
+def make_adaptive(
+    where: epath.PathLike,
+    images: epath.PathLike | np.ndarray | Iterable[Any] = (),
+    *,
+    budget: float = 0.6,
+    checkpoint: str = "last",
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> Any:
+    """Adds a gate to any trained network, and measures what it costs; nothing is trained.
+
+    Tokens that resemble an earlier token merge into it. One threshold of this similarity, for all
+    images, brings the MACs ratio on the given images to the budget.
+
+    Args:
+      where: a network without a gate, as in `load`.
+      images: typical images, as in `predict`. Of more than 64 images, 64 of equal distance are
+        used.
+      budget: MACs as a ratio to those of the network without a gate, above 0 and at most 1.
+      checkpoint: as in `load`.
+      image_size: as in `load`.
+      num_heads: as in `load`.
+
+    Returns:
+      A `avit_jax.inference.adapt.Adapted`: `model` and `params` for `predict`, `save` and
+      fine-tuning; `macs_ratio`; `agreement`, the fraction of images whose class stays the same;
+      `similarity` of the logits or features. All are measured on these images, without training.
+      Other images differ, most of all if these are few. If the cost jumps over the budget,
+      `macs_ratio` is above it, and a warning says so.
+
+    Raises:
+      errors.UserError: the network cannot be read or has a gate already, there is no image, or the
+        budget is out of reach.
+
+    Example:
+      found = avit_jax.make_adaptive("hf-hub:timm/vit_small_patch14_dinov2.lvd142m", "photos/")
+      print(found.macs_ratio, found.similarity)
+    """
+    from avit_jax.data import augment
+    from avit_jax.inference import adapt
+    from avit_jax.tools import predict as tool
+
+    model, params = load(where, checkpoint=checkpoint, image_size=image_size, num_heads=num_heads)
+    if model.halting is not None:
+        raise errors.UserError(
+            f"{where} has a gate already: use avit_jax.load, and --mode=calibrate for another "
+            "budget."
+        )
+    pixels = tool.read_images(model, images, most=_MOST_IMAGES)
+    try:
+        found = adapt.add_gate(
+            model, params, augment.normalize(pixels, model.mean, model.std), budget=budget
+        )
+    except ValueError as error:
+        raise errors.UserError(errors.first_line(error)) from error
+    if abs(found.macs_ratio - budget) > adapt.RATIO_TOLERANCE:
+        message = "no gate bias meets the MACs ratio %g, where the cost jumps: the ratio is %.3f"
+        _logger.warning(message, budget, found.macs_ratio)
+    return found
 
 
 def predict(

@@ -175,7 +175,8 @@ def test_mistakes_in_a_recipe(tmp_path: pathlib.Path, recipe: str, expected: str
     "name", sorted(path.name for path in (_REPOSITORY / "configs").glob("[!_]*.py"))
 )
 def test_recipes_parse_and_build(name: str) -> None:
-    config = _parse(f"--config=configs/{name}", "--config.seed=5")
+    backbone = ":digits" if name == "finetune.py" else ""
+    config = _parse(f"--config=configs/{name}{backbone}", "--config.seed=5")
     assert config.is_locked
     assert config.seed == 5
     build.model(config)

@@ -66,7 +66,7 @@ def test_mean_and_std_from_the_files_beside_the_weights(tmp_path: pathlib.Path) 
 
 
 def test_the_size_of_the_images(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(errors.UserError, match="num_heads must be at least 1"):
+    with pytest.raises(errors.UserError, match="12 channels are not heads of 64"):
         avit_jax.load(_DATA / "timm.safetensors")
     assert avit_jax.load(_DATA / "timm.safetensors", num_heads=3)[0].pixels == (16, 16)
     model, _ = avit_jax.load(_DATA / "timm.safetensors", num_heads=3, image_size=(16, 32))
@@ -180,7 +180,16 @@ def test_a_plain_model_of_1000_classes_has_imagenets_names() -> None:
 
 
 def test_names_at_the_top_have_docstrings() -> None:
-    for name in ("load", "predict", "save", "push", "deit_tiny", "deit_small", "deit_base"):
+    for name in (
+        "load",
+        "make_adaptive",
+        "predict",
+        "save",
+        "push",
+        "deit_tiny",
+        "deit_small",
+        "deit_base",
+    ):
         value = getattr(avit_jax, name)
         assert callable(value) and value.__doc__ and value.__name__ == name
     assert avit_jax.predict is networks.predict

@@ -66,6 +66,16 @@ def test_model_example() -> None:
     )
 
 
+def test_features_example() -> None:
+    scope: dict = {}
+    exec(code("<!-- model example -->"), scope)
+    exec(code("<!-- features example -->"), scope)
+    model, variables = scope["model"], {"params": scope["params"]}
+    _, masked = jax.jit(lambda v, x: model.apply(v, x, features=True))(variables, scope["images"])
+    assert scope["aux"].features.shape == (2, *model.grid, model.width)
+    np.testing.assert_allclose(scope["aux"].features, masked.features, rtol=0, atol=1e-5)
+
+
 def test_trained_network_example(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = fixtures.small_config(**{"train.steps": 1})

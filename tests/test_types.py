@@ -28,7 +28,7 @@ def test_wrong_shapes_and_dtypes_raise() -> None:
         "bucket": lambda: Plan(bucket=2.5, token_multiple=8),
         "size": lambda: attention.key_bias(active, jnp.ones((2, 4))),
         "active": lambda: flops.image_macs(model, active),
-        "prefix": lambda: jax.eval_shape(model.classify, jnp.ones((2, 8))),
+        "readout": lambda: jax.eval_shape(model.classify, jnp.ones((2, 8))),
     }
     for name, call in wrong.items():
         with pytest.raises(jaxtyping.TypeCheckError, match=f"parameter '{name}'"):

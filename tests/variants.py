@@ -1,6 +1,7 @@
 """Small networks built like those that people use: one of each kind."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from avit_jax.core import halting
 from avit_jax.models import vit
+from avit_jax.weights import weight_files
 
 SIZES = {"patch_size": 4, "width": 16, "num_heads": 2, "depth": 3, "num_classes": 5}
 GATE = halting.HaltingConfig(gamma=1.5, beta=-0.7)
@@ -34,6 +36,20 @@ def network(kind: str, **changes: Any) -> vit.AViT:
     attributes = SIZES | KINDS[kind] | {"halting": GATE} | changes
     size = attributes["patch_size"]
     return vit.AViT(**({"image_size": (2 * size, 4 * size)} | attributes))
+
+
+def static(kind: str) -> vit.AViT:
+    """Returns the network of a kind, or a "plain" one, without a gate."""
+    if kind == "plain":
+        return vit.AViT(**(SIZES | {"image_size": (16, 16), "halting": None}))
+    return network(kind, halting=None)
+
+
+def write(folder: pathlib.Path, model: vit.AViT) -> pathlib.Path:
+    """Writes random parameters of a network to a weight file."""
+    path = folder / "model.safetensors"
+    weight_files.write(path, params(model), model)
+    return path
 
 
 def images(model: vit.AViT, count: int, seed: int = 0) -> np.ndarray:

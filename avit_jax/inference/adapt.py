@@ -15,6 +15,7 @@ from avit_jax.models import flops, vit
 
 # Only the similarity to earlier tokens decides which tokens halt; no channel was trained for it.
 SIMILARITY_GATE = halting.HaltingConfig(gamma=0.0, beta=-42.0, merge=True, redundancy=50.0)
+RATIO_TOLERANCE = 0.005  # a budget is met if the MACs ratio differs by less
 _MAX_BIAS = 1000.0  # no gate needs a larger one
 _BIAS_TOLERANCE = 1e-4
 

@@ -7,12 +7,11 @@ from ml_collections import ConfigDict
 
 from avit_jax import config as config_lib
 from avit_jax import run_config
-from avit_jax.inference.adapt import BudgetOutOfReach, find_bias, with_bias
+from avit_jax.inference.adapt import RATIO_TOLERANCE, BudgetOutOfReach, find_bias, with_bias
 from avit_jax.training import build, distributed, evaluate, restore
 from avit_jax.utils import errors
 
 _logger = logging.getLogger(__name__)
-_RATIO_TOLERANCE = 0.005  # a budget is met if the MACs ratio differs by less
 
 
 def from_checkpoint(
@@ -52,7 +51,7 @@ def from_checkpoint(
     except BudgetOutOfReach as error:
         raise errors.UserError(str(error)) from error
     model, params = with_bias(trained, params, beta)
-    if abs(ratios[beta] - budget) > _RATIO_TOLERANCE:
+    if abs(ratios[beta] - budget) > RATIO_TOLERANCE:
         message = "no gate bias meets the MACs ratio %g, where the cost jumps: the ratio is %.3f"
         _logger.warning(message, budget, ratios[beta])
     if distributed.is_first():

@@ -110,6 +110,26 @@ def predict_images(model: PretrainedAViT, params: Any, images: Any) -> Iterator[
         yield from _predict_batch(run, params, batch, model)
 
 
+def read_images(model: PretrainedAViT, images: Any, *, most: int) -> np.ndarray:
+    """Returns the readable ones of at most `most` images, uint8 `(B, H, W, C)`, as `model` needs.
+
+    Args:
+      model: the network.
+      images: paths or arrays, as in `avit_jax.predict`.
+      most: largest number of images; of more images, every n-th one is read.
+
+    Raises:
+      errors.UserError: there is no image, none is readable, or an array is no image.
+    """
+    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
+    found = _list(images)
+    found = found[:: -(-len(found) // most)]
+    pixels = [image for _, image in _read(found, transform, model.channels)]
+    if not pixels:
+        raise errors.UserError("none of the images can be read: the warnings above give reasons.")
+    return np.stack(pixels)
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(model: PretrainedAViT, backend: str) -> Callable[..., Any]:
     """Returns the jitted network; one object for each network, so that it compiles once."""

@@ -121,7 +121,21 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
 def infer(
     file: WeightFile, *, image_size: tuple[int, int], name: str
 ) -> tuple[vit.AViT, dict[str, Any]]:
-    """Returns the model that a file belongs to, and its parameters.
+    """Returns the model that a file belongs to, and its parameters; see `describe`.
+
+    Raises:
+      errors.UserError: the file holds no complete vision transformer.
+    """
+    model, file = describe(file, image_size=image_size, name=name)
+    return model, to_params(file, model, name=name)
+
+
+def describe(
+    file: WeightFile, *, image_size: tuple[int, int], name: str
+) -> tuple[vit.AViT, WeightFile]:
+    """Returns the model that a file belongs to, and the file with all tensors of this model.
+
+    It runs nothing on a device.
 
     If the file does not give the number of heads, heads have 64 channels, as in all common vision
     transformers. If it gives no pooling, the class token is read out, or the average of the patch
@@ -169,8 +183,7 @@ def infer(
         raise errors.UserError(
             f"{name} holds no vision transformer that can be run: {errors.first_line(error)}"
         ) from error
-    file = dataclasses.replace(file, tensors=tensors)
-    return model, to_params(file, model, name=name)
+    return model, dataclasses.replace(file, tensors=tensors)
 
 
 def _inferred_attributes(file: WeightFile, grid: tuple[int, ...]) -> dict[str, Any]:

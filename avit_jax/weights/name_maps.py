@@ -36,7 +36,7 @@ _ANCHOR = re.compile(
     r"(?:cls_token|class_embedding|patch_embeddings?(?:\.projection)?\.weight))"
 )
 _TOKENS = ("cls_token", "dist_token", "reg_token")
-# What tensors may hold, at the top of our tree. A network with more parts keeps their initial values.
+# What tensors may hold, at the top of our tree. Other parts of a network keep their initial values.
 PARTS = {*_TOKENS, "layers", "patch_embed", "pos_embed", "norm_pre", "norm", "fc_norm", "attn_pool"}
 PARTS |= {"head", "head_dist"}
 _LEAVES = {"scale": "weight", "kernel": "weight", "bias": "bias", "gamma": "gamma"}

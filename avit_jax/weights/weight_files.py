@@ -10,12 +10,13 @@ Example:
   write("model.safetensors", params, model)
 """
 
-from avit_jax.weights.fitting import fit, infer, load, to_params
+from avit_jax.weights.fitting import describe, fit, infer, load, to_params
 from avit_jax.weights.reading import WeightFile, fingerprint, read
 from avit_jax.weights.writing import to_file, write
 
 __all__ = [
     "WeightFile",
+    "describe",
     "fingerprint",
     "fit",
     "infer",

@@ -190,12 +190,10 @@ def test_what_the_kernel_supports() -> None:
     assert not supports(vit.deit_tiny(), multiple=8)
 
 
-def test_an_option_that_the_kernel_does_not_know_needs_its_default() -> None:
-    class Newer(vit.AViT):
-        option: bool = False
-
-    assert one_kernel.supports(Newer(), jnp.float32, 32)
-    assert not one_kernel.supports(Newer(option=True), jnp.float32, 32)
+def test_only_plain_networks_are_supported() -> None:
+    assert one_kernel.supports(vit.AViT(), jnp.float32, 32)
+    assert not one_kernel.supports(vit.AViT(layer_scale=True), jnp.float32, 32)
+    assert not one_kernel.supports(vit.AViT(num_registers=4), jnp.float32, 32)
 
 
 def test_padded_macs() -> None:

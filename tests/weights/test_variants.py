@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import avit_jax
 from avit_jax.models import vit
 from avit_jax.utils import errors
 from avit_jax.weights import architecture, weight_files
@@ -118,6 +119,18 @@ def test_outputs_are_those_of_the_library(tmp_path: pathlib.Path, name: str) -> 
     model, params = _infer(tmp_path, images)
     output, _ = jax.jit(model.apply)({"params": params}, images)
     np.testing.assert_allclose(output, _VARIANTS[f"{name}/expected"], atol=1e-5)
+
+
+@_runs
+@pytest.mark.parametrize("has_config", [True, False])
+@pytest.mark.parametrize("name", _NAMES)
+def test_load_finds_the_size_of_the_images(
+    tmp_path: pathlib.Path, name: str, has_config: bool
+) -> None:
+    path = _write(tmp_path, name, config=has_config or name[0].isupper())
+    size = (8, 16) if name == "wide" else None  # its config has no size
+    model, _ = avit_jax.load(path, num_heads=2, image_size=size)
+    assert model.pixels == _VARIANTS[f"{name}/images"].shape[1:3]
 
 
 @_runs
