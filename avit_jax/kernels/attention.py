@@ -41,21 +41,21 @@ def key_bias(
 
 
 def exact(
-    query: Float[Array, "B H N K"],
+    query: Float[Array, "B H Q K"],
     key: Float[Array, "B H N K"],
     value: Float[Array, "B H N K"],
     bias: Float[Array, "B N"] | None,
-) -> Float[Array, "B H N K"]:
+) -> Float[Array, "B H Q K"]:
     """Computes attention in plain JAX, on every backend and in every dtype.
 
     Args:
-      query: `(B, H, N, K)`.
-      key: as `query`.
-      value: as `query`.
+      query: `(B, H, Q, K)`, of the Q tokens that attend.
+      key: `(B, H, N, K)`.
+      value: as `key`.
       bias: from `key_bias`.
 
     Returns:
-      `(B, H, N, K)`.
+      `(B, H, Q, K)`.
     """
     # jax.nn.dot_product_attention rounds float64 to float32, and is slower on a CPU.
     logits = jnp.matmul(query * query.shape[-1] ** -0.5, key.swapaxes(-2, -1))

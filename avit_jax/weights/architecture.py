@@ -25,7 +25,8 @@ PLAIN: dict[str, Any] = {
     "qk_norm": False,
     "layer_scale": False,
 }
-_POOLS = ("token", "avg", "max")
+POOL = "attn_pool."  # start of the names of an attention pooling
+_POOLS = ("token", "avg", "max", "map")
 # Attributes that no tensor shows.
 UNSEEN = ("pool", "mlp")
 # Names of activations in configs -> `mlp`.
@@ -60,6 +61,8 @@ def of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "layer_scale": "blocks.0.ls1.gamma" in shapes,
     }
     fc1, fc2 = (shapes.get(f"blocks.0.mlp.{name}.weight", (0, 0)) for name in ("fc1", "fc2"))
+    if f"{POOL}latent" in shapes:
+        shown["pool"] = "map"
     if len(fc1) == len(fc2) == 2 and fc1[0] == 2 * fc2[1] > 0:
         shown["mlp"] = "swiglu"
     return shown
@@ -93,7 +96,7 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
         raise ValueError("its use_swiglu_ffn is True, and the tensors have no gate")
     if "global_pool" in given:
         found["pool"] = given["global_pool"]
-        if found["pool"] not in (*_POOLS, "map"):
+        if found["pool"] not in _POOLS:
             raise ValueError(f"its global_pool is {found['pool']}")
     return found
 
@@ -112,7 +115,7 @@ def check_supported(path: object, attributes: Mapping[str, Any]) -> None:
     for name, value in changed(attributes).items():
         if name == "position_class":  # zeros are as good
             continue
-        if name not in SUPPORTED or (name == "pool" and value not in _POOLS):
+        if name not in SUPPORTED:
             raise errors.UserError(
                 f"{path} is of a network that is not supported: its {name} is {value}."
             )

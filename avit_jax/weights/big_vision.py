@@ -11,7 +11,7 @@ _MAX_LAYERS = 1000
 # Parts of a network of images and texts that are not the image network.
 _OTHER_TOWER = re.compile(r"txt/.*|t|b")
 _IMAGE_TOWER = "img/"
-_POOLING = "MAPHead_0/"
+_POOLING = "MAPHead_0"
 
 
 def matches(tensors: Tensors) -> bool:
@@ -22,8 +22,8 @@ def matches(tensors: Tensors) -> bool:
 def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     """Translates names and layouts of the current big_vision, or of AugReg, to timm's.
 
-    Its GELU is the approximation by tanh. Without a class token it averages the patch tokens, but
-    for networks with an attention pooling and no classifier, whose pooling is left out.
+    Its GELU is the approximation by tanh. Without a class token it averages the patch tokens, or
+    pools them by attention.
 
     Returns:
       The tensors; the number of heads and the attributes of `AViT`; names that are left out.
@@ -37,17 +37,13 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     if any(name.startswith(_IMAGE_TOWER) for name in left):
         dropped = [name for name in left if _OTHER_TOWER.fullmatch(name)]
         left = {name.removeprefix(_IMAGE_TOWER): left[name] for name in left.keys() - set(dropped)}
-    pooling = [name for name in left if name.startswith(_POOLING)]
-    if pooling and "head/kernel" not in left:
-        dropped += pooling
-        left = {name: left[name] for name in left.keys() - set(pooling)}
     _unstack(left)
     attributes: dict[str, Any] = {"mlp": "gelu_tanh"}
     result: Tensors = {}
     if "cls" in left:
         result["cls_token"] = left.pop("cls")
     else:
-        attributes["pool"] = "avg"
+        attributes["pool"] = "map" if f"{_POOLING}/probe" in left else "avg"
     if "pos_embedding" in left:
         result["pos_embed"] = left.pop("pos_embedding")
         attributes["position_class"] = "cls_token" not in result  # added before the class token
@@ -63,6 +59,8 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     head_shapes = set()
     for i in range(len({name.split("/")[1] for name in left if name.startswith(start)})):
         head_shapes |= _move_layer(left, f"{start}{i}", result, f"blocks.{i}", is_current)
+    if attributes.get("pool") == "map":
+        head_shapes |= _move_pooling(left, result)
     if left:
         raise ValueError(f"no place for {', '.join(sorted(left)[:3])}")
     if len(head_shapes) != 1:
@@ -83,16 +81,39 @@ def _move_layer(
     _move(source, f"{there}/LayerNorm_{norm2}", result, f"{here}.norm2")
     _move(source, f"{there}/{mlp}/Dense_0", result, f"{here}.mlp.fc1")
     _move(source, f"{there}/{mlp}/Dense_1", result, f"{here}.mlp.fc2")
+    names = {"attn.qkv": ("query", "key", "value")}
     there = f"{there}/MultiHeadDotProductAttention_{attention}"
-    out = source.pop(f"{there}/out/kernel")
-    width = out.shape[2]
-    kernels = [source.pop(f"{there}/{part}/kernel") for part in ("query", "key", "value")]
-    biases = [source.pop(f"{there}/{part}/bias") for part in ("query", "key", "value")]
-    result[f"{here}.attn.qkv.weight"] = np.concatenate([x.reshape(width, width).T for x in kernels])
-    result[f"{here}.attn.qkv.bias"] = np.concatenate([x.reshape(width) for x in biases])
-    result[f"{here}.attn.proj.weight"] = out.reshape(width, width).T
-    result[f"{here}.attn.proj.bias"] = source.pop(f"{there}/out/bias")
-    return {out.shape[:2], *(x.shape[1:] for x in kernels), *(x.shape for x in biases)}
+    return _move_attention(source, there, result, names | {"attn.proj": ("out",)}, f"{here}.")
+
+
+def _move_pooling(source: Tensors, result: Tensors) -> set[tuple[int, ...]]:
+    """Moves the attention pooling; returns the (heads, head width) of its attention."""
+    result["attn_pool.latent"] = source.pop(f"{_POOLING}/probe")
+    _move(source, f"{_POOLING}/LayerNorm_0", result, "attn_pool.norm")
+    for i in range(2):
+        _move(source, f"{_POOLING}/MlpBlock_0/Dense_{i}", result, f"attn_pool.mlp.fc{i + 1}")
+    names = {"q": ("query",), "kv": ("key", "value"), "proj": ("out",)}
+    there = f"{_POOLING}/MultiHeadDotProductAttention_0"
+    return _move_attention(source, there, result, names, "attn_pool.")
+
+
+def _move_attention(
+    source: Tensors, there: str, result: Tensors, names: dict[str, tuple[str, ...]], start: str
+) -> set[tuple[int, ...]]:
+    """Moves an attention; returns its (heads, head width). `names` maps timm's names to parts."""
+    shapes = set()
+    for here, parts in names.items():
+        kernels = [source.pop(f"{there}/{part}/kernel") for part in parts]
+        biases = [source.pop(f"{there}/{part}/bias") for part in parts]
+        if parts == ("out",):
+            shapes.add(kernels[0].shape[:2])
+            kernels = [kernels[0].reshape(-1, kernels[0].shape[2])]
+        else:
+            shapes |= {*(x.shape[1:] for x in kernels), *(x.shape for x in biases)}
+            kernels = [x.reshape(len(x), -1) for x in kernels]
+        result[f"{start}{here}.weight"] = np.concatenate([x.T for x in kernels])
+        result[f"{start}{here}.bias"] = np.concatenate([x.ravel() for x in biases])
+    return shapes
 
 
 def _move(source: Tensors, there: str, result: Tensors, here: str) -> None:

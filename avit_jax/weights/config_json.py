@@ -193,6 +193,9 @@ def _attributes(
     shown: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the attributes that a config gives or the tensors show."""
+    shown = dict(shown)
+    # A file may hold an attention pooling that its network does not use.
+    pool = {"pool": shown.pop("pool")} if "pool" in shown else {}
     given: dict[str, Any] = {}
     try:
         for section in own:
@@ -208,10 +211,12 @@ def _attributes(
     for key in given.keys() & shown.keys():
         if given[key] != shown[key]:
             raise _contradiction(config, path, key, given[key], shown[key])
+    if given.get("pool") == "map" and not pool:
+        raise _contradiction(config, path, "pool", "map", "no attention pooling")
     known = timm_names.attributes(name) if name.startswith(timm_names.FAMILIES) else {}
     if not shown["class_token"] and known.get("pool") == "token":
         del known["pool"]
-    return known | given | shown
+    return known | pool | given | shown
 
 
 def _contradiction(
@@ -232,7 +237,7 @@ def _check_supported(config: pathlib.Path, sections: list[dict[str, Any]], name:
     }
     if (kind := sections[0].get("model_type")) is not None and kind not in _MODEL_TYPES:
         unsupported["model_type"] = kind
-    if timm_names.is_post_norm(name):
+    if timm_names.is_post_norm(name) or timm_names.pools_prefix(name):
         unsupported["architecture"] = name
     for key, value in unsupported.items():
         raise errors.UserError(

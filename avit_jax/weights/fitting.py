@@ -77,6 +77,8 @@ def to_params(
             raise errors.UserError(f"{name} has {key}={value}: set --config.model.{key}={value}.")
     _check_attributes(file, model, name=name, new_head=new_head)
     tensors = file.tensors
+    if new_head and model.pool != "map":
+        tensors = {key: x for key, x in tensors.items() if not key.startswith(architecture.POOL)}
     if file.attributes.get("position_class") is False and grid:
         has_none = np.shape(tensors.get("pos_embed"))[1:2] == (math.prod(grid),)
         tensors = with_prefix(tensors) if has_none else tensors

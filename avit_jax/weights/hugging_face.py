@@ -50,6 +50,12 @@ _OUTSIDE_LAYERS = {
     "cls_classifier": "head",
     "visual_projection": "head",
     "distillation_classifier": "head_dist",
+    # The attention pooling of SigLIP.
+    "head.probe": "attn_pool.latent",
+    "head.attention.out_proj": "attn_pool.proj",
+    "head.layernorm": "attn_pool.norm",
+    "head.mlp.fc1": "attn_pool.mlp.fc1",
+    "head.mlp.fc2": "attn_pool.mlp.fc2",
 }
 _MODEL = re.compile(r"^(vit|deit|ijepa|dinov2|dinov2_with_registers|vision_model)\.")
 # What the image network does not use: the pooler of a model without a head, the token of masked
@@ -57,7 +63,8 @@ _MODEL = re.compile(r"^(vit|deit|ijepa|dinov2|dinov2_with_registers|vision_model
 _UNUSED = re.compile(
     r"pooler\..*|embeddings\.mask_token|text_model\..*|text_projection\..*|logit_(scale|bias)"
 )
-_ATTENTION_POOLING = re.compile(r"head\.(probe|(attention|layernorm|mlp)\..*)")
+_POOLING = re.compile(r"head\.(probe|(attention|layernorm|mlp)\..*)")
+_POOLING_QKV = "head.attention.in_proj_"
 
 
 def matches(tensors: Tensors) -> bool:
@@ -68,7 +75,8 @@ def matches(tensors: Tensors) -> bool:
 def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     """Translates Hugging Face's names to timm's.
 
-    Without a class token, patch tokens are averaged. The attention pooling of SigLIP is left out.
+    Without a class token, patch tokens are averaged, unless there is SigLIP's attention pooling. It
+    is left out if there is a classifier, which reads the average.
 
     Returns:
       The tensors; attributes of `AViT` that follow from the names; names that are left out.
@@ -81,10 +89,17 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     result: Tensors = {}
     parts: dict[str, Tensors] = {}  # timm's name -> its parts
     dropped = []
+    averages = any(name in tensors for name in ("classifier.weight", "classifier.bias"))
     for full_name, array in tensors.items():
         name = _MODEL.sub("", full_name)
-        if _UNUSED.fullmatch(name) or _ATTENTION_POOLING.fullmatch(name):
+        if _UNUSED.fullmatch(name) or (averages and _POOLING.fullmatch(name)):
             dropped.append(full_name)
+            continue
+        if name.startswith(_POOLING_QKV):
+            kind = name.removeprefix(_POOLING_QKV)
+            query, key_value = np.split(array, [len(array) // 3])
+            add(result, f"attn_pool.q.{kind}", query)
+            add(result, f"attn_pool.kv.{kind}", key_value)
             continue
         layer = _LAYER.fullmatch(name)
         if layer is None:
@@ -129,5 +144,6 @@ def _complete(tensors: Tensors) -> dict[str, Any]:
         tensors["reg_token"] = tensors.pop("dist_token")  # no classifier reads it
     elif "reg_token" in tensors:
         registers = name_maps.fold_class_position(tensors)
-    attributes: dict[str, Any] = {"pool": "token" if "cls_token" in tensors else "avg"}
+    pool = "map" if "attn_pool.latent" in tensors else "avg"
+    attributes: dict[str, Any] = {"pool": "token" if "cls_token" in tensors else pool}
     return attributes | registers

@@ -43,6 +43,13 @@ _OUTSIDE_CLIP = {
     "patch_embed.proj": "embeddings.patch_embedding",
     "norm_pre": "pre_layrnorm",
     "norm": "post_layernorm",
+    "attn_pool.latent": "head.probe",
+    **{
+        f"attn_pool.in_proj_{kind}": f"head.attention.in_proj_{kind}" for kind in ("weight", "bias")
+    },
+    "attn_pool.proj": "head.attention.out_proj",
+    "attn_pool.norm": "head.layernorm",
+    **{f"attn_pool.mlp.{name}": f"head.mlp.{name}" for name in ("fc1", "fc2")},
 }
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "swiglu": "gelu"}
 
@@ -63,16 +70,17 @@ def from_timm(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any
     options |= {"mlp"} if parts["mlp"] == "swiglu" else set()  # others have any activation
     if not model.distilled and parts["pre_norm"] and options == {"pre_norm"} and parts["qkv_bias"]:
         return _clip(tensors, model)
-    if parts["pool"] == "avg" and options == {"pool", "class_token"} and parts["qkv_bias"]:
+    pools = ("avg",) if model.num_classes else ("avg", "map")  # the classifier reads the average
+    if parts["pool"] in pools and options == {"pool", "class_token"} and parts["qkv_bias"]:
         return _siglip(tensors, model)
     is_dinov2 = parts["layer_scale"] and options <= {"layer_scale", "num_registers", "mlp"}
     if is_dinov2 and not model.distilled:
         return _dinov2(tensors, model)
     if not options:
         return _vit(tensors, model)
+    named = architecture.changed(parts) | {"num_classes": model.num_classes}
     raise errors.UserError(
-        "Hugging Face has no network of these parts: "
-        f"{architecture.changed(parts)}; write the names of timm."
+        f"Hugging Face has no network of these parts: {named}; write the names of timm."
     )
 
 
@@ -136,10 +144,14 @@ def _clip(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _siglip(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:
-    """Returns SigLIP's vision network without its attention pooling."""
-    result = _clip_names(dict(tensors), {"head": "classifier"})
+    """Returns SigLIP's vision network, with or without its attention pooling."""
+    tensors = dict(tensors)
+    for kind in ("weight", "bias") if model.pool == "map" else ():
+        parts = [tensors.pop(f"attn_pool.{name}.{kind}") for name in ("q", "kv")]
+        tensors[f"attn_pool.in_proj_{kind}"] = np.concatenate(parts)
+    result = _clip_names(tensors, {"head": "classifier"})
     config = _config(model, "SiglipVisionModel", "siglip_vision_model")
-    config |= {"vision_use_head": False}
+    config |= {"vision_use_head": model.pool == "map"}
     if not model.num_classes:
         return result, config
     labels = {key: config.pop(key) for key in ("id2label", "label2id")}

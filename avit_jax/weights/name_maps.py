@@ -27,8 +27,15 @@ _LAYER_MODULES = {
     "fc2": "mlp.fc2",
     "ls2": "ls2",
 }
+# A module of the attention pooling in our tree -> its PyTorch name inside `attn_pool`.
+_POOL_MODULES = {
+    **{name: name for name in ("q", "kv", "proj", "norm")},
+    **{name: f"mlp.{name}" for name in ("fc1", "fc2")},
+}
 # Modules that a layer may lack; all of a group are there, or none.
 _LAYER_OPTIONS = (("q_norm", "k_norm"), ("ls1", "ls2"))
+# In the order of a layer whose norms follow its branches.
+_LAYER_PARTS = ("attn", "norm1", "mlp", "norm2")
 # Names of tensors that every network has, in timm's and Hugging Face's names, after any prefix.
 _ANCHOR = re.compile(
     r"((?:.*?\.)??)(?:patch_embed\.proj\.weight|cls_token"
@@ -108,11 +115,13 @@ def to_torch(
 
 def _name(path: tuple[str, ...], layer: int) -> str:
     """Returns the PyTorch name of a path in our tree."""
-    if len(path) == 1:
-        return path[0]
+    if len(path) == 1 or path[-1] == "latent":
+        return ".".join(path)
     leaf = _LEAVES[path[-1]]
     if path[0] == "layers":
         return f"blocks.{layer}.{_LAYER_MODULES[path[1]]}.{leaf}"
+    if path[0] == "attn_pool":
+        return f"attn_pool.{_POOL_MODULES[path[1]]}.{leaf}"
     return f"{'patch_embed.proj' if path[0] == 'patch_embed' else path[0]}.{leaf}"
 
 
@@ -131,6 +140,9 @@ def _layout(num_layers: int, present: Container[str]) -> dict[tuple[str, ...], l
     heads = ("norm_pre", "head", "head_dist")
     modules += [name for name in heads if has(f"{name}.weight", f"{name}.bias")]
     paths += [("pos_embed",), *((name, leaf) for name in modules for leaf in _leaves(name))]
+    pooling = [("attn_pool", name, leaf) for name in _POOL_MODULES for leaf in _leaves(name)]
+    pooling.append(("attn_pool", "latent"))
+    paths += pooling if has(*(_name(path, 0) for path in pooling)) else []
     missing = set()
     for group in _LAYER_OPTIONS:
         options = [("layers", name, leaf) for name in group for leaf in _leaves(name)]
@@ -161,8 +173,6 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
 def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     """Translates names of DINOv2's own files, and timm's names of parts that we join, to timm's.
 
-    An attention pooling without a classifier is left out; patch tokens are then averaged.
-
     Returns:
       The tensors; attributes of `AViT` that follow from the names; names that are left out.
 
@@ -171,8 +181,6 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     """
     result: Tensors = {}
     dropped = [name for name in tensors if name == "mask_token"]
-    pooling = [name for name in tensors if name.startswith("attn_pool.")]
-    dropped += pooling if "head.weight" not in tensors else []
     for name in tensors.keys() - set(dropped):
         module, _, kind = name.rpartition(".")
         if module.endswith(".mlp.fc1_g"):  # the gate comes first
@@ -182,11 +190,23 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
         elif not (module.endswith(".mlp.fc1_x") and f"{module[:-2]}_g.{kind}" in tensors):
             module = re.sub(r"\.mlp\.w12$", ".mlp.fc1", re.sub(r"\.mlp\.w3$", ".mlp.fc2", module))
             add(result, f"{module}.{kind}" if module else name, tensors[name])
-    attributes: dict[str, Any] = {"pool": "avg"} if pooling and set(pooling) <= set(dropped) else {}
+    attributes: dict[str, Any] = {}
     if "register_tokens" in result:
         result["reg_token"] = result.pop("register_tokens")
         attributes |= fold_class_position(result)
     return result, attributes, dropped
+
+
+def is_post_norm(tensors: Tensors) -> bool:
+    """Returns whether the order of the names is that of layers whose norms follow the branches.
+
+    PyTorch files keep the order in which a layer creates its parts. In such a layer of timm, norm1
+    stands between attn and mlp. It comes before attn in a usual layer, and after mlp in a sorted
+    file.
+    """
+    names = [name.split(".") for name in tensors if name.startswith("blocks.0.")]
+    parts = [part for part in dict.fromkeys(name[2] for name in names) if part in _LAYER_PARTS]
+    return parts == list(_LAYER_PARTS)
 
 
 def fold_class_position(tensors: Tensors) -> dict[str, Any]:

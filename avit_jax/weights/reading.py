@@ -85,6 +85,11 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     tensors, metadata = tensor_files.read(path, ema=ema)
     try:
         tensors, prefix = name_maps.without_prefix(tensors)
+        if name_maps.is_post_norm(tensors):
+            raise ValueError(
+                "by the order of its tensors, the norms of a layer follow its branches, which is "
+                "not supported; if they come first, sort the tensors by name"
+            )
         is_hugging_face = hugging_face.matches(tensors)
         names = hugging_face if is_hugging_face else name_maps
         names = big_vision if big_vision.matches(tensors) else names
@@ -96,14 +101,12 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     if prefix:
         _warn("%s: the prefix %s of its tensors' names is left out", path, prefix)
     if dropped:
-        _tell_dropped(path, dropped, is_used="head.weight" not in tensors)
+        _tell_dropped(path, dropped)
     _refuse_rotary(path, tensors)
     hints = architecture.supported_or_close(hints)
     sizes = {key: hints.pop(key) for key in ("num_heads",) if key in hints}
     config = config_json.read(path, tensors, required=is_hugging_face)
     attributes = config.pop("attributes")
-    if attributes.get("pool") == "map" and hints.get("pool") == "avg":
-        del attributes["pool"]  # the attention pooling is left out
     sources = [_sizes_in(path, metadata), config, {"attributes": hints}]
     for key, value in [item for source in sources for item in source.items()]:
         target, values = (attributes, value) if key == "attributes" else (sizes, {key: value})
@@ -113,6 +116,10 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
                     f"{path} contradicts the config.json beside it: {name}={target[name]} and "
                     f"{name}={known}; correct one of them."
                 )
+    if attributes.get("pool") != "map":
+        if dropped := [name for name in tensors if name.startswith(architecture.POOL)]:
+            _tell_dropped(path, dropped)
+        tensors = {name: tensors[name] for name in tensors if name not in dropped}
     architecture.check_supported(path, attributes)
     if attributes.get("position_class") is False:
         tensors = positions.with_prefix(tensors)
@@ -122,15 +129,11 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     return WeightFile(tensors=tensors, gate=gate, attributes=attributes, **sizes)
 
 
-def _tell_dropped(path: pathlib.Path, dropped: list[str], *, is_used: bool) -> None:
-    """Logs names that are left out; as a warning if an attention pooling is among them."""
-    pooling = any("attn_pool" in name or "head" in name.lower() for name in dropped)
-    level = logging.WARNING if pooling and is_used else logging.INFO
+def _tell_dropped(path: pathlib.Path, dropped: list[str]) -> None:
+    """Logs names that are left out."""
     rest = f" and {len(dropped) - _MAX_NAMED} more" if len(dropped) > _MAX_NAMED else ""
     named = errors.printable(", ".join(sorted(dropped)[:_MAX_NAMED]))
-    _logger.log(level, "%s: left out: %s%s", errors.printable(str(path)), named, rest)
-    if level == logging.WARNING:
-        _warn("%s: its patch tokens are averaged instead of its attention pooling", path)
+    _logger.info("%s: left out: %s%s", errors.printable(str(path)), named, rest)
 
 
 def _refuse_rotary(path: pathlib.Path, tensors: Tensors) -> None:

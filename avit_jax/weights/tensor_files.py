@@ -163,7 +163,7 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Tensors, dict[str, s
     if buffers:
         names = errors.printable(", ".join(buffers[:_MAX_NAMED]))
         _logger.info("%s: buffers of integers are passed over: %s", path, names)
-    return {name: tensors[name] for name in tensors.keys() - set(buffers)}, metadata
+    return {name: array for name, array in tensors.items() if name not in buffers}, metadata
 
 
 def _is_buffer(name: str, array: np.ndarray) -> bool:

@@ -60,6 +60,11 @@ def is_post_norm(architecture: str) -> bool:
     return "_rpn_" in architecture
 
 
+def pools_prefix(architecture: str) -> bool:
+    """Returns whether the pooling of a network reads its register tokens too."""
+    return architecture.partition(".")[0] == "test_vit3"
+
+
 def attributes(architecture: str) -> dict[str, Any]:
     """Returns attributes of `AViT` that the tensors do not show."""
     name = architecture.partition(".")[0]

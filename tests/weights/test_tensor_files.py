@@ -9,6 +9,9 @@ import zipfile
 from collections.abc import Callable
 
 import fixtures
+import flax
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -152,18 +155,51 @@ def test_a_network_of_big_vision_without_class_token(
     assert file.tensors.keys() == _tensors().keys() - {"cls_token"}
 
 
-def test_the_attention_pooling_of_big_vision(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN))
-    tensors = _averaging() | {"MAPHead_0/probe": np.zeros((1, 1, 12), np.float32)}
+class MlpBlock(nn.Module):
+    """Has the names of big_vision's; 48 hidden channels."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.gelu(nn.Dense(48)(x))
+        return nn.Dense(x.shape[-1])(hidden)
+
+
+class _Pooling(nn.Module):
+    """The attention pooling of Flax's layers, under big_vision's names."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        probe = self.param("probe", nn.initializers.normal(1), (1, 1, 12))
+        probe = jnp.repeat(probe, len(x), axis=0)
+        x = nn.MultiHeadDotProductAttention(num_heads=3)(probe, x)
+        x = x + MlpBlock()(nn.LayerNorm()(x))
+        return x[:, 0]
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_the_attention_pooling_of_big_vision(tmp_path: pathlib.Path, num_classes: int) -> None:
+    pooling, rng = _Pooling(), np.random.default_rng(0)
+    shapes = jax.eval_shape(pooling.init, jax.random.key(0), np.zeros((1, 4, 12), np.float32))
+    theirs = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    tensors = _averaging()
+    head = {key: tensors.pop(key) for key in ("head/kernel", "head/bias")}
+    tensors |= head if num_classes else {}
+    flat = flax.traverse_util.flatten_dict(theirs["params"], sep="/")
+    tensors |= {f"MAPHead_0/{name}": array for name, array in flat.items()}
     np.savez(tmp_path / "x.npz", **tensors)
-    with pytest.raises(errors.UserError, match="no place for MAPHead_0/probe"):
-        weight_files.read(tmp_path / "x.npz")  # its classifier reads it
-    del tensors["head/kernel"], tensors["head/bias"]
+    file = weight_files.read(tmp_path / "x.npz")
+    model, params = weight_files.infer(file, image_size=(16, 16), name="it")
+    assert (model.pool, model.mlp, model.num_classes) == ("map", "gelu_tanh", num_classes)
+    images = jnp.asarray(_EXPECTED["images"])
+    output, aux = model.apply({"params": params}, images, features=True)
+    expected = pooling.apply(theirs, aux.features.reshape(len(images), 4, 12))
+    if num_classes:
+        expected = np.asarray(expected) @ head["head/kernel"] + head["head/bias"]
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    del tensors["MAPHead_0/MultiHeadDotProductAttention_0/out/bias"]
     np.savez(tmp_path / "x.npz", **tensors)
-    assert weight_files.read(tmp_path / "x.npz").attributes["pool"] == "avg"
-    assert "averaged instead of its attention pooling" in caplog.text
+    with pytest.raises(errors.UserError, match=r"MAPHead_0/MultiHead.*out/bias"):
+        weight_files.read(tmp_path / "x.npz")
 
 
 def test_names_of_dinov2_and_of_separate_gates(tmp_path: pathlib.Path) -> None:

@@ -18,6 +18,7 @@ from avit_jax.weights import architecture, weight_files
 _VARIANTS = np.load(pathlib.Path(__file__).parents[1] / "data/weights/variants.npz")
 _NAMES = sorted({name.partition("/")[0] for name in _VARIANTS.files})
 _GAP = {"class_token": False, "pool": "avg"}
+_MAP = {"class_token": False, "pool": "map"}
 _DINOV2 = {"layer_scale": True}
 _DINOV2_REGISTERS = {"layer_scale": True, "num_registers": 4, "position_class": False}
 _CLIP = {"pre_norm": True, "mlp": "quick_gelu"}
@@ -30,6 +31,8 @@ _CHANGED: dict[str, dict[str, Any]] = {
     "gated": {"layer_scale": True, "mlp": "swiglu"},
     "clip": {"pre_norm": True},
     "quick_gelu": {"mlp": "quick_gelu"},
+    "siglip": _MAP | {"mlp": "gelu_tanh"},
+    "siglip_features": _MAP,
     "siglip_gap": _GAP | {"mlp": "gelu_tanh"},
     "fc_norm": _GAP | {"fc_norm": True},
     "class_and_max": {"pool": "max"},
@@ -46,14 +49,12 @@ _CHANGED: dict[str, dict[str, Any]] = {
     "CLIPVision": _CLIP,
     "CLIPVision_memory": _CLIP,
     "CLIPVisionWithProjection": _CLIP,
-    "SigLIPVision": _GAP | {"mlp": "gelu_tanh"},
+    "SigLIPVision": _MAP | {"mlp": "gelu_tanh"},
+    "SigLIPVision_memory": _MAP | {"mlp": "gelu_tanh"},
     "SigLIPClassifier": _GAP | {"mlp": "gelu_tanh"},
     "DeiTWithoutTeacher": {"num_registers": 1},
     "IJepa": _GAP,
 }
-_runs = pytest.mark.skipif(
-    len(architecture.SUPPORTED) < len(architecture.PLAIN), reason="this AViT is DeiT only"
-)
 
 
 @pytest.fixture
@@ -111,7 +112,6 @@ def _infer(folder: pathlib.Path, images: np.ndarray) -> tuple[vit.AViT, Any]:
     return weight_files.infer(file, image_size=images.shape[1:3], name="it")
 
 
-@_runs
 @pytest.mark.parametrize("name", _NAMES)
 def test_outputs_are_those_of_the_library(tmp_path: pathlib.Path, name: str) -> None:
     _write(tmp_path, name)
@@ -121,7 +121,6 @@ def test_outputs_are_those_of_the_library(tmp_path: pathlib.Path, name: str) -> 
     np.testing.assert_allclose(output, _VARIANTS[f"{name}/expected"], atol=1e-5)
 
 
-@_runs
 @pytest.mark.parametrize("has_config", [True, False])
 @pytest.mark.parametrize("name", _NAMES)
 def test_load_finds_the_size_of_the_images(
@@ -133,7 +132,6 @@ def test_load_finds_the_size_of_the_images(
     assert model.pixels == _VARIANTS[f"{name}/images"].shape[1:3]
 
 
-@_runs
 @pytest.mark.parametrize("name", [name for name in _NAMES if "memory" not in name])
 def test_what_is_written_equals_what_was_read(tmp_path: pathlib.Path, name: str) -> None:
     path = _write(tmp_path, name)
@@ -162,8 +160,6 @@ def test_what_a_file_without_a_config_leaves_open_is_reported(
     assert file.num_heads is None and not {"pool", "mlp"} & file.attributes.keys()
     with pytest.raises(errors.UserError, match="gives num_heads, and 8 channels are not heads"):
         weight_files.infer(file, image_size=(8, 8), name="it")
-    if _runs.args[0]:
-        return
     weight_files.infer(
         weight_files.WeightFile(tensors=file.tensors, num_heads=2), image_size=(8, 8), name="it"
     )
@@ -188,7 +184,7 @@ def test_a_pooling_or_activation_that_the_model_lacks(
     ("name", "extra", "message"),
     [
         ("CLIPVisionWithProjection", {"classifier.bias": (5,)}, "averages tokens without their"),
-        ("siglip_gap", {"attn_pool.latent": (1, 1, 8)}, None),
+        ("siglip", {"attn_pool.q_norm.weight": (4,)}, None),
         ("dinov2", {"rope.periods": (4,)}, None),
     ],
 )
@@ -225,14 +221,60 @@ def test_networks_without_position_embeddings_are_refused(
         weight_files.read(path)
 
 
-def test_an_attention_pooling_is_left_out_with_a_warning(
-    tmp_path: pathlib.Path, all_parts: None, caplog: pytest.LogCaptureFixture
+def test_an_attention_pooling_that_the_network_does_not_use(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weight_files.read(_write(tmp_path, "SigLIPVision"))
-    assert "its patch tokens are averaged instead of its attention pooling" in caplog.text
-    caplog.clear()
+    caplog.set_level("INFO")
     weight_files.read(_write(tmp_path, "SigLIPClassifier"))  # whose classifier averages
-    assert not caplog.records
+    assert "left out: vision_model.head.attention.in_proj_bias, " in caplog.text
+    path = _write(tmp_path, "siglip_gap")
+    tensors, expected = _tensors("siglip_gap"), weight_files.read(path)
+    more = {key: x for key, x in _tensors("siglip").items() if key.startswith("attn_pool.")}
+    safetensors.numpy.save_file(tensors | more, path)
+    caplog.clear()
+    file = weight_files.read(path)  # its config says that it averages
+    assert file.tensors.keys() == tensors.keys() and file.attributes == expected.attributes
+    assert "left out: attn_pool.kv.bias, " in caplog.text
+
+
+def test_layers_whose_norms_follow_are_refused_by_the_order_of_tensors(
+    tmp_path: pathlib.Path,
+) -> None:
+    parts = ("attn", "norm1", "mlp", "norm2")  # as timm's ResPostBlock creates them
+    tensors = _tensors("class_and_max")
+    layers = {key: x for key, x in tensors.items() if key.startswith("blocks.")}
+    usual = {key: x for key, x in tensors.items() if key not in layers}
+    later = dict(sorted(layers.items(), key=lambda item: parts.index(item[0].split(".")[2])))
+    orders = {"usual": tensors, "sorted": usual | dict(sorted(layers.items()))}
+    for name, ordered in orders.items():
+        np.savez(tmp_path / f"{name}.npz", **ordered)
+        assert weight_files.read(tmp_path / f"{name}.npz").tensors.keys() == tensors.keys()
+    np.savez(tmp_path / "x.npz", **usual, **later)
+    with pytest.raises(errors.UserError, match="the norms of a layer follow its branches"):
+        weight_files.read(tmp_path / "x.npz")
+
+
+def test_a_file_without_a_config_shows_its_attention_pooling(tmp_path: pathlib.Path) -> None:
+    file = weight_files.read(_write(tmp_path, "siglip", config=False))
+    assert file.attributes["pool"] == "map"
+
+
+def test_a_config_with_an_attention_pooling_that_the_tensors_lack(tmp_path: pathlib.Path) -> None:
+    path = _write(tmp_path, "siglip")
+    tensors = {key: x for key, x in _tensors("siglip").items() if not key.startswith("attn_pool.")}
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(errors.UserError, match="gives pool=map, and the tensors have no attention"):
+        weight_files.read(path)
+
+
+def test_a_new_head_may_average_instead(tmp_path: pathlib.Path) -> None:
+    file = weight_files.read(_write(tmp_path, "siglip"))
+    model, _ = weight_files.infer(file, image_size=(8, 8), name="it")
+    averaging = model.clone(pool="avg")
+    with pytest.raises(errors.UserError, match=r"set --config\.model\.pool=map"):
+        weight_files.to_params(file, averaging, name="it")
+    params = weight_files.to_params(file, averaging, name="it", new_head=True)
+    assert "attn_pool" not in params
 
 
 @pytest.mark.parametrize(
@@ -248,10 +290,10 @@ def test_the_activation_of_a_config_that_leaves_it_out(
     assert weight_files.read(path).attributes["mlp"] == mlp
 
 
-@_runs
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("qk_norm", "no network of these parts"), ("clip", "no classifier with a bias")],
+    [("qk_norm", "no network of these parts"), ("clip", "no classifier with a bias")]
+    + [("siglip", "no network of these parts: .*'num_classes': 3")],
 )
 def test_networks_that_hugging_face_does_not_have(
     tmp_path: pathlib.Path, name: str, message: str
