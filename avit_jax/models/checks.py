@@ -1,5 +1,6 @@
 """Checks of a network's attributes and images. Axes as in `vit`."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from avit_jax.core.arrays import UncheckedArray
@@ -15,7 +16,7 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 def check(model: "vit.AViT") -> None:
     """Raises ValueError if the attributes are invalid; the message says what to change."""
-    if len(model.pixels) != 2:
+    if isinstance(model.image_size, Sequence) and len(model.image_size) != 2:
         raise ValueError(
             f"image_size must be one number or (height, width); got {model.image_size}."
         )
