@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import pathlib
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -63,11 +64,14 @@ def parse(*arguments: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def one_line(expected: str) -> Iterator[None]:
-    """Expects the program to end with status 2, in one line that contains `expected`."""
+    """Expects the program to end with status 2, in one line that contains `expected`.
+
+    Lines of the log, which start with the time, may come before it.
+    """
     with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as exit_:
         yield
     assert exit_.value.code == 2
-    message = stderr.getvalue()
+    message = re.sub(r"(?m)^\d\d:\d\d:\d\d .*\n", "", stderr.getvalue())
     assert message.startswith("error: ")
     assert expected in message
     assert message.index("\n") == len(message) - 1
