@@ -91,6 +91,8 @@ def read(where: epath.PathLike) -> Saved | None:
         names = content.get("label_names", [])
         if not all(isinstance(name, str) for name in names):
             raise TypeError("a class name is no text")
+        if not isinstance(content["config"], dict):
+            raise TypeError("the configuration is no table")
         config = config_lib.from_json(content["config"])
     except (*_UNUSABLE, OSError) as error:
         raise errors.UserError(
