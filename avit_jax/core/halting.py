@@ -297,7 +297,9 @@ def score_by_layer(score: Float[Array, "L *N"], active: Bool[Array, "L *N"]) -> 
     return jnp.where(active, score, 0.0).mean(axis=tuple(range(1, score.ndim)))
 
 
-def depth_prior(num_layers: int, *, center: float, width: float = 1.0) -> Float32[Array, "L"]:
+def depth_prior(
+    num_layers: int, *, center: Shaped[ArrayLike, ""], width: Shaped[ArrayLike, ""] = 1.0
+) -> Float32[Array, "L"]:
     """Returns the logarithm of a discrete Gaussian over layers 1 to L, normalized to sum to 1.
 
     Args:
