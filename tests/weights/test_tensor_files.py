@@ -195,7 +195,7 @@ def test_the_attention_pooling_of_big_vision(tmp_path: pathlib.Path, num_classes
     expected = pooling.apply(theirs, aux.features.reshape(len(images), 4, 12))
     if num_classes:
         expected = np.asarray(expected) @ head["head/kernel"] + head["head/bias"]
-    np.testing.assert_allclose(output, expected, atol=1e-5)
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
     del tensors["MAPHead_0/MultiHeadDotProductAttention_0/out/bias"]
     np.savez(tmp_path / "x.npz", **tensors)
     with pytest.raises(errors.UserError, match=r"MAPHead_0/MultiHead.*out/bias"):

@@ -118,7 +118,7 @@ def test_outputs_are_those_of_the_library(tmp_path: pathlib.Path, name: str) -> 
     images = _VARIANTS[f"{name}/images"]
     model, params = _infer(tmp_path, images)
     output, _ = jax.jit(model.apply)({"params": params}, images)
-    np.testing.assert_allclose(output, _VARIANTS[f"{name}/expected"], atol=1e-5)
+    np.testing.assert_allclose(output, _VARIANTS[f"{name}/expected"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_config", [True, False])
