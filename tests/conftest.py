@@ -5,6 +5,7 @@ AVIT_TEST_PLATFORM=cuda (or tpu) runs the tests that need one device on an accel
 too, because each process reserves the memory of the device.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -50,6 +51,18 @@ def _compile_quickly(request: pytest.FixtureRequest) -> None:
     """Compiles with few optimizations, except in comparisons with the released implementation."""
     quickly = _PLATFORM == "cpu" and "golden" not in request.module.__name__
     jax.config.update("jax_disable_most_optimizations", quickly)
+
+
+@pytest.fixture(autouse=True)
+def _restore_log() -> Iterator[None]:
+    """What a command line sets on the package's logger must not reach the next test."""
+    logger = logging.getLogger("avit_jax")
+    logger.propagate, logger.disabled = True, False
+    logging.disable(logging.NOTSET)
+    handlers, level = [*logger.handlers], logger.level
+    yield
+    logger.handlers, logger.propagate = handlers, True
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="module")
