@@ -32,4 +32,6 @@ def of_model(model: vit.AViT, **attributes: Any) -> PretrainedAViT:
         for field in dataclasses.fields(model)
         if field.name not in ("parent", "name")
     }
+    if model.channels != len(MEAN):
+        own = {"mean": (0.5,), "std": (0.5,)} | own
     return PretrainedAViT(**own | attributes)

@@ -1,18 +1,16 @@
-"""What a network consists of besides its sizes: what tensors show, and what `AViT` supports.
+"""What a network consists of besides its sizes: what tensors and configs show.
 
 The names are attributes of `AViT`, and the tensors are in timm's names.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from avit_jax.models import vit
-from avit_jax.utils import errors
+from avit_jax.models import checks, vit
 
-# Attributes of the plain network, DeiT. A version of `AViT` may lack them.
+# Attributes of the plain network, DeiT.
 PLAIN: dict[str, Any] = {
     "pool": "token",
     "class_token": True,
@@ -26,7 +24,6 @@ PLAIN: dict[str, Any] = {
     "layer_scale": False,
 }
 POOL = "attn_pool."  # start of the names of an attention pooling
-_POOLS = ("token", "avg", "max", "map")
 # Attributes that no tensor shows.
 UNSEEN = ("pool", "mlp")
 # Names of activations in configs -> `mlp`.
@@ -40,8 +37,6 @@ _SAME = {
     **{name: name for name in ("class_token", "pre_norm", "fc_norm", "qk_norm", "qkv_bias")},
     **dict.fromkeys(("reg_tokens", "num_register_tokens"), "num_registers"),
 }
-_FIELDS = {field.name for field in dataclasses.fields(vit.AViT)}
-SUPPORTED = frozenset(PLAIN.keys() & _FIELDS)
 
 
 def of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -96,29 +91,9 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
         raise ValueError("its use_swiglu_ffn is True, and the tensors have no gate")
     if "global_pool" in given:
         found["pool"] = given["global_pool"]
-        if found["pool"] not in _POOLS:
+        if found["pool"] not in checks.POOLS:
             raise ValueError(f"its global_pool is {found['pool']}")
     return found
-
-
-def supported_or_close(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns attributes with the exact GELU if `AViT` lacks its approximation by tanh.
-
-    The two differ by less than 5e-4.
-    """
-    close = attributes.get("mlp") == "gelu_tanh" and "mlp" not in SUPPORTED
-    return {**attributes, "mlp": "gelu"} if close else dict(attributes)
-
-
-def check_supported(path: object, attributes: Mapping[str, Any]) -> None:
-    """Raises errors.UserError if `AViT` lacks an attribute that the file needs."""
-    for name, value in changed(attributes).items():
-        if name == "position_class":  # zeros are as good
-            continue
-        if name not in SUPPORTED:
-            raise errors.UserError(
-                f"{path} is of a network that is not supported: its {name} is {value}."
-            )
 
 
 def changed(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,4 +103,4 @@ def changed(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def of_model(model: vit.AViT) -> dict[str, Any]:
     """Returns all attributes of a model."""
-    return {name: getattr(model, name, value) for name, value in PLAIN.items()}
+    return {name: getattr(model, name) for name in PLAIN}

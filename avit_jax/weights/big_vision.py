@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from avit_jax.weights.name_maps import Tensors
+from avit_jax.weights.name_maps import Tensors, add
 
 _MAX_LAYERS = 1000
 # Parts of a network of images and texts that are not the image network.
@@ -36,7 +36,10 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     dropped = []
     if any(name.startswith(_IMAGE_TOWER) for name in left):
         dropped = [name for name in left if _OTHER_TOWER.fullmatch(name)]
-        left = {name.removeprefix(_IMAGE_TOWER): left[name] for name in left.keys() - set(dropped)}
+        image: Tensors = {}
+        for name in left.keys() - set(dropped):
+            add(image, name.removeprefix(_IMAGE_TOWER), left[name])
+        left = image
     _unstack(left)
     attributes: dict[str, Any] = {"mlp": "gelu_tanh"}
     result: Tensors = {}

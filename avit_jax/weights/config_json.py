@@ -66,7 +66,7 @@ def read(
       required: whether the config must exist and give Hugging Face's epsilon and number of heads.
 
     Returns:
-      norm_eps, num_heads, grid, mean, std and label_names, if the config gives them, and
+      norm_eps, num_heads, grid and label_names, if the config gives them, and
       attributes: those of `AViT` that the config gives or the tensors show.
 
     Raises:
@@ -87,7 +87,7 @@ def read(
         needed = [content[key] for key in ("layer_norm_eps", "num_attention_heads") if required]
         if not isinstance(content, dict) or None in needed:
             raise TypeError("it does not describe a network")
-        return _compare(config, path, content, _sizes_of(tensors)) | _about_data(config, content)
+        return _compare(config, path, content, _sizes_of(tensors)) | _about_data(content)
     except _UNUSABLE as error:
         problem = f"beside {path} makes no sense"
         if required:
@@ -101,21 +101,14 @@ def _image_network(content: Any) -> Any:
     defaults = _NESTED.get(str(content.get("model_type"))) if isinstance(content, dict) else None
     if defaults is None or not isinstance(content.get("vision_config"), dict):
         return content
-    labels = {key: content[key] for key in ("id2label",) if key in content}
-    return {"num_attention_heads": _NESTED_HEADS, **defaults, **content["vision_config"], **labels}
+    # Labels are those of the whole network: old configs hold two meaningless ones in the part.
+    vision = content["vision_config"] | {"id2label": content.get("id2label")}
+    return {"num_attention_heads": _NESTED_HEADS, **defaults, **vision}
 
 
-def _about_data(config: pathlib.Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns mean and std of the pixels, and names of the classes, if the files give them."""
-    source = content.get("pretrained_cfg") or {}
-    found = {"mean": source.get("mean"), "std": source.get("std")}
-    processor = config.with_name("preprocessor_config.json")
-    if processor.exists() and processor.stat().st_size <= _MAX_BYTES:
-        values = json.loads(processor.read_text())
-        found = {"mean": values.get("image_mean"), "std": values.get("image_std")}
-    result: dict[str, Any] = {
-        key: tuple(float(value) for value in values) for key, values in found.items() if values
-    }
+def _about_data(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the names of the classes, if the config gives them."""
+    source, result = content.get("pretrained_cfg") or {}, {}
     names = content.get("label_names") or source.get("label_names")
     if by_index := content.get("id2label"):
         names = [by_index[str(i)] for i in range(len(by_index))]

@@ -165,7 +165,6 @@ def describe(
         attributes = _inferred_attributes(file, grid)
         if attributes.get("position_class") is False:
             tensors = with_prefix(tensors) if "position_class" not in file.attributes else tensors
-        architecture.check_supported(name, attributes)
         model = vit.AViT(
             image_size=image_size,
             patch_size=patch_size,
@@ -178,7 +177,7 @@ def describe(
             distilled="dist_token" in tensors,
             norm_eps=file.norm_eps or vit.AViT.norm_eps,
             halting=halting.HaltingConfig(**file.gate) if file.gate else None,
-            **{key: attributes[key] for key in attributes.keys() & architecture.SUPPORTED},
+            **{key: attributes[key] for key in attributes.keys() & architecture.PLAIN.keys()},
         )
         model.check()
     except (KeyError, ValueError, TypeError, ArithmeticError) as error:
@@ -270,7 +269,7 @@ def _fit_positions(
     if not (len(theirs) == 3 and theirs[::2] == ours[::2] and tensors.keys() == expected.keys()):
         return
     count = model.num_prefix_tokens
-    has_none = not getattr(model, "position_class", True)
+    has_none = not model.position_class
     if has_none and theirs[1] == math.prod(grid or model.grid) != count + math.prod(model.grid):
         tensors["pos_embed"] = with_prefix(tensors)["pos_embed"]
     tensors["pos_embed"] = fit_positions(

@@ -223,8 +223,8 @@ def _config(model: vit.AViT, architecture_name: str, kind: str) -> dict[str, Any
         "num_channels": model.channels,
         "hidden_act": _ACTIVATIONS.get(parts["mlp"], parts["mlp"]),
         "qkv_bias": parts["qkv_bias"],
-        "id2label": {str(i): str(i) for i in range(model.num_classes)},
-        "label2id": {str(i): i for i in range(model.num_classes)},
+        "id2label": {str(i): f"LABEL_{i}" for i in range(model.num_classes)},
+        "label2id": {f"LABEL_{i}": i for i in range(model.num_classes)},
     }
     if kind.startswith("dinov2"):
         del config["intermediate_size"]

@@ -192,7 +192,7 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
             add(result, f"{module}.{kind}" if module else name, tensors[name])
     attributes: dict[str, Any] = {}
     if "register_tokens" in result:
-        result["reg_token"] = result.pop("register_tokens")
+        add(result, "reg_token", result.pop("register_tokens"))
         attributes |= fold_class_position(result)
     return result, attributes, dropped
 

@@ -42,8 +42,6 @@ class WeightFile:
       grid: (rows, columns) of patches of the position embeddings.
       attributes: of `AViT`, such as pool, that the file or its config gives or the tensors show;
         see `architecture.PLAIN`.
-      mean: of each channel of pixels scaled to [0, 1], in training.
-      std: as `mean`, the standard deviation.
       label_names: names of the classes.
     """
 
@@ -53,8 +51,6 @@ class WeightFile:
     gate: dict[str, float] | None = None
     grid: tuple[int, int] | None = None
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
     label_names: tuple[str, ...] | None = None
 
 
@@ -103,7 +99,6 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     if dropped:
         _tell_dropped(path, dropped)
     _refuse_rotary(path, tensors)
-    hints = architecture.supported_or_close(hints)
     sizes = {key: hints.pop(key) for key in ("num_heads",) if key in hints}
     config = config_json.read(path, tensors, required=is_hugging_face)
     attributes = config.pop("attributes")
@@ -113,14 +108,13 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
         for name, known in values.items():
             if target.setdefault(name, known) != known:
                 raise errors.UserError(
-                    f"{path} contradicts the config.json beside it: {name}={target[name]} and "
-                    f"{name}={known}; correct one of them."
+                    f"{path} contradicts itself or the config.json beside it: "
+                    f"{name}={target[name]} and {name}={known}; correct one of them."
                 )
-    if attributes.get("pool") != "map":
-        if dropped := [name for name in tensors if name.startswith(architecture.POOL)]:
-            _tell_dropped(path, dropped)
-        tensors = {name: tensors[name] for name in tensors if name not in dropped}
-    architecture.check_supported(path, attributes)
+    if attributes.get("pool") != "map" and f"{architecture.POOL}latent" in tensors:
+        unused = [name for name in tensors if name.startswith(architecture.POOL)]
+        _tell_dropped(path, unused)
+        tensors = {name: array for name, array in tensors.items() if name not in unused}
     if attributes.get("position_class") is False:
         tensors = positions.with_prefix(tensors)
     _check_sizes(path, sizes)

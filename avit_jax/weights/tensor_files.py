@@ -25,10 +25,8 @@ _MAX_HEADER = 10**7  # bytes of a safetensors header
 _INDEX = ".index.json"  # lists the parts of a model in several files
 _MAX_INDEX = 10 * 2**20  # bytes
 _MAX_NAMED = 5  # tensors in one message
-# Names of parameters. Other arrays of integers are buffers, such as indices of positions.
-_PARAMETER = re.compile(
-    r"(^|.*[./_])(weight|bias|kernel|scale|gamma|lambda1|token|cls|\w*embed\w*)"
-)
+# Last words of parameters. Other arrays of integers are buffers, such as indices of positions.
+_PARAMETERS = ("weight", "bias", "kernel", "scale", "gamma", "lambda1", "token", "cls", "latent")
 _logger = logging.getLogger(__name__)
 
 
@@ -90,7 +88,10 @@ def _local(path: pathlib.Path) -> pathlib.Path:
             raise errors.UserError(f"{path} holds several weight files, {names}: name one of them.")
         path = next(iter(found), path)
     if part := re.fullmatch(r"(.+)-\d+-of-\d+(\.\w+)", path.name):
-        path = path.with_name(part[1] + part[2] + _INDEX)  # lists all parts
+        index = path.with_name(part[1] + part[2] + _INDEX)  # lists all parts
+        if path.exists() and not index.exists():
+            raise errors.UserError(f"{path} is one part of several: put {index.name} beside it.")
+        path = index
     if not path.exists():
         raise errors.UserError(f"there is no {path}: name a weight file, or the workdir of a run.")
     return path
@@ -168,7 +169,8 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Tensors, dict[str, s
 
 def _is_buffer(name: str, array: np.ndarray) -> bool:
     is_integer = isinstance(array, np.ndarray) and array.dtype.kind in "iub"
-    return is_integer and _PARAMETER.fullmatch(name) is None
+    last = name.replace("/", ".").rpartition(".")[2]
+    return is_integer and "embed" not in last and last.rpartition("_")[2] not in _PARAMETERS
 
 
 def _index(path: pathlib.Path) -> dict[str, str]:
@@ -205,6 +207,8 @@ def _check_tensor(name: str, array: np.ndarray) -> None:
         raise RefusedFile(f"the name of a tensor, {name[:80]}, is no plain text")
     if not isinstance(array, np.ndarray):
         raise RefusedFile(f"{name} in it is no array")
+    if not array.size:
+        raise RefusedFile(f"{name} is empty")
     if array.dtype.name not in _DTYPES:
         raise _refused_dtype(name, array.dtype)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
@@ -264,3 +268,4 @@ _READERS = {
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
 }
+SUFFIXES = tuple(_READERS)

@@ -1,7 +1,8 @@
 """Reads the tensors of a PyTorch file (`.pth`, `.pt`, `.bin`) without PyTorch.
 
 Such a file is a pickle, which is a program, and it is untrusted. The unpickler here can build
-tensors and plain containers only. It never imports or calls any other name: it refuses the file.
+tensors and plain containers only. It never imports or calls any other name: harmless ones become
+objects that do nothing, and for others it refuses the file.
 """
 
 import dataclasses

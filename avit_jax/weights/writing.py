@@ -1,7 +1,6 @@
 """Writes weight files as safetensors. See `weight_files`."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +45,10 @@ def write(
     tensors = file.tensors
     metadata = {"format": "pt", "norm_eps": str(file.norm_eps), "num_heads": str(file.num_heads)}
     metadata["grid"] = "x".join(map(str, file.grid))
-    if changed := architecture.changed(file.attributes):
+    changed = architecture.changed(file.attributes)
+    if names == "huggingface":  # its tensors hold a position for the class token
+        changed.pop("position_class", None)
+    if changed:
         metadata["attributes"] = json.dumps(changed)
     if file.gate is not None:
         metadata["halting"] = json.dumps(file.gate)
@@ -76,12 +78,10 @@ def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
     patch_shape = (model.patch_size, model.patch_size, model.channels)
     tensors = name_maps.to_torch(params, patch_shape=patch_shape)
     if "norm_pre.weight" in tensors:  # timm and CLIP have no bias there; positions take it in
-        bias, prefix = (
-            tensors.pop("patch_embed.proj.bias"),
-            model.num_tokens - math.prod(model.grid),
-        )
+        bias = tensors.pop("patch_embed.proj.bias")
+        prefix = model.num_prefix_tokens if model.position_class else 0
         tensors["pos_embed"] = np.array(tensors["pos_embed"])
-        tensors["pos_embed"][:, prefix * architecture.of_model(model)["position_class"] :] += bias
+        tensors["pos_embed"][:, prefix:] += bias
     return WeightFile(
         tensors=tensors,
         norm_eps=model.norm_eps,

@@ -16,7 +16,7 @@ import safetensors.numpy
 import avit_jax
 from avit_jax.training import restore
 from avit_jax.utils import errors
-from avit_jax.weights import weight_files
+from avit_jax.weights import locate, weight_files
 
 _FILES = {"/some/model/resolve/main/": pathlib.Path(__file__).parents[1] / "data/weights/vit"}
 _SPLIT = "/split/model/resolve/main/"
@@ -121,3 +121,8 @@ def test_a_name_on_the_hub_needs_no_prefix(hub: None) -> None:
         assert restore.weights_of(name).norm_eps == 1e-12
     with pytest.raises(errors.UserError, match="hf-hub:some/other cannot be downloaded"):
         avit_jax.load("some/other")
+
+
+@pytest.mark.parametrize("name", ["exp/last.ckpt", "exp/best.pth.tar", "exp/w.safetensors"])
+def test_a_missing_file_is_no_name_on_the_hub(name: str) -> None:
+    assert locate.hub_name(name) is None

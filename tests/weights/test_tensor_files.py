@@ -1,5 +1,6 @@
 """Layouts, folders, parts and prefixes of weight files; refused files give one sentence."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -19,7 +20,7 @@ import safetensors.numpy
 
 from avit_jax.models import vit
 from avit_jax.utils import errors
-from avit_jax.weights import architecture, name_maps, tensor_files, weight_files
+from avit_jax.weights import name_maps, tensor_files, weight_files
 
 _DATA = pathlib.Path(__file__).parents[1] / "data/weights"
 _EXPECTED = np.load(_DATA / "expected.npz")
@@ -136,10 +137,7 @@ def _averaging() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("tower", [False, True])
-def test_a_network_of_big_vision_without_class_token(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tower: bool
-) -> None:
-    monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN))
+def test_a_network_of_big_vision_without_class_token(tmp_path: pathlib.Path, tower: bool) -> None:
     tensors = _averaging()
     if tower:  # SigLIP
         tensors = {f"params/img/{name}": array for name, array in tensors.items()}
@@ -480,3 +478,34 @@ def test_a_kernel_without_channels_is_a_sentence(tmp_path: pathlib.Path) -> None
         weight_files.infer(
             weight_files.WeightFile(tensors=empty), image_size=(16, 16), name="empty"
         )
+
+
+@pytest.mark.parametrize("name", ["_" * 10**6, "embed_" * 10**5 + "!"], ids=["lines", "embeds"])
+def test_long_names_take_no_time(tmp_path: pathlib.Path, name: str) -> None:
+    safetensors.numpy.save_file({name: np.ones(2, np.int8)}, tmp_path / "x.safetensors")
+    started = time.monotonic()
+    with contextlib.suppress(errors.UserError):
+        weight_files.read(tmp_path / "x.safetensors")
+    assert time.monotonic() - started < 30
+
+
+def test_tensors_without_elements_are_refused(tmp_path: pathlib.Path) -> None:
+    empty = {"reg_token": np.zeros((1, 10**9, 0), np.float32)}
+    safetensors.numpy.save_file(_tensors() | empty, tmp_path / "x.safetensors")
+    with pytest.raises(errors.UserError, match="reg_token is empty"):
+        weight_files.read(tmp_path / "x.safetensors")
+
+
+def test_one_part_alone(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    safetensors.numpy.save_file(_tensors(), path)
+    with pytest.raises(errors.UserError, match=r"put model\.safetensors\.index\.json beside it"):
+        weight_files.read(path)
+
+
+def test_two_towers_of_one_name(tmp_path: pathlib.Path) -> None:
+    tensors = {f"img/{name}": array for name, array in _averaging().items()}
+    tensors["head/kernel"] = tensors["img/head/kernel"] + 1
+    np.savez(tmp_path / "x.npz", **tensors)
+    with pytest.raises(errors.UserError, match="are both head/kernel"):
+        weight_files.read(tmp_path / "x.npz")

@@ -57,12 +57,6 @@ _CHANGED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads files as if `AViT` had all parts."""
-    monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN))
-
-
 def _tensors(name: str) -> dict[str, np.ndarray]:
     tensors, data = {}, _VARIANTS[f"{name}/data"]
     for key, shape in json.loads(str(_VARIANTS[f"{name}/shapes"])).items():
@@ -83,28 +77,13 @@ def test_all_networks_are_known() -> None:
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_what_a_file_tells(tmp_path: pathlib.Path, all_parts: None, name: str) -> None:
+def test_what_a_file_tells(tmp_path: pathlib.Path, name: str) -> None:
     file = weight_files.read(_write(tmp_path, name))
     assert architecture.changed(file.attributes) == _CHANGED[name]
     assert file.num_heads == 2
     is_clip = "clip" in name.lower()
     is_vit = name in ("DeiTWithoutTeacher", "IJepa")
     assert (file.norm_eps or 1e-6) == (1e-5 if is_clip else 1e-12 if is_vit else 1e-6)
-
-
-@pytest.mark.parametrize("name", _NAMES)
-def test_a_part_that_is_missing_is_named(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    path = _write(tmp_path, name)
-    needed = sorted(_CHANGED[name].keys() - {"position_class"})
-    for part in needed:
-        monkeypatch.setattr(architecture, "SUPPORTED", frozenset(architecture.PLAIN) - {part})
-        if _CHANGED[name][part] == "gelu_tanh" and "SigLIP" not in name and name != "siglip_gap":
-            continue
-        with pytest.raises(errors.UserError, match=rf"not supported: its {part} is"):
-            weight_files.read(path)
-    assert needed or name == "wide"
 
 
 def _infer(folder: pathlib.Path, images: np.ndarray) -> tuple[vit.AViT, Any]:
@@ -154,7 +133,7 @@ def test_what_is_written_equals_what_was_read(tmp_path: pathlib.Path, name: str)
 
 @pytest.mark.parametrize("name", ["clip", "siglip_gap", "fc_norm", "dinov2_registers"])
 def test_what_a_file_without_a_config_leaves_open_is_reported(
-    tmp_path: pathlib.Path, all_parts: None, caplog: pytest.LogCaptureFixture, name: str
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     file = weight_files.read(_write(tmp_path, name, config=False))
     assert file.num_heads is None and not {"pool", "mlp"} & file.attributes.keys()
@@ -168,9 +147,7 @@ def test_what_a_file_without_a_config_leaves_open_is_reported(
 
 
 @pytest.mark.parametrize("part", ["pool", "mlp"])
-def test_a_pooling_or_activation_that_the_model_lacks(
-    tmp_path: pathlib.Path, all_parts: None, part: str
-) -> None:
+def test_a_pooling_or_activation_that_the_model_lacks(tmp_path: pathlib.Path, part: str) -> None:
     name = {"pool": "class_and_max", "mlp": "quick_gelu"}[part]
     file = weight_files.read(_write(tmp_path, name))
     sizes = {"image_size": 8, "patch_size": 4, "channels": 1, "width": 8, "depth": 2}
@@ -190,7 +167,6 @@ def test_a_pooling_or_activation_that_the_model_lacks(
 )
 def test_what_has_no_place_is_refused(
     tmp_path: pathlib.Path,
-    all_parts: None,
     name: str,
     extra: dict[str, tuple[int, ...]],
     message: str | None,
@@ -208,7 +184,7 @@ def test_what_has_no_place_is_refused(
 
 @pytest.mark.parametrize("name", ["Dinov2", "qk_norm"])
 def test_networks_without_position_embeddings_are_refused(
-    tmp_path: pathlib.Path, all_parts: None, name: str
+    tmp_path: pathlib.Path, name: str
 ) -> None:
     path = _write(tmp_path, name)
     tensors = {
@@ -281,7 +257,7 @@ def test_a_new_head_may_average_instead(tmp_path: pathlib.Path) -> None:
     ("name", "mlp"), [("CLIPVision", "quick_gelu"), ("SigLIPVision", "gelu_tanh")]
 )
 def test_the_activation_of_a_config_that_leaves_it_out(
-    tmp_path: pathlib.Path, all_parts: None, name: str, mlp: str
+    tmp_path: pathlib.Path, name: str, mlp: str
 ) -> None:
     path = _write(tmp_path, name)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -302,3 +278,14 @@ def test_networks_that_hugging_face_does_not_have(
     model, params = _infer(tmp_path, _VARIANTS[f"{name}/images"])
     with pytest.raises(errors.UserError, match=message):
         weight_files.write(path, params, model, names="huggingface")
+
+
+def test_hugging_faces_names_for_positions_of_patches_only(tmp_path: pathlib.Path) -> None:
+    images = _VARIANTS["wide/images"]
+    model, params = _infer(_write(tmp_path, "wide"), images)
+    assert not model.position_class
+    path = tmp_path / "new/model.safetensors"
+    weight_files.write(path, params, model, names="huggingface")
+    again, again_params = _infer(path, images)
+    output, _ = again.apply({"params": again_params}, images)
+    np.testing.assert_allclose(output, _VARIANTS["wide/expected"], rtol=1e-5, atol=1e-5)
