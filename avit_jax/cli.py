@@ -169,7 +169,7 @@ def _check_flags(images: list[str]) -> None:
     if CONFIG.value is None:
         run, reason = _CHECKPOINT.value or _WORKDIR.value, ""
         if run:
-            exists = "://" in run or os.path.exists(run)
+            exists = "://" in run or run.startswith(tensor_files.HUB) or os.path.exists(run)
             reason = f"{run} holds no configuration: " if exists else f"there is no {run}: "
         raise errors.UserError(f"{reason}name a recipe, for example --config=digits.")
 
@@ -201,7 +201,7 @@ def workdir() -> str:
         return _WORKDIR.value or checkpoint
     recipe = pathlib.Path(flags.FLAGS["config"].config_filename.partition(":")[0])
     if checkpoint and recipe.samefile(run_config.__file__):
-        recipe = pathlib.Path(checkpoint)
+        return f"runs/eval-{pathlib.Path(checkpoint).stem}"
     return f"runs/{recipe.stem}"
 
 

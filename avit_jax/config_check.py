@@ -32,7 +32,7 @@ _RANGES = {
     "model.depth": (1, None),
     "model.mlp_ratio": (0.01, 100),
     "model.norm_eps": (1e-20, 1),
-    "model.num_classes": (1, 2**24),
+    "model.num_classes": (0, 2**24),
     "loss.ponder_weight": (0, None),
     "loss.prior_weight": (0, None),
     "loss.prior_width": (1e-3, None),

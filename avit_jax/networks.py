@@ -122,13 +122,13 @@ def _describe_weights(
     how = _preprocessing(path) or _preprocessing(_fetch_preprocessing(where, path))
     if not how:
         _logger.warning(
-            "%s does not give mean and std of its images: ImageNet's are assumed; to change them, "
+            "%s does not give mean and std of its images: usual ones are assumed; to change them, "
             "call model.clone(mean=..., std=...)",
             where,
         )
-    if model.channels not in (1, 3) and not how:
-        how = {"mean": (0.5,), "std": (0.5,)}
-    names = class_names.of_classes((), model.num_classes)
+    names = file.label_names or ()
+    names = names if len(names) == model.num_classes else ()
+    names = class_names.of_classes(names, model.num_classes)
     return pretrained.of_model(model, label_names=names, **how), file
 
 

@@ -1,5 +1,6 @@
 """Writes a trained network as a folder for the Hugging Face hub, and uploads it."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -133,7 +134,7 @@ def push(folder: epath.PathLike, name: str, *, private: bool = False) -> str:
 def config_of(model: PretrainedAViT) -> Any:
     """Returns the default configuration with sizes, gate and preprocessing of a model."""
     config = config_lib.default()
-    values = {key: getattr(model, key) for key in config.model if hasattr(model, key)}
+    values = {key: getattr(model, key) for key in config.model}
     values |= {
         "image_size": model.pixels,
         "dtype": str(jnp.dtype(model.dtype or jnp.float32)),
@@ -141,14 +142,10 @@ def config_of(model: PretrainedAViT) -> Any:
     config.model.update(values)
     config.halting.enabled = model.halting is not None
     if model.halting is not None:
-        config.halting.update({key: getattr(model.halting, key) for key in _gate_keys(config)})
+        config.halting.update(dataclasses.asdict(model.halting))
     config.data.update({"mean": model.mean, "std": model.std, "crop_ratio": model.crop_ratio})
     config.loss.target_depth = min(config.loss.target_depth, float(model.depth))
     return config
-
-
-def _gate_keys(config: Any) -> list[str]:
-    return [key for key in config.halting if key != "enabled"]
 
 
 def to_json(model: PretrainedAViT) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from avit_jax import config as config_lib
 from avit_jax.models import vit
 from avit_jax.utils import errors, files
-from avit_jax.weights import tensor_files, weight_files
+from avit_jax.weights import tensor_files, weight_files, writing
 
 FILE = "config.json"
 _KEY = "avit_jax"  # of a safetensors file's metadata
@@ -60,8 +60,9 @@ def write_weights(
       config: of the network.
       label_names: names of the classes; empty if unknown.
     """
-    gate, values = weight_files.to_file(params, model).gate, config_lib.to_json(config)
-    values |= {"init": "", "budget": 0.0}
+    gate, values = writing.gate_of(params, model), config_lib.to_json(config)
+    values |= {"init": "", "init_grid": [], "init_ema": False, "init_new_head": False}
+    values["budget"] = 0.0
     values["distill"] = values["distill"] | {"teacher": ""}
     values["data"] = values["data"] | {"dir": ""}
     values["halting"] = values["halting"] | {"enabled": gate is not None, **(gate or {})}

@@ -159,6 +159,8 @@ def test_the_second_prediction_compiles_nothing(caplog: pytest.LogCaptureFixture
     [
         (np.zeros((4, 4, 3)), r"uint8 array .* got float64 \(4, 4, 3\)"),
         (np.zeros((4, 4), np.uint8), r"got uint8 \(4, 4\)"),
+        (np.zeros((2, 4, 4, 3)), r"got float64 \(2, 4, 4, 3\)"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "name images"),
         ([], "name images"),
         ("nowhere.png", "there is no image nowhere.png"),
     ],
@@ -194,3 +196,11 @@ def test_names_at_the_top_have_docstrings() -> None:
         assert callable(value) and value.__doc__ and value.__name__ == name
     assert avit_jax.predict is networks.predict
     assert avit_jax.deit_tiny(width=96).width == 96  # attributes win
+
+
+def test_a_file_gives_the_names_of_its_classes(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((_DATA / "timm.safetensors").read_bytes())
+    names = [f"class {i}" for i in range(5)]
+    (tmp_path / "config.json").write_text(json.dumps({"num_classes": 5, "label_names": names}))
+    model, _ = avit_jax.load(tmp_path, num_heads=3)
+    assert model.label_names == tuple(names)

@@ -97,3 +97,15 @@ def test_an_upload(
     assert 'avit_jax.load("hf-hub:me/net")' in (folder / "README.md").read_text()
     with pytest.raises(errors.UserError, match=r"cannot be uploaded \(401 Unauthorized\): log in"):
         avit_jax.push(folder, "other/name")
+
+
+def test_networks_without_classes_and_of_grey_images(tmp_path: pathlib.Path) -> None:
+    sizes = {"image_size": 16, "patch_size": 8, "width": 12, "depth": 2, "num_heads": 3}
+    model = avit_jax.AViT(**sizes, num_classes=0, channels=1, halting=None)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))["params"]
+    avit_jax.save(tmp_path, model, params)
+    loaded, loaded_params = avit_jax.load(tmp_path)
+    assert (loaded.num_classes, loaded.channels, loaded.mean) == (0, 1, (0.5,))
+    jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
+    with pytest.raises(errors.UserError, match="no classes to predict"):
+        avit_jax.predict(loaded, params, np.zeros((16, 16, 1), np.uint8))

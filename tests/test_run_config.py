@@ -84,9 +84,11 @@ def test_a_weight_file_knows_its_configuration_too(
     file = tmp_path / "weights.safetensors"
     config = config.copy_and_resolve_references()
     config.data.dir, config.distill.teacher = "/secret", "/secret"
+    config.init_ema, config.init_grid = True, (1, 1)  # of the file that the run started from
     export.from_checkpoint(file, config, run)
     assert b"secret" not in file.read_bytes()
     parsed = parse("--mode=predict", f"--checkpoint={file}")
+    assert not parsed.init_ema and not parsed.init_grid
     assert parsed.model == config.model and parsed.data.mean == (0.3,)
     # The budget moved a learned gate; the file has a fixed one.
     assert parsed.budget == 0 and config.budget == 0.9 and not parsed.halting.learnable
@@ -94,7 +96,7 @@ def test_a_weight_file_knows_its_configuration_too(
     trained, _ = restore.params(config, fakes.build.model(config), run)
     np.testing.assert_array_equal(params["head"]["bias"], trained["head"]["bias"])
     assert names == list("0123456789")
-    assert cli.workdir() == "runs/weights"
+    assert cli.workdir() == "runs/eval-weights"
 
 
 def test_eval_of_a_weight_file(

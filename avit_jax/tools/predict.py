@@ -101,8 +101,13 @@ def predict_images(model: PretrainedAViT, params: Any, images: Any) -> Iterator[
     """Predicts paths or arrays; see `avit_jax.predict` for the arguments.
 
     Raises:
-      errors.UserError: there is no image, or an array is no image.
+      errors.UserError: there is no image, an array is no image, or the network has no classes.
     """
+    if not model.num_classes:
+        raise errors.UserError(
+            "the network has no classes to predict: fine-tune it, or call model.apply for its "
+            "features."
+        )
     transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
     read = _read(_list(images), transform, model.channels)
     run = _compiled(model, jax.default_backend())
@@ -171,15 +176,14 @@ def _list(images: Any) -> list[pathlib.Path | np.ndarray]:
         return list(_find(pathlib.Path(images)))
     if hasattr(images, "shape"):
         array = np.asarray(images)
-        if array.ndim == 4:
-            return list(array)
-        if array.ndim != 3 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3):
+        if array.ndim not in (3, 4) or array.dtype != np.uint8 or array.shape[-1] not in (1, 3):
             raise errors.UserError(
                 "an image must be a uint8 array (height, width, 1 or 3) of pixels from 0 to 255; "
                 f"got {array.dtype} {array.shape}."
             )
-        return [array]
-    found = [one for image in images for one in _list(image)]
+        found = list(array) if array.ndim == 4 else [array]
+    else:
+        found = [one for image in images for one in _list(image)]
     if not found:
         raise errors.UserError("name images to predict, or folders that hold some.")
     return found

@@ -128,8 +128,8 @@ class Evaluator:
         records = [self.reader(i) for i in range(count)]
         images = np.stack([record["image"] for record in records])
         normal = augment.normalize(images, **self._normalization)
-        run = announce.first_call(jax.jit(self._apply), "the figure's program")
-        logits, aux = jax.device_get(run({"params": params}, normal))
+        with announce.compiling("the figure's program"):
+            logits, aux = jax.device_get(jax.jit(self._apply)({"params": params}, normal))
         guesses, names = logits.argmax(-1), self.source.label_names
         return visualize.depth_figure(
             images,

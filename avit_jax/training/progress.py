@@ -95,7 +95,7 @@ class Log:
             unit="step",
             dynamic_ncols=True,
             leave=False,
-            disable=self._writer is None or not sys.stderr.isatty(),
+            disable=self._writer is None or not (sys.stderr and sys.stderr.isatty()),
         )
         self._rows = list(state.rows)
         self._on_device: list[tuple[int, dict[str, jax.Array]]] = []

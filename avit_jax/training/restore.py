@@ -65,7 +65,8 @@ def begin(
     if distributed.from_first_json(int(state.step)):
         return RunState(train=distributed.from_first(state), metadata=metadata)
     params = initial_params() if initial_params else {}
-    state = announce.first_call(jax.jit(create), "the initial state")()
+    with announce.compiling("the initial state"):
+        state = jax.jit(create)()
     if params:
         params = {**state.params, **params}  # the file may lack some, such as the gate's
         ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)

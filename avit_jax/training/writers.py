@@ -33,7 +33,7 @@ class WandbWriter:
       config: the configuration, which the run shows.
 
     Raises:
-      errors.UserError: wandb is not installed.
+      errors.UserError: wandb is not installed, or there is no login or network.
     """
 
     def __init__(self, project: str, workdir: epath.Path, config: Mapping[str, Any]) -> None:
@@ -47,18 +47,19 @@ class WandbWriter:
         file = workdir / _ID_FILE
         if not file.exists():
             files.write(file, secrets.token_hex(8))
-        self._run = wandb.init(
-            project=project,
-            id=file.read_text(),
-            resume="allow",
-            name=workdir.name,
-            config=dict(config),
-        )
+        how = {"project": project, "id": file.read_text(), "resume": "allow"}
+        try:
+            self._run = wandb.init(name=workdir.name, config=dict(config), **how)
+        except Exception as error:  # no login, no network
+            raise errors.UserError(
+                f"Weights & Biases cannot be used ({errors.first_line(error)}): run `wandb login`, "
+                "or set --config.train.wandb= to train without it."
+            ) from error
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs the values of one step."""
         self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        """Sends what is left and ends the run."""
+        """Sends the values that are not sent yet, and ends the run."""
         self._run.finish()

@@ -198,3 +198,14 @@ def test_weights_and_biases_are_not_installed(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(errors.UserError, match=r"run `pip install wandb`, or set --config\.train"):
         fakes.run(fakes.config(**{"train.wandb": "vits"}), tmp_path)
+
+
+def test_weights_and_biases_without_a_login(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(errors.UserError, match=r"api_key not configured\): run `wandb login`"):
+        fakes.run(fakes.config(**{"train.wandb": "vits"}), tmp_path)
