@@ -57,8 +57,7 @@ def _compile_quickly(request: pytest.FixtureRequest) -> None:
 def _restore_log() -> Iterator[None]:
     """What a command line sets on the package's logger must not reach the next test."""
     logger = logging.getLogger("avit_jax")
-    logger.propagate, logger.disabled = True, False
-    logging.disable(logging.NOTSET)
+    logger.propagate = True
     handlers, level = [*logger.handlers], logger.level
     yield
     logger.handlers, logger.propagate = handlers, True

@@ -140,7 +140,7 @@ def add_gate(
     logits, ratio = outcome(beta)
     agrees = jnp.mean(logits.argmax(-1) == static.argmax(-1))
     return Adapted(
-        model=model.clone(halting=dataclasses.replace(gate, beta=beta)),
+        model=model.clone(halting=dataclasses.replace(gate, beta=beta, learnable=False)),
         params=params,
         macs_ratio=ratio,
         agreement=float(agrees) if model.num_classes else None,

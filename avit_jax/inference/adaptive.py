@@ -256,12 +256,11 @@ def _classify(
     bucketed = functools.partial(
         _classify_by, model, executors.Bucketed(plan), by_bucket, features=features
     )
-    if features:  # only buckets leave halted tokens as they are
+    if features:  # only buckets give the tokens (B, N, D) after each layer
         return bucketed(variables, x, exists)
     if plan.packed and can_pack(model, variables, x):
         executor = executors.Packed(num_heads=model.num_heads, norm_eps=model.norm_eps)
-        by_layer = jax.vmap(functools.partial(padding.packed_macs, model))
-        macs = lambda active: by_layer(active).sum(axis=0)  # noqa: E731
+        macs = functools.partial(padding.packed_macs, model)
         return _classify_by(model, executor, macs, variables, x, exists)
     if not plan.one_kernel:
         return bucketed(variables, x, exists)

@@ -59,7 +59,8 @@ def autotune(
         return Plan(**json.loads(cache.read_text())[key])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not measured yet, or another version wrote the file
-    embedded = jax.eval_shape(functools.partial(model.apply, method="embed"), variables, images)
+    embed = functools.partial(model.apply, method="embed")
+    embedded = jax.eval_shape(embed, variables, images[:1])  # `apply` checks each chunk
     default, plans = _candidates(len(images), adaptive.can_pack(model, variables, embedded))
     medians = _measure(model, variables, images, plans)
     best = plans[medians.index(min(medians))]

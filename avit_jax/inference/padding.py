@@ -26,11 +26,11 @@ def bucketed_macs(model: vit.AViT, plan: Plan, active: jax.Array) -> jax.Array:
 
 
 def packed_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
-    """Returns the MACs of one layer for each image in packed execution, including padding.
+    """Returns the MACs of all layers for each image in packed execution, including padding.
 
     Args:
       model: for its sizes.
-      active: `(B, N)` bool.
+      active: `(L, B, N)` bool.
 
     Returns:
       `(B,)` float32. The images share the last block of rows by their tokens. The attention of an
@@ -41,11 +41,13 @@ def packed_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
     def in_blocks(num: jax.Array, size: int) -> jax.Array:
         return jnp.ceil(num / size) * size
 
-    num = active.sum(axis=1).astype(jnp.float32)
-    share = in_blocks(num.sum(), tiles.rows) / jnp.maximum(num.sum(), 1.0)
+    num = active.sum(axis=-1).astype(jnp.float32)
+    total = num.sum(axis=-1, keepdims=True)
+    share = in_blocks(total, tiles.rows) / jnp.maximum(total, 1.0)
     pairs = 2.0 * model.width  # MACs of a query and a key
     linear = flops.layer_macs(1.0, model, True) - pairs
-    return num * share * linear + pairs * in_blocks(num, tiles.queries) * in_blocks(num, tiles.keys)
+    blocks = in_blocks(num, tiles.queries) * in_blocks(num, tiles.keys)
+    return (num * share * linear + pairs * blocks).sum(axis=0)
 
 
 def padded_macs(

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from avit_jax.core.arrays import Array
-from avit_jax.kernels.packed import TILES, Tiles
+from avit_jax.kernels.packed import Tiles
 
 _LOWEST = -1e30  # logit of a masked key; its weight underflows to exactly 0
 _LOG2_E = 1.4426950408889634
@@ -50,8 +50,8 @@ def project(
     first: Array,
     *,
     eps: float,
-    tiles: Tiles = TILES,
-    interpret: bool = False,
+    tiles: Tiles,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     """Gathers tokens, and computes their norm, queries, keys and values.
 
@@ -107,8 +107,8 @@ def attend(
     *,
     num_tokens: int,
     num_heads: int,
-    tiles: Tiles = TILES,
-    interpret: bool = False,
+    tiles: Tiles,
+    interpret: bool,
 ) -> Array:
     """Computes attention of each image's tokens to each other.
 
@@ -195,8 +195,8 @@ def finish(
     first: Array,
     *,
     eps: float,
-    tiles: Tiles = TILES,
-    interpret: bool = False,
+    tiles: Tiles,
+    interpret: bool,
 ) -> Array:
     """Adds the projected attention, then the MLP, to the tokens `(T, D)`; arguments as in `layer`.
 

@@ -130,7 +130,7 @@ class _LayerScale(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer. `forward` runs it for all layers of a network.
 
-    Attributes are those of `vit.AViT`; `similarity_dim` and `spec` are properties of it.
+    Attributes are those of `vit.AViT`; `mlp_width`, `similarity_dim` and `spec` are its properties.
     """
 
     width: int

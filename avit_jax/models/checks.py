@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from avit_jax.models import vit
 
 POOLS = ("token", "avg", "max", "map")
-MLPS = tuple(ACTIVATIONS)
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -26,7 +25,7 @@ def check(model: "vit.AViT") -> None:
     for name in ("num_classes", "num_registers"):
         if getattr(model, name) < 0:
             raise ValueError(f"{name} must be at least 0; got {getattr(model, name)}.")
-    for name, choices in (("pool", POOLS), ("mlp", MLPS)):
+    for name, choices in (("pool", POOLS), ("mlp", ACTIVATIONS)):
         if getattr(model, name) not in choices:
             names = " or ".join(f'"{choice}"' for choice in choices)
             raise ValueError(f'{name} must be {names}; got "{getattr(model, name)}".')

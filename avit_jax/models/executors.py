@@ -64,7 +64,7 @@ class AtOnce:
     """Runs all layers by one function, which decides which tokens halt; for inference only.
 
     Attributes:
-      layers: maps `(block, gate, carry, params)`, as in `run`, to scores `(L, B, N)` and readout
+      layers: maps `(gate, carry, params)`, as in `forward.run`, to scores `(L, B, N)` and readout
         `(B, R, D)`. Finished images must stop. Scores of halted tokens mean nothing.
     """
 
@@ -81,7 +81,7 @@ class Packed:
     Attributes:
       num_heads: H.
       norm_eps: epsilon of the layer norms.
-      params: of all layers, stacked; set by `run`.
+      params: of all layers, stacked; set by `forward.run`.
     """
 
     num_heads: int

@@ -288,7 +288,7 @@ def _run_at_once(
     """Runs all layers by one function, then derives the state of halting from the scores."""
     config = block.halting
     assert config is not None
-    score, readout = executor.layers(block, gate, carry, params)
+    score, readout = executor.layers(gate, carry, params)
     is_last = jnp.arange(len(score)) == len(score) - 1
 
     def body(carry: Carry, layer: tuple[Array, Array]) -> tuple[Carry, Array]:

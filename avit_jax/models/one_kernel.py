@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from avit_jax.core.arrays import Array
 from avit_jax.kernels import vit_tpu, vit_tpu_layer
 from avit_jax.models import executors, flops, forward
-from avit_jax.models.block import Block, Gate
+from avit_jax.models.block import Gate
 
 if TYPE_CHECKING:
     from avit_jax.models import vit
@@ -59,9 +59,8 @@ def executor(model: "vit.AViT", token_multiple: int) -> executors.AtOnce:
 
 
 def _run(
-    sizes: vit_tpu_layer.Sizes, block: Block, gate: Gate, carry: forward.Carry, params: Any
+    sizes: vit_tpu_layer.Sizes, gate: Gate, carry: forward.Carry, params: Any
 ) -> tuple[Array, Array]:
-    del block
     return vit_tpu.run(carry.x, carry.state.active.any(axis=1), gate, params, sizes)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from avit_jax.core import halting as halting_lib
-from avit_jax.models import block
+from avit_jax.models.layer_spec import LayerSpec
 
 
 class Sizes:
@@ -53,9 +53,9 @@ class Sizes:
         return slice(0, 1 + self.distilled)
 
     @property
-    def spec(self) -> block.LayerSpec:
+    def spec(self) -> LayerSpec:
         """What each layer consists of."""
-        return block.LayerSpec(
+        return LayerSpec(
             mlp=self.mlp,
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,

@@ -63,11 +63,11 @@ class AViT(sizes.Sizes, nn.Module):
       position_class: whether prefix tokens have a position embedding too.
       pre_norm: adds a layer norm before the first layer, as in CLIP.
       fc_norm: applies the last norm after pooling instead of before, under the name `fc_norm`.
-      mlp: see `block.LayerSpec`, also for the three attributes below.
+      mlp: see `layer_spec.LayerSpec`, also for the three attributes below.
       qkv_bias: whether queries, keys and values have a bias.
       qk_norm: whether queries and keys are normalized.
       layer_scale: whether the output of each branch is scaled by a learned vector.
-      halting: the gate; None for a plain DeiT.
+      halting: the gate; None for a network without halting.
       drop_path: probability of dropping a residual branch in the last layer, in training. It rises
         linearly from 0 in the first layer.
       dropout: probability after the embedding, in the MLP and after both branches, in training.
@@ -243,7 +243,7 @@ class AViT(sizes.Sizes, nn.Module):
 
         Args:
           x: `(B, N, D)`.
-          executor: how a layer runs, see `forward`.
+          executor: how a layer runs, or all of them; see `executors`.
           exists: `(B,)` bool, False for padding images, whose tokens are inactive from the start.
             If it is given, all tokens of an image also stop once those that are read out have
             halted. None for training and masked inference.
@@ -308,7 +308,6 @@ class AViT(sizes.Sizes, nn.Module):
           image_index: `(B,)` int32, index of each image in the global batch, if this is the share
             of one device. Dropout draws by it, so that the draw does not depend on the number of
             devices. Default: 0 to B - 1.
-
           features: whether `Aux` holds the features of all patches, for dense tasks.
 
         Returns:

@@ -46,6 +46,15 @@ def test_without_classes_there_is_no_agreement() -> None:
     assert found.agreement is None and 0 < found.similarity <= 1
 
 
+def test_a_gate_that_could_be_learned_is_fixed() -> None:
+    static = variants.network("dinov2", halting=None)
+    gate = halting.HaltingConfig(merge=True, gamma=1.0, redundancy=50.0, learnable=True)
+    images = variants.images(static, 4)
+    found = adapt.add_gate(static, variants.params(static), images, budget=0.9, gate=gate)
+    logits, _ = found.model.apply({"params": found.params}, images)
+    assert np.isfinite(logits).all()
+
+
 def test_mistakes_are_value_errors() -> None:
     model = variants.network("dinov2")
     images = variants.images(model, 2)

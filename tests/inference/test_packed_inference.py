@@ -166,14 +166,14 @@ def test_the_default_is_buckets() -> None:
 def test_padded_macs_count_whole_blocks(in_float32: list[Any]) -> None:
     model = _model(depth=2)
     num = np.array([21, 3, 0])
-    macs = padding.packed_macs(model, jnp.arange(21)[None] < num[:, None])
+    macs = padding.packed_macs(model, jnp.arange(21)[None, None] < num[None, :, None])
     linear, pairs = 12 * 64**2, 2 * 64
     blocks = np.array([64 * 64, 64 * 64, 0])
     expected = num / num.sum() * 64 * linear + blocks * pairs
     np.testing.assert_allclose(macs, expected, rtol=1e-6)
     variables, images = _variables(model), _images(model, 4)
     aux = _run(model, variables, images)[1]
-    layers = sum(padding.packed_macs(model, active) for active in aux.active)
+    layers = padding.packed_macs(model, aux.active)
     np.testing.assert_allclose(aux.macs_padded, flops.fixed_macs(model) + layers, rtol=1e-5)
 
 

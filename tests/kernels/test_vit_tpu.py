@@ -218,7 +218,7 @@ def test_an_executor_of_all_layers_gives_the_same_aux() -> None:
     variables, images = _variables(model), _images(model, 3)
     logits, aux = golden.forward(model)(variables, images)
 
-    def layers(block: Any, gate: Any, carry: Any, params: Any) -> tuple[jax.Array, jax.Array]:
+    def layers(gate: Any, carry: Any, params: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.where(aux.active, aux.score, jnp.nan), aux.class_output[:, None]
 
     x = model.apply(variables, images, method="embed")
