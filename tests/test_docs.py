@@ -1,4 +1,4 @@
-"""Links, anchors, flags, recipes and modules that the documentation names exist."""
+"""Links, anchors, keys, recipes and modules that the documentation names exist."""
 
 import configparser
 import json

@@ -125,7 +125,7 @@ def compile_inference(
     if program == "packed":
         if topology != gpu.NAME:
             raise errors.UserError(f"packed execution has kernels for {gpu.NAME} only.")
-        plan = dataclasses.replace(adaptive.default_plan(batch, "gpu"), packed=True)
+        plan = dataclasses.replace(plan, packed=True)
     run = jax.jit(
         functools.partial(adaptive.apply, model, plan=plan)
         if program in ("inference", "packed")

@@ -108,6 +108,9 @@ def main(_: list[str]) -> None:
         shifts = [float(shift) for shift in _SHIFTS.value]
     except ValueError as error:
         raise errors.UserError(f"--shifts must be numbers: {error}.") from error
+    if not all("=" in link for link in _LINKS.value):
+        raise errors.UserError("--link must be text=address.")
+    links = dict(link.split("=", 1) for link in _LINKS.value)
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     if model.halting is None:
@@ -137,7 +140,6 @@ def main(_: list[str]) -> None:
         "mean depth of patch tokens": f"{images.depth.mean():.2f} of {model.depth}",
     } | ({} if parent is None else {"top-1 of the static parent": f"{parent:.2%}"})
     title = f"Depth of tokens: {config.data.name}"
-    links = dict(link.split("=", 1) for link in _LINKS.value)
     (out / "index.html").write_text(page_lib.page(title, facts, drawn, command, links))
     result = {
         "images": len(images.index),

@@ -1,6 +1,6 @@
 """Breaks single lines of the package, one at a time, and tells which breaks the tests see.
 
-python -m experiments.mutations.run --count=60 --seed=0 --out=experiments/mutations/result.json
+python -m experiments.mutations.run --count=60 --seed=0 --out=runs/mutations.json
 
 Modules take turns. Each turn draws a line and a break of it. Run it in a clone, because it changes
 files and restores them. First measure which tests run a line, and how long each test takes:
@@ -136,9 +136,10 @@ def run_tests(tests: list[str]) -> tuple[bool, str]:
         return True, "more than 900 seconds"
     if done.returncode == 0:
         return False, ""
-    if done.returncode not in (1, 2):  # a test failed; a module cannot be imported
+    if done.returncode in (4, 5):  # wrong arguments; no tests
         raise RuntimeError(done.stdout + done.stderr)
-    return True, re.search(r"^(FAILED|ERROR) .*", done.stdout, re.M).group()
+    found = re.search(r"^(FAILED|ERROR) .*", done.stdout, re.M)
+    return True, found.group() if found else f"status {done.returncode}"
 
 
 def main() -> None:
