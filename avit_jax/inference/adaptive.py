@@ -140,6 +140,33 @@ def make_apply(
     return run
 
 
+def classify_tokens(
+    model: vit.AViT,
+    variables: Any,
+    x: jax.Array,
+    exists: jax.Array,
+    *,
+    plan: Plan | None = None,
+) -> tuple[jax.Array, vit.Aux]:
+    """Classifies embedded tokens like `apply`, in one chunk, without those that do not exist.
+
+    Args:
+      model: a network with halting.
+      variables: as for `apply`.
+      x: `(B, N, D)` tokens.
+      exists: `(B, N)` bool; other tokens are inactive from the start.
+      plan: as for `apply`.
+
+    Returns:
+      As `apply`.
+    """
+    plan = dataclasses.replace(plan or default_plan(len(x)), one_kernel=False)
+    plan = dataclasses.replace(plan, bucket=min(plan.bucket, len(x))).with_even_buckets(len(x))
+    run = functools.partial(_classify, model, plan=plan, features=False)
+    logits, aux = no_gradient.without_gradient(run, _NO_GRADIENT)(variables, x, exists)
+    return logits, _swap_layers_and_images(aux)
+
+
 def _apply(
     model: vit.AViT, plan: Plan | None, features: bool, variables: Any, images: jax.Array
 ) -> tuple[jax.Array, vit.Aux]:

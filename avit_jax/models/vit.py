@@ -234,7 +234,7 @@ class AViT(sizes.Sizes, nn.Module):
         x: Float[Array, "B N D"],
         executor: executors.Executor | executors.AtOnce,
         *,
-        exists: Bool[Array, "B"] | None = None,
+        exists: Bool[Array, "B"] | Bool[Array, "B N"] | None = None,
         image_index: Int[Array, "B"] | None = None,
         train: bool = False,
         features: bool = False,
@@ -244,8 +244,8 @@ class AViT(sizes.Sizes, nn.Module):
         Args:
           x: `(B, N, D)`.
           executor: how a layer runs, or all of them; see `executors`.
-          exists: `(B,)` bool, False for padding images, whose tokens are inactive from the start.
-            If it is given, all tokens of an image also stop once those that are read out have
+          exists: `(B,)` or `(B, N)` bool, False for padding, which is inactive from the start. If
+            it is given, all tokens of an image also stop once those that are read out have
             halted. None for training and masked inference.
           image_index: see `__call__`; None without dropout and drop path.
           train: see `__call__`.
@@ -257,7 +257,7 @@ class AViT(sizes.Sizes, nn.Module):
         cell = block.Block(**self.block_kwargs, parent=None)
         carry = forward.start(cell, x, self.num_prefix_tokens, self.readout, features=features)
         if exists is not None:
-            active = carry.state.active & exists[:, None]
+            active = carry.state.active & exists.reshape(len(exists), -1)
             state = dataclasses.replace(carry.state, active=active)
             carry = dataclasses.replace(carry, state=state)
         params = self.layers.variables["params"]

@@ -119,7 +119,7 @@ def resize_positions(
       `(1, R + rows * columns, D)` float32.
     """
     prefix, patches = embedding[0, :num_prefix_tokens], embedding[0, num_prefix_tokens:]
-    resize = _antialiased if antialias else _bicubic
+    resize = _antialiased if antialias else bicubic
     rows, columns = (resize(old, new) for old, new in zip(old_grid, grid, strict=True))
     patches = patches.reshape(*old_grid, -1).astype(np.float64)
     patches = np.einsum("ri,cj,ijd->rcd", rows, columns, patches)
@@ -136,7 +136,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def _bicubic(size: int, new_size: int) -> np.ndarray:
+def bicubic(size: int, new_size: int) -> np.ndarray:
     """Returns `(new_size, size)` weights of cubic convolution, a = -0.75; repeats the border."""
     center = (np.arange(new_size) + 0.5) * size / new_size - 0.5
     first = np.floor(center).astype(int)
