@@ -97,6 +97,9 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
     if given.get("no_embed_class"):
         found["position_class"] = False
     is_gated = shown.get("mlp") == "swiglu"
+    for key in [key for key in _GATED if bool(given.get(key, is_gated)) != is_gated]:
+        gate = "a" if is_gated else "no"
+        raise ValueError(f"its {key} is {given[key]}, and the tensors have {gate} gate")
     for key in [key for key in ("act_layer", "hidden_act") if key in given]:
         if given.get("use_gated_mlp") and given[key] not in ("silu", "swish"):
             raise ValueError(f"its {key} is {given[key]}, and its use_gated_mlp is True")
@@ -105,9 +108,6 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
         if not isinstance(given[key], str) or given[key] not in _ACTIVATIONS:
             raise ValueError(f"its {key} is {given[key]}")
         found["mlp"] = _ACTIVATIONS[given[key]]
-    for key in [key for key in _GATED if bool(given.get(key, is_gated)) != is_gated]:
-        gate = "a" if is_gated else "no"
-        raise ValueError(f"its {key} is {given[key]}, and the tensors have {gate} gate")
     if "global_pool" in given:
         found["pool"] = given["global_pool"]
         if found["pool"] not in checks.POOLS:
@@ -121,7 +121,7 @@ def of_rotary(config: Mapping[str, Any]) -> dict[str, float]:
     Raises:
       ValueError: it describes rotary position embeddings other than DINOv3's.
     """
-    if "rope_theta" in config:
+    if config.get("model_type") == "dinov3_vit":
         return {"rope_theta": float(config["rope_theta"])}
     if not config.get("use_rot_pos_emb"):
         return {"rope_theta": 0.0} if "use_rot_pos_emb" in config else {}

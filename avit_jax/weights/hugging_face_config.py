@@ -20,7 +20,7 @@ _NESTED = {
 _NESTED_HEADS = 12
 # Queries, keys and values of DINOv3 -> whether they have a bias by default.
 _BIASES = {"query_bias": True, "key_bias": False, "value_bias": True}
-_DINOV3 = {"rope_theta": 100.0, "use_gated_mlp": False, **_BIASES}
+_DINOV3 = {"rope_theta": 100.0, "use_gated_mlp": False, "hidden_act": "gelu", **_BIASES}
 
 
 def image_network(content: Any) -> Any:
