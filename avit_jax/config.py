@@ -119,6 +119,7 @@ def _network() -> dict[str, dict[str, Any]]:
             "qkv_bias": True,  # biases of queries, keys and values
             "qk_norm": False,  # norms of queries and keys
             "layer_scale": False,  # learned scales of both branches of a layer
+            "rope_theta": 0.0,  # above 0: rotary position embeddings of this base; DINOv3: 100
             "drop_path": 0.0,  # probability that training skips a branch of the last layer
             "dropout": 0.0,  # probability in training
             "dtype": "float32",  # of the computation; "bfloat16" on accelerators

@@ -147,6 +147,13 @@ def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int,
     """Returns the size of the images that the position embeddings of a file fit."""
     try:
         patch_size = file.tensors["patch_embed.proj.weight"].shape[-1]
+        if file.attributes.get("rope_theta"):
+            if file.grid is None:
+                raise errors.UserError(
+                    f"{path} does not give the size of its images: call load(..., "
+                    "image_size=(height, width))."
+                )
+            return file.grid[0] * patch_size, file.grid[1] * patch_size
         whole = file.tensors["pos_embed"].shape[1]
     except (KeyError, IndexError) as error:
         raise errors.UserError(f"{path} holds no vision transformer that can be run.") from error

@@ -32,8 +32,22 @@ def _activation(x: np.ndarray, name: str) -> np.ndarray:
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def _layer(model: vit.AViT, x: np.ndarray, p: Any) -> np.ndarray:
-    """Tokens `(n, D)` through one layer."""
+def _rotated(model: vit.AViT, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Rotates queries or keys `(n, K)` of tokens as DINOv3 does, as complex numbers."""
+    (rows, columns), width, x = model.grid, x.shape[1], x.copy()
+    for i, patch in enumerate(index - model.num_prefix_tokens):
+        if patch >= 0:
+            row, column = divmod(patch, columns)
+            places = 2 * (row + 0.5) / rows - 1, 2 * (column + 0.5) / columns - 1
+            periods = model.rope_theta ** np.arange(0, 1, 4 / width)
+            turns = np.concatenate([place / periods for place in places])
+            pairs = (x[i, : width // 2] + 1j * x[i, width // 2 :]) * np.exp(2j * np.pi * turns)
+            x[i] = np.concatenate([pairs.real, pairs.imag])
+    return x
+
+
+def _layer(model: vit.AViT, x: np.ndarray, index: np.ndarray, p: Any) -> np.ndarray:
+    """Tokens `(n, D)` through one layer; `index` is their index in the image."""
     qkv = _dense(_norm(x, p["norm1"], model.norm_eps), p["qkv"])
     qkv = qkv.reshape(len(x), 3, model.num_heads, -1)
     heads = []
@@ -41,6 +55,8 @@ def _layer(model: vit.AViT, x: np.ndarray, p: Any) -> np.ndarray:
         q, k, v = qkv[:, 0, i], qkv[:, 1, i], qkv[:, 2, i]
         if model.qk_norm:
             q, k = _norm(q, p["q_norm"], model.norm_eps), _norm(k, p["k_norm"], model.norm_eps)
+        if model.rope_theta:
+            q, k = _rotated(model, q, index), _rotated(model, k, index)
         weight = np.exp(q @ k.T / math.sqrt(q.shape[1]))
         heads.append(weight / weight.sum(axis=1, keepdims=True) @ v)
     branch = _dense(np.concatenate(heads, axis=1), p["proj"])
@@ -59,8 +75,8 @@ def _embed(model: vit.AViT, image: np.ndarray, params: Any) -> np.ndarray:
     ]
     x = _dense(np.stack(patches), params["patch_embed"])
     prefix = [params[k][0] for k in ("cls_token", "dist_token", "reg_token") if k in params]
-    positions = params["pos_embed"][0]
-    if len(positions) == len(x):
+    positions = params["pos_embed"][0] if "pos_embed" in params else 0
+    if np.ndim(positions) and len(positions) == len(x):
         x = np.concatenate([*prefix, x + positions])
     else:
         x = np.concatenate([*prefix, x]) + positions
@@ -110,7 +126,7 @@ def run(model: vit.AViT, params: Any, image: np.ndarray) -> tuple[np.ndarray, ..
             module: {leaf: array[i] for leaf, array in leaves.items()}
             for module, leaves in params["layers"].items()
         }
-        x[active] = _layer(model, x[active], layer)
+        x[active] = _layer(model, x[active], active, layer)
         running = []
         for token in active:
             depth[token] += 1

@@ -31,11 +31,13 @@ class Inputs:
     Attributes:
       tokens: arrays `(B, N)`, gathered with the tokens.
       images: arrays `(B, ...)`, gathered with the images.
+      index: `(B, n)` indices of the tokens in their image; None if they are all N in order.
       shared: arrays of any shape, the same for all images.
     """
 
     tokens: PyTree[Shaped[Array, "B N"]] = None
     images: PyTree[Shaped[Array, "B ..."]] = None
+    index: Int[Array, "B n"] | None = None
     shared: PyTree[Array] = None
 
 
@@ -154,6 +156,7 @@ class _Bucket:
         return Inputs(
             tokens=jax.tree.map(self.gather, inputs.tokens),
             images=jax.tree.map(lambda x: x[self.image], inputs.images),
+            index=None if self.is_token is None else self.token,
             shared=inputs.shared,
         )
 

@@ -96,7 +96,7 @@ class _QueryKeyValue(nn.Module):
 
     The bias of the keys is not trained. Softmax does not depend on it, so its true gradient is 0.
     The computed gradient would be rounding noise that depends on the number of devices, and Adam
-    would amplify it.
+    would amplify it. If keys rotate, softmax depends on it, but DINOv3 does not train it either.
     """
 
     dtype: jax.typing.DTypeLike | None
@@ -185,7 +185,7 @@ class Block(nn.Module):
           x: tokens `(B, N, D)`; halted ones must be 0.
           inputs: `tokens` is `merging.TokenInfo`, or None without merging. `images` is `(keep,
             image_index)`, see `attention`. `shared` is a scalar bool, True in the last layer, in
-            which no token merges.
+            which no token merges. `index` is read if tokens rotate; see `rotary`.
           active: `(B, N)` bool, None if all are active. Other tokens are masked as keys.
           gate: gamma and beta; only with merging.
 
@@ -195,7 +195,7 @@ class Block(nn.Module):
         """
         info, (keep, image_index) = inputs.tokens, inputs.images
         size = None if info is None else info.size
-        x = self.attention(x, active, keep, image_index, size=size)
+        x = self.attention(x, active, keep, image_index, size=size, index=inputs.index)
         x = self.mlp(x, active, keep, image_index)
         if info is None or gate is None or self.halting is None:
             return x, {}
@@ -230,6 +230,7 @@ class Block(nn.Module):
         image_index: Int[Array, "B"] | None = None,
         *,
         size: Float[Array, "B N"] | None = None,
+        index: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B N D"]:
         """Adds the attention branch to the tokens.
 
@@ -239,9 +240,10 @@ class Block(nn.Module):
           keep: `(B, 2)` drop-path factors of the two residual branches; None for 1.
           image_index: `(B,)` indices in the global batch, for dropout; None in evaluation.
           size: `(B, N)` number of patches that each token stands for; None for 1.
+          index: `(B, N)` indices of the tokens in their image; None for 0 to N - 1.
         """
         a = self._where_active(self.norm1(x), active)
-        a = self._scale_branch(0, self._attend(a, active, size))
+        a = self._scale_branch(0, self._attend(a, active, size, index))
         return x + self.drop(a, keep, 0, image_index)
 
     def mlp(
@@ -278,7 +280,7 @@ class Block(nn.Module):
     def queries_keys_values(self, a: Float[Array, "B N D"]) -> Float[Array, "3 B H N K"]:
         """Maps normed tokens `(B, N, D)` to the inputs of all heads, `(3, B, H, N, K)`.
 
-        The norms of `qk_norm` are not applied.
+        The norms of `qk_norm` and the rotation are not applied.
         """
         heads = per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1)
         return heads.transpose(2, 0, 3, 1, 4)
@@ -288,16 +290,19 @@ class Block(nn.Module):
         a: Float[Array, "B N D"],
         active: Bool[Array, "B N"] | None,
         size: Float[Array, "B N"] | None,
+        index: Int[Array, "B N"] | None,
     ) -> Float[Array, "B N D"]:
         bias = attention_lib.key_bias(active, size)
         if self._fuses(a.dtype):
             query, key, value = self.qkv(a.reshape(-1, a.shape[-1]), split=True)
             heads = (*a.shape[:2], self.num_heads, -1)
             query, key = self._norm_heads(query.reshape(heads), key.reshape(heads))
+            query, key = (self._turn(x, index, 2) for x in (query, key))
             out = attention_lib.fused(query, key, value.reshape(heads), bias)
         else:
             query, key, value = self.queries_keys_values(a)
             query, key = self._norm_heads(query, key)
+            query, key = (self._turn(x, index, 1) for x in (query, key))
             out = attention_lib.exact(query, key, value, bias).swapaxes(1, 2)
         return per_token(self.proj, out.reshape(a.shape))
 
@@ -305,6 +310,11 @@ class Block(nn.Module):
         if not self.spec.qk_norm:
             return query, key
         return self.q_norm(query), self.k_norm(key)
+
+    def _turn(self, heads: Array, index: Int[Array, "B N"] | None, axis: int) -> Array:
+        """Rotates queries or keys by the places of their tokens; `axis` is that of the heads."""
+        rotation = self.spec.rotation
+        return heads if rotation is None else rotation.turn(heads, index, axis)
 
     def _fuses(self, dtype: jax.typing.DTypeLike) -> bool:
         if not attention_lib.can_fuse(dtype, self.width // self.num_heads):

@@ -1,5 +1,6 @@
 """Checks of a network's attributes and images. Axes as in `vit`."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,13 @@ def check(model: "vit.AViT") -> None:
         )
     if model.width % model.num_heads:
         raise ValueError(f"width {model.width} must be divisible by num_heads {model.num_heads}.")
+    if not 0 <= model.rope_theta < math.inf:
+        raise ValueError(f"rope_theta must be at least 0 and finite; got {model.rope_theta}.")
+    if model.rope_theta and model.width // model.num_heads % 4:
+        raise ValueError(
+            f"rope_theta {model.rope_theta} needs heads whose width is a multiple of 4; got "
+            f"{model.width // model.num_heads}: change width or num_heads, or set rope_theta=0."
+        )
     if model.mlp_width < 1:
         raise ValueError(
             f"mlp_ratio {model.mlp_ratio} gives the MLP no hidden channel at width "

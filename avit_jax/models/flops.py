@@ -4,7 +4,8 @@ The literature reports MACs as the "GFLOPs" of vision transformers: 1.3 G for De
 DeiT-S. The number of floating-point operations is twice that.
 
 Only matrix products count: patch embedding, qkv, attention, projections, MLP and head, and, with
-merging, the comparison of all pairs of tokens.
+merging, the comparison of all pairs of tokens. The rotation of rotary position embeddings takes a
+few operations per channel, and does not count.
 """
 
 from typing import TYPE_CHECKING, Any

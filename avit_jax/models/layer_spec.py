@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from avit_jax.core.arrays import Array
+from avit_jax.models.rotary import Rotation
 
 
 def _gelu(x: Array) -> Array:
@@ -42,6 +43,7 @@ class LayerSpec:
       qkv_bias: whether queries, keys and values have a bias.
       qk_norm: whether a layer norm of each head is applied to its queries and to its keys.
       layer_scale: whether the output of each branch is multiplied by a learned vector.
+      rotation: how queries and keys rotate with the places of their tokens; None: they do not.
 
     Reference: Shazeer, arXiv 2002.05202 (SwiGLU); Touvron et al., arXiv 2103.17239 (LayerScale);
       Dehghani et al., arXiv 2302.05442 (query-key normalization).
@@ -51,6 +53,7 @@ class LayerSpec:
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_scale: bool = False
+    rotation: Rotation | None = None
 
     @property
     def is_plain(self) -> bool:

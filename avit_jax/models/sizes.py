@@ -5,6 +5,7 @@ from typing import Any
 
 from avit_jax.core import halting as halting_lib
 from avit_jax.models.layer_spec import LayerSpec
+from avit_jax.models.rotary import Rotation
 
 
 class Sizes:
@@ -23,6 +24,7 @@ class Sizes:
     qkv_bias: bool
     qk_norm: bool
     layer_scale: bool
+    rope_theta: float
     halting: halting_lib.HaltingConfig | None
     dropout: float
     norm_eps: float
@@ -60,7 +62,16 @@ class Sizes:
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
             layer_scale=self.layer_scale,
+            rotation=self.rotation,
         )
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """How queries and keys rotate; None without rotary position embeddings."""
+        if not self.rope_theta:
+            return None
+        prefix = self.num_prefix_tokens
+        return Rotation(theta=self.rope_theta, grid=self.grid, num_prefix_tokens=prefix)
 
     @property
     def is_plain(self) -> bool:

@@ -67,6 +67,7 @@ class AViT(sizes.Sizes, nn.Module):
       qkv_bias: whether queries, keys and values have a bias.
       qk_norm: whether queries and keys are normalized.
       layer_scale: whether the output of each branch is scaled by a learned vector.
+      rope_theta: base of rotary position embeddings, see `rotary`; 0 for learned ones.
       halting: the gate; None for a network without halting.
       drop_path: probability of dropping a residual branch in the last layer, in training. It rises
         linearly from 0 in the first layer.
@@ -109,6 +110,7 @@ class AViT(sizes.Sizes, nn.Module):
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_scale: bool = False
+    rope_theta: float = 0.0
     halting: halting_lib.HaltingConfig | None = halting_lib.HaltingConfig()
     drop_path: float = 0.0
     dropout: float = 0.0
@@ -138,10 +140,12 @@ class AViT(sizes.Sizes, nn.Module):
             self.dist_token = self.param("dist_token", _token_init, (1, 1, self.width))
             self.head_dist = dense(self.num_classes)
         if self.num_registers:
-            shape = (1, self.num_registers, self.width)
-            self.reg_token = self.param("reg_token", _token_init, shape)
-        positions = self.num_tokens - (0 if self.position_class else self.num_prefix_tokens)
-        self.pos_embed = self.param("pos_embed", _token_init, (1, positions, self.width))
+            self.reg_token = self.param(
+                "reg_token", _token_init, (1, self.num_registers, self.width)
+            )
+        if not self.rope_theta:
+            positions = self.num_tokens - (0 if self.position_class else self.num_prefix_tokens)
+            self.pos_embed = self.param("pos_embed", _token_init, (1, positions, self.width))
         self.patch_embed = dense(self.width)
         layers = nn.scan(
             block.Block,
@@ -184,15 +188,14 @@ class AViT(sizes.Sizes, nn.Module):
         prefix = [
             jnp.broadcast_to(token.astype(x.dtype), (batch, *token.shape[1:])) for token in tokens
         ]
-        positions = self.pos_embed.astype(x.dtype)
+        positions = 0 if self.rope_theta else self.pos_embed.astype(x.dtype)
         if self.position_class:
             x = jnp.concatenate([*prefix, x], axis=1) + positions
         else:
             x = jnp.concatenate([*prefix, x + positions], axis=1)
         if image_index is not None and self.dropout:
-            keep = block.random_keep(
-                self.make_rng("dropout"), image_index, self.dropout, x.shape[1:]
-            )
+            key = self.make_rng("dropout")
+            keep = block.random_keep(key, image_index, self.dropout, x.shape[1:])
             x = x * keep.astype(x.dtype)
         return self.norm_pre(x) if self.pre_norm else x
 

@@ -22,10 +22,11 @@ PLAIN: dict[str, Any] = {
     "qkv_bias": True,
     "qk_norm": False,
     "layer_scale": False,
+    "rope_theta": 0.0,
 }
 POOL = "attn_pool."  # start of the names of an attention pooling
 # Attributes that no tensor shows.
-UNSEEN = ("pool", "mlp")
+UNSEEN = ("pool", "mlp", "rope_theta")
 # Names of activations in configs -> `mlp`.
 _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -35,14 +36,26 @@ _ACTIVATIONS = {
 # Keys of configs -> attributes of the same meaning.
 _SAME = {
     **{name: name for name in ("class_token", "pre_norm", "fc_norm", "qk_norm", "qkv_bias")},
-    **dict.fromkeys(("reg_tokens", "num_register_tokens"), "num_registers"),
+    **dict.fromkeys(("reg_tokens", "num_reg_tokens", "num_register_tokens"), "num_registers"),
+    **{"use_fc_norm": "fc_norm", "use_pre_transformer_norm": "pre_norm"},
 }
+# Keys about a gated MLP.
+_GATED = ("use_swiglu_ffn", "use_gated_mlp", "swiglu_mlp")
+# Keys of timm's class `Eva` about rotary position embeddings -> their default, DINOv3's value.
+_ROTARY = {
+    "rope_type": ("cat", "dinov3"),
+    "rope_rotate_half": (False, True),
+    "use_abs_pos_emb": (True, False),
+    "rope_grid_offset": (0.0, 0.0),
+    "rope_grid_indexing": ("ij", "ij"),
+}
+_ROTARY_THETA = 10000.0  # default of `Eva`
 
 
 def of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the attributes that tensors show; `position_class` is not among them.
 
-    `pool` and `mlp` are among them only if the tensors leave no choice.
+    Those of `UNSEEN` are among them only if the tensors leave no choice.
     """
     shapes = {name: np.shape(array) for name, array in tensors.items()}
     registers = shapes.get("reg_token", ())
@@ -58,6 +71,8 @@ def of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     fc1, fc2 = (shapes.get(f"blocks.0.mlp.{name}.weight", (0, 0)) for name in ("fc1", "fc2"))
     if f"{POOL}latent" in shapes:
         shown["pool"] = "map"
+    if "pos_embed" in shapes:
+        shown["rope_theta"] = 0.0
     if len(fc1) == len(fc2) == 2 and fc1[0] == 2 * fc2[1] > 0:
         shown["mlp"] = "swiglu"
     return shown
@@ -81,19 +96,42 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
         found["layer_scale"] = bool(given["init_values"])
     if given.get("no_embed_class"):
         found["position_class"] = False
+    is_gated = shown.get("mlp") == "swiglu"
+    for key in [key for key in _GATED if bool(given.get(key, is_gated)) != is_gated]:
+        gate = "a" if is_gated else "no"
+        raise ValueError(f"its {key} is {given[key]}, and the tensors have {gate} gate")
     for key in [key for key in ("act_layer", "hidden_act") if key in given]:
-        if shown.get("mlp") == "swiglu":  # its activation is another key
+        if given.get("use_gated_mlp") and given[key] not in ("silu", "swish"):
+            raise ValueError(f"its {key} is {given[key]}, and its use_gated_mlp is True")
+        if is_gated:  # otherwise, its activation is another key
             continue
         if not isinstance(given[key], str) or given[key] not in _ACTIVATIONS:
             raise ValueError(f"its {key} is {given[key]}")
         found["mlp"] = _ACTIVATIONS[given[key]]
-    if given.get("use_swiglu_ffn") and shown.get("mlp") != "swiglu":
-        raise ValueError("its use_swiglu_ffn is True, and the tensors have no gate")
     if "global_pool" in given:
         found["pool"] = given["global_pool"]
         if found["pool"] not in checks.POOLS:
             raise ValueError(f"its global_pool is {found['pool']}")
     return found
+
+
+def of_rotary(config: Mapping[str, Any]) -> dict[str, float]:
+    """Returns `rope_theta`, if a config of timm or Hugging Face without None gives it.
+
+    Raises:
+      ValueError: it describes rotary position embeddings other than DINOv3's.
+    """
+    if config.get("model_type") == "dinov3_vit":
+        return {"rope_theta": float(config["rope_theta"])}
+    if not config.get("use_rot_pos_emb"):
+        return {"rope_theta": 0.0} if "use_rot_pos_emb" in config else {}
+    for key, (default, wanted) in _ROTARY.items():
+        if config.get(key, default) != wanted:
+            raise ValueError(
+                f"its {key} is {config.get(key, default)}, and rotary position embeddings must be "
+                "those of DINOv3"
+            )
+    return {"rope_theta": float(config.get("rope_temperature", _ROTARY_THETA))}
 
 
 def changed(attributes: Mapping[str, Any]) -> dict[str, Any]:

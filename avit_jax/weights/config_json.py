@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from avit_jax.utils import errors
-from avit_jax.weights import architecture, timm_names
+from avit_jax.weights import architecture, hugging_face_config, timm_names
 
 _MAX_BYTES = 10 * 2**20
 # Sizes of our network -> keys of a config that give them.
@@ -32,23 +32,15 @@ _SIZES = {
 _SUPPORTED = {
     "norm_layer": ("layernorm",),
     "pos_embed": ("learn",),
-    **dict.fromkeys(("proj_bias", "final_norm"), (True,)),
+    **dict.fromkeys(("proj_bias", "mlp_bias", "final_norm", "qkv_fused"), (True,)),
     **dict.fromkeys(("scale_attn_norm", "scale_mlp_norm", "pool_include_prefix"), (False,)),
+    **dict.fromkeys(("scale_attn_inner", "scale_mlp", "use_post_norm"), (False,)),
+    "attn_only_layer_scale": (False,),
+    "attn_type": ("eva", "rope"),
     **dict.fromkeys(("embed_norm_layer", "mlp_layer", "block_fn", "attn_layer"), ()),
+    **dict.fromkeys(("num_kv_heads", "rope_parameters", "rope_scaling"), ()),
+    **dict.fromkeys(("attn_pool_num_heads", "attn_pool_mlp_ratio"), ()),
 }
-# Hugging Face's kinds of networks -> its default activation.
-_MODEL_TYPES = {
-    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa"), "gelu"),
-    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "gelu"),
-    "clip_vision_model": "quick_gelu",
-    "siglip_vision_model": "gelu_pytorch_tanh",
-}
-# Configs of a network of images and texts leave defaults of the image network out.
-_NESTED = {
-    "clip": {"model_type": "clip_vision_model", "layer_norm_eps": 1e-5},
-    "siglip": {"model_type": "siglip_vision_model", "layer_norm_eps": 1e-6},
-}
-_NESTED_HEADS = 12
 # What parsing an untrusted config can raise.
 _UNUSABLE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 _UNUSABLE += (RecursionError, OSError)
@@ -83,10 +75,12 @@ def read(
     try:
         if config.stat().st_size > _MAX_BYTES:
             raise ValueError("it is too large")
-        content = _image_network(json.loads(config.read_text()))
+        content = hugging_face_config.image_network(json.loads(config.read_text()))
         needed = [content[key] for key in ("layer_norm_eps", "num_attention_heads") if required]
         if not isinstance(content, dict) or None in needed:
             raise TypeError("it does not describe a network")
+        if key := hugging_face_config.unread_bias(content, tensors):
+            raise _contradiction(config, path, key, content[key], "such a bias")
         return _compare(config, path, content, _sizes_of(tensors)) | _about_data(content)
     except _UNUSABLE as error:
         problem = f"beside {path} makes no sense"
@@ -94,16 +88,6 @@ def read(
             problem = "does not give layer_norm_eps, num_attention_heads and other sizes"
         reason = _text(errors.first_line(error))
         raise errors.UserError(f"{config} {problem} ({reason}): correct it.") from error
-
-
-def _image_network(content: Any) -> Any:
-    """Returns a config, or the part of it about images if it describes images and texts."""
-    defaults = _NESTED.get(str(content.get("model_type"))) if isinstance(content, dict) else None
-    if defaults is None or not isinstance(content.get("vision_config"), dict):
-        return content
-    # Labels are those of the whole network: old configs hold two meaningless ones in the part.
-    vision = content["vision_config"] | {"id2label": content.get("id2label")}
-    return {"num_attention_heads": _NESTED_HEADS, **defaults, **vision}
 
 
 def _about_data(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,12 +178,19 @@ def _attributes(
         for section in own:
             for key, value in architecture.of_config(section, shown).items():
                 _put(given, key, value)
+        rotary = timm_names.rotary(name)
+        for section in own:
+            rotary |= {key: value for key, value in section.items() if value is not None}
+        given |= architecture.of_rotary(rotary)
     except ValueError as error:
         raise errors.UserError(
             f"{config} describes a network that is not supported: {_text(error)}."
         ) from error
-    if own[0].get("model_type") in _MODEL_TYPES and "mlp" not in {**given, **shown}:
-        default = {"hidden_act": _MODEL_TYPES[own[0]["model_type"]]}
+    if own[0].get("model_type") in hugging_face_config.MODEL_TYPES and "mlp" not in {
+        **given,
+        **shown,
+    }:
+        default = {"hidden_act": hugging_face_config.MODEL_TYPES[own[0]["model_type"]]}
         given |= architecture.of_config(default, shown)
     for key in given.keys() & shown.keys():
         if given[key] != shown[key]:
@@ -207,6 +198,9 @@ def _attributes(
     if given.get("pool") == "map" and not pool:
         raise _contradiction(config, path, "pool", "map", "no attention pooling")
     known = timm_names.attributes(name) if name.startswith(timm_names.FAMILIES) else {}
+    if given.get("rope_theta"):  # there is no learned position; timm's default is the average
+        given["position_class"] = True
+        known = ({"pool": "avg"} if "use_rot_pos_emb" in rotary else {}) | known
     if not shown["class_token"] and known.get("pool") == "token":
         del known["pool"]
     return known | pool | given | shown
@@ -228,9 +222,12 @@ def _check_supported(config: pathlib.Path, sections: list[dict[str, Any]], name:
         for key, values in _SUPPORTED.items()
         if section.get(key) is not None and section[key] not in values
     }
-    if (kind := sections[0].get("model_type")) is not None and kind not in _MODEL_TYPES:
+    if (
+        kind := sections[0].get("model_type")
+    ) is not None and kind not in hugging_face_config.MODEL_TYPES:
         unsupported["model_type"] = kind
-    if timm_names.is_post_norm(name) or timm_names.pools_prefix(name):
+    is_other = timm_names.is_post_norm(name) or timm_names.pools_prefix(name)
+    if is_other or timm_names.has_other_rotary(name):
         unsupported["architecture"] = name
     for key, value in unsupported.items():
         raise errors.UserError(

@@ -100,7 +100,8 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
     """Compares what the tensors do not show; a log line names what nothing gives."""
     ours = architecture.of_model(model)
     given = {"num_heads": file.num_heads, "norm_eps": file.norm_eps}
-    given |= {key: file.attributes.get(key) for key in architecture.UNSEEN}
+    shown = architecture.of_tensors(file.tensors) | file.attributes
+    given |= {key: shown.get(key) for key in architecture.UNSEEN}
     for key in architecture.UNSEEN:
         if given[key] in (None, ours[key]):
             continue
@@ -192,7 +193,7 @@ def _inferred_attributes(file: WeightFile, grid: tuple[int, ...]) -> dict[str, A
     attributes = architecture.of_tensors(file.tensors) | file.attributes
     pooled = not attributes["class_token"] or attributes["fc_norm"]
     attributes.setdefault("pool", "avg" if pooled else "token")
-    if "position_class" not in attributes:
+    if "position_class" not in attributes and "pos_embed" in file.tensors:
         count = np.shape(file.tensors["pos_embed"])[1]
         patches = count - num_prefix_tokens(file.tensors)
         for whole in (math.prod(file.grid or grid), math.isqrt(max(0, patches)) ** 2):
@@ -265,7 +266,7 @@ def _fit_positions(
     name: str,
 ) -> None:
     """Resizes position embeddings, in place, if all other tensors may fit."""
-    ours, theirs = expected["pos_embed"].shape, np.shape(tensors.get("pos_embed"))
+    ours, theirs = np.shape(expected.get("pos_embed")), np.shape(tensors.get("pos_embed"))
     if not (len(theirs) == 3 and theirs[::2] == ours[::2] and tensors.keys() == expected.keys()):
         return
     count = model.num_prefix_tokens

@@ -1,7 +1,7 @@
 """Translates the tensor names of Hugging Face's vision transformers to and from timm's.
 
-These are ViT, DeiT, MSN, I-JEPA, Dinov2 with and without registers, and the vision networks of CLIP
-and SigLIP. Names are those of files and, since transformers 5, those of models in memory.
+These are ViT, DeiT, MSN, I-JEPA, Dinov2 with and without registers, DINOv3, and the vision networks
+of CLIP and SigLIP. Names are those of files and, since transformers 5, those of models in memory.
 """
 
 import re
@@ -30,7 +30,9 @@ _LAYER_MODULES = {
     "mlp.down_proj": "mlp.fc2",
 }
 _KINDS = {"lambda1": "gamma"}
-_LAYER = re.compile(r"(?:encoder\.layers?|layers)\.(\d+)\.(.+)\.(weight|bias|lambda1)")
+_LAYER = re.compile(
+    r"(?:encoder\.layers?|layers|(?:model\.)?layer)\.(\d+)\.(.+)\.(weight|bias|lambda1)"
+)
 _QKV = re.compile(r"(?:attention|self_attn)\.(?:attention\.)?(query|key|value|[qkv]_proj)")
 # The gated MLP of transformers 5 in memory; timm has both parts in one.
 _GATED = re.compile(r"mlp\.(gate|up)_proj")
@@ -42,6 +44,7 @@ _OUTSIDE_LAYERS = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.position_embedding.weight": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.patch_embeddings": "patch_embed.proj",
     "embeddings.patch_embedding": "patch_embed.proj",
     "pre_layrnorm": "norm_pre",
     "layernorm": "norm",
@@ -115,9 +118,14 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
         else:
             module = _LAYER_MODULES.get(module, module)
             add(result, f"blocks.{index}.{module}.{_KINDS.get(kind, kind)}", array)
+    has_gate = any("gate" in found for found in parts.values())
     for name, found in parts.items():
         wanted = {"q": "query", "k": "key", "v": "value"}
-        wanted = wanted if "attn" in name else {"gate": "gate_proj", "up": "up_proj"}
+        if "attn" not in name:
+            wanted = {"gate": "gate_proj", "up": "up_proj"} if has_gate else {"up": "up_proj"}
+        elif name.endswith("bias") and "pos_embed" not in result:  # DINOv3 has some of them
+            zeros = np.zeros_like(next(iter(found.values())))
+            found = {key: found.get(key, zeros) for key in wanted}
         if missing := [part for key, part in wanted.items() if key not in found]:
             raise KeyError(missing[0])
         add(result, name, np.concatenate([found[key] for key in wanted]))

@@ -24,6 +24,10 @@ _DINOV2 = {
     **{name: _VIT[name] for name in ("attn.qkv", "attn.proj")},
     **{"ls1": "layer_scale1", "ls2": "layer_scale2"},
 }
+_DINOV3 = _DINOV2 | {
+    **{"attn.qkv": "attention.{}_proj", "attn.proj": "attention.o_proj"},
+    **{"mlp.fc1": "mlp.up_proj", "mlp.fc1_g": "mlp.gate_proj", "mlp.fc2": "mlp.down_proj"},
+}
 _SWIGLU = _DINOV2 | {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
 _CLIP = {
     **{"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"},
@@ -37,6 +41,7 @@ _OUTSIDE_VIT = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
+_OUTSIDE_DINOV3 = _OUTSIDE_VIT | {"patch_embed.proj": "embeddings.patch_embeddings", "norm": "norm"}
 _OUTSIDE_CLIP = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding.weight",
@@ -57,7 +62,8 @@ _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "swiglu": "gelu"}
 def from_timm(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:
     """Translates tensors in timm's names to those of the kind of network that computes the same.
 
-    The kinds are ViT, DeiT, Dinov2 with and without registers, CLIP vision and SigLIP vision.
+    The kinds are ViT, DeiT, Dinov2 with and without registers, DINOv3, CLIP vision and SigLIP
+    vision.
 
     Returns:
       The tensors, and the content of `config.json`.
@@ -73,8 +79,11 @@ def from_timm(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any
     pools = ("avg",) if model.num_classes else ("avg", "map")  # the classifier reads the average
     if parts["pool"] in pools and options == {"pool", "class_token"} and parts["qkv_bias"]:
         return _siglip(tensors, model)
-    is_dinov2 = parts["layer_scale"] and options <= {"layer_scale", "num_registers", "mlp"}
-    if is_dinov2 and not model.distilled:
+    is_dino = parts["layer_scale"] and not model.distilled
+    is_dino &= options <= {"layer_scale", "num_registers", "mlp", "rope_theta"}
+    if is_dino and parts["rope_theta"] and not model.num_classes:
+        return _dinov3(tensors, model)
+    if is_dino and not parts["rope_theta"]:
         return _dinov2(tensors, model)
     if not options:
         return _vit(tensors, model)
@@ -126,6 +135,32 @@ def _dinov2(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]
 def _dinov2_width(hidden: int, gated: bool) -> int:
     """Returns the channels of Dinov2's MLP after its activation; gated ones are rounded up to 8."""
     return (hidden * 2 // 3 + 7) // 8 * 8 if gated else hidden
+
+
+def _dinov3(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:
+    """Returns DINOv3, for which Hugging Face has no classifier."""
+    gated = model.mlp == "swiglu"
+    split: Tensors = {}
+    for name, array in tensors.items():
+        if gated and ".mlp.fc1." in name:
+            split[name.replace("fc1", "fc1_g")], split[name] = np.split(array, 2)
+        else:
+            split[name] = array
+    result = _named(split, _OUTSIDE_DINOV3, "layer", _DINOV3)
+    biases = {}
+    for part in ("query", "key", "value"):
+        names = [name for name in result if name.endswith(f".{part[0]}_proj.bias")]
+        biases[f"{part}_bias"] = any(result[name].any() for name in names)
+        for name in [] if biases[f"{part}_bias"] else names:
+            del result[name]
+    width, count = model.width, model.num_registers
+    result["embeddings.mask_token"] = np.zeros((1, 1, width), np.float32)
+    result.setdefault("embeddings.register_tokens", np.zeros((1, 0, width), np.float32))
+    config = _config(model, "DINOv3ViTModel", "dinov3_vit") | biases
+    del config["qkv_bias"]
+    config |= {"rope_theta": model.rope_theta, "num_register_tokens": count}
+    config |= {"hidden_act": "silu"} if gated else {}
+    return result, config | {"use_gated_mlp": gated, "proj_bias": True, "mlp_bias": True}
 
 
 def _clip(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]:

@@ -139,7 +139,8 @@ def _layout(num_layers: int, present: Container[str]) -> dict[tuple[str, ...], l
     modules = ["patch_embed", norm]
     heads = ("norm_pre", "head", "head_dist")
     modules += [name for name in heads if has(f"{name}.weight", f"{name}.bias")]
-    paths += [("pos_embed",), *((name, leaf) for name in modules for leaf in _leaves(name))]
+    paths += [("pos_embed",)] if has("pos_embed") else []  # rotary ones have no parameters
+    paths += [(name, leaf) for name in modules for leaf in _leaves(name)]
     pooling = [("attn_pool", name, leaf) for name in _POOL_MODULES for leaf in _leaves(name)]
     pooling.append(("attn_pool", "latent"))
     paths += pooling if has(*(_name(path, 0) for path in pooling)) else []

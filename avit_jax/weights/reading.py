@@ -18,6 +18,7 @@ from avit_jax.weights import (
     architecture,
     big_vision,
     config_json,
+    dinov3,
     hugging_face,
     name_maps,
     positions,
@@ -87,7 +88,8 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
                 "not supported; if they come first, sort the tensors by name"
             )
         is_hugging_face = hugging_face.matches(tensors)
-        names = hugging_face if is_hugging_face else name_maps
+        names = dinov3 if dinov3.matches(tensors) else name_maps
+        names = hugging_face if is_hugging_face else names
         names = big_vision if big_vision.matches(tensors) else names
         tensors, hints, dropped = names.to_timm(tensors)
     except (KeyError, ValueError, IndexError, TypeError) as error:
@@ -98,8 +100,7 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
         _warn("%s: the prefix %s of its tensors' names is left out", path, prefix)
     if dropped:
         _tell_dropped(path, dropped)
-    _refuse_rotary(path, tensors)
-    sizes = {key: hints.pop(key) for key in ("num_heads",) if key in hints}
+    sizes = {key: hints.pop(key) for key in ("num_heads", "norm_eps") if key in hints}
     config = config_json.read(path, tensors, required=is_hugging_face)
     attributes = config.pop("attributes")
     sources = [_sizes_in(path, metadata), config, {"attributes": hints}]
@@ -111,6 +112,7 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
                     f"{path} contradicts itself or the config.json beside it: "
                     f"{name}={target[name]} and {name}={known}; correct one of them."
                 )
+    _refuse_rotary(path, tensors, attributes)
     if attributes.get("pool") != "map" and f"{architecture.POOL}latent" in tensors:
         unused = [name for name in tensors if name.startswith(architecture.POOL)]
         _tell_dropped(path, unused)
@@ -130,15 +132,15 @@ def _tell_dropped(path: pathlib.Path, dropped: list[str]) -> None:
     _logger.info("%s: left out: %s%s", errors.printable(str(path)), named, rest)
 
 
-def _refuse_rotary(path: pathlib.Path, tensors: Tensors) -> None:
-    """Raises errors.UserError if a network has no position embeddings."""
+def _refuse_rotary(path: pathlib.Path, tensors: Tensors, attributes: Mapping[str, Any]) -> None:
+    """Raises errors.UserError if a network has no position embeddings that are known."""
     is_network = any(
         name.endswith(("attn.qkv.weight", "attention.q_proj.weight")) for name in tensors
     )
-    if is_network and "pos_embed" not in tensors:
+    if is_network and "pos_embed" not in tensors and not attributes.get("rope_theta"):
         raise errors.UserError(
-            f"{path} has no position embeddings: networks with rotary ones (RoPE), such as DINOv3, "
-            "are not supported."
+            f"{path} has no position embeddings: for rotary ones (RoPE), put the config.json of "
+            "timm or Hugging Face beside it; only those of DINOv3 are supported."
         )
 
 

@@ -151,6 +151,7 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Tensors, dict[str, s
         tensors, metadata = (
             (_read_parts(path, suffix), {}) if is_index else _READERS[suffix](path, ema)
         )
+        tensors = {name: x for name, x in tensors.items() if not _is_no_register(name, x)}
         buffers = [name for name, array in tensors.items() if _is_buffer(name, array)]
         for name, array in tensors.items():
             if name not in buffers:
@@ -165,6 +166,11 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Tensors, dict[str, s
         names = errors.printable(", ".join(buffers[:_MAX_NAMED]))
         _logger.info("%s: buffers of integers are passed over: %s", path, names)
     return {name: array for name, array in tensors.items() if name not in buffers}, metadata
+
+
+def _is_no_register(name: str, array: np.ndarray) -> bool:
+    """Returns whether a tensor holds 0 register tokens, as files of DINOv3 do."""
+    return np.size(array) == 0 and name.endswith(("register_tokens", "storage_tokens"))
 
 
 def _is_buffer(name: str, array: np.ndarray) -> bool:

@@ -9,6 +9,11 @@ from typing import Any
 # Networks that may be ours; the last two have no position embedding for the class token.
 FAMILIES = ("vit_", "deit_", "test_vit", "eva_large", "deit3_", "flexivit_")
 NO_EMBED_CLASS = FAMILIES[-2:]
+# With the rotary position embeddings of DINOv3; heads have 64 channels, those of the widest 128.
+_DINOV3 = re.compile(r"vit_.*_(dinov3|lingbot)(_.*|\..*)?")
+_DINOV3_WIDEST = 4096
+# With other rotary position embeddings, or with grouped queries.
+_OTHER_ROTARY = re.compile(r"vit_(.*_rope_|pe_|.*_sapiens2).*")
 # Sizes -> width, number of layers, number of heads.
 _VARIANTS = {
     "tiny": (192, 12, 3),
@@ -45,6 +50,8 @@ def sizes(architecture: str) -> dict[str, Any]:
 
 def num_heads(architecture: str, width: int) -> int | None:
     """Returns the number of heads of a network of this name and width; None if unknown."""
+    if _DINOV3.fullmatch(architecture):
+        return None if width % 64 else width // (128 if width == _DINOV3_WIDEST else 64)
     if architecture.startswith("vit_base_patch16_gap"):
         return 16 if width == 768 else None
     if architecture.startswith("test_vit"):
@@ -54,7 +61,25 @@ def num_heads(architecture: str, width: int) -> int | None:
 
 def norm_eps(architecture: str) -> float | None:
     """Returns the epsilon of the layer norms; None for timm's default, 1e-6."""
-    return 1e-5 if "_clip_" in architecture else None
+    return 1e-5 if "_clip_" in architecture or _DINOV3.fullmatch(architecture) else None
+
+
+def rotary(architecture: str) -> dict[str, Any]:
+    """Returns the rotary position embeddings of a network under the keys of timm's arguments."""
+    if not _DINOV3.fullmatch(architecture):
+        return {}
+    return {
+        "use_rot_pos_emb": True,
+        "use_abs_pos_emb": False,
+        "rope_type": "dinov3",
+        "rope_temperature": 100.0,
+        "rope_rotate_half": True,
+    }
+
+
+def has_other_rotary(architecture: str) -> bool:
+    """Returns whether the queries and keys of a network rotate in another way than DINOv3's."""
+    return _OTHER_ROTARY.fullmatch(architecture) is not None
 
 
 def is_post_norm(architecture: str) -> bool:
@@ -71,7 +96,7 @@ def attributes(architecture: str) -> dict[str, Any]:
     """Returns attributes of `AViT` that the tensors do not show."""
     name = architecture.partition(".")[0]
     quick = "quickgelu" in name
-    pooled = "_gap" in name or name.startswith("eva_large")
+    pooled = "_gap" in name or name.startswith("eva_large") or "_dinov3" in name
     return {
         "mlp": "quick_gelu" if quick else "gelu_tanh" if _TANH.fullmatch(name) else "gelu",
         "pool": "avg" if pooled else "token",

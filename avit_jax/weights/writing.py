@@ -10,7 +10,7 @@ from etils import epath
 
 from avit_jax.models import vit
 from avit_jax.utils import files
-from avit_jax.weights import architecture, hugging_face_files, name_maps
+from avit_jax.weights import architecture, dinov3, hugging_face_files, name_maps
 from avit_jax.weights.reading import WeightFile, gate_fields
 
 
@@ -53,6 +53,8 @@ def write(
     if file.gate is not None:
         metadata["halting"] = json.dumps(file.gate)
     metadata |= more_metadata or {}
+    if names == "timm" and model.rope_theta:
+        tensors = dinov3.from_timm(tensors)
     if names == "huggingface":
         tensors, config = hugging_face_files.from_timm(tensors, model)
         config = json.dumps(config, indent=2)

@@ -14,7 +14,7 @@ from avit_jax.data import augment
 from avit_jax.inference import adapt, adaptive, export, serving
 from avit_jax.models import flops
 
-_KINDS = ["dinov2_registers", "siglip_average"]
+_KINDS = ["dinov2_registers", "siglip_average", "dinov3"]
 
 
 @pytest.mark.parametrize("kind", _KINDS)

@@ -146,8 +146,9 @@ def test_large_logits_give_finite_weights() -> None:
     np.testing.assert_allclose(attention.exact(query, key, value, None).ravel(), [1.0, 2.0])
 
 
-def test_queries_and_keys_of_a_layer_with_norms_and_without_biases(cudnn: list) -> None:
-    model = variants.network("qk_norm", halting=None, dtype=jnp.bfloat16, fused_attention=False)
+@pytest.mark.parametrize("kind", ["qk_norm", "dinov3"])
+def test_queries_and_keys_with_norms_or_a_rotation(cudnn: list, kind: str) -> None:
+    model = variants.network(kind, halting=None, dtype=jnp.bfloat16, fused_attention=False)
     variables, images = {"params": variants.params(model)}, variants.images(model, 2)
     expected, _ = model.apply(variables, images)
     logits, _ = model.clone(fused_attention=True).apply(variables, images)

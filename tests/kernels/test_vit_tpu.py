@@ -194,6 +194,7 @@ def test_only_plain_networks_are_supported() -> None:
     assert one_kernel.supports(vit.AViT(), jnp.float32, 32)
     assert not one_kernel.supports(vit.AViT(layer_scale=True), jnp.float32, 32)
     assert not one_kernel.supports(vit.AViT(num_registers=4), jnp.float32, 32)
+    assert not one_kernel.supports(vit.AViT(rope_theta=100.0), jnp.float32, 32)
 
 
 def test_padded_macs() -> None:

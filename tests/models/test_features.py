@@ -37,7 +37,7 @@ def test_of_a_network_in_which_nothing_halts_are_those_of_the_static_network() -
         np.testing.assert_allclose(run(model)[1].features, static.features, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dinov2_registers", "maximum"])
+@pytest.mark.parametrize("kind", ["dinov2_registers", "maximum", "dinov3"])
 def test_are_the_outputs_in_the_layers_in_which_the_tokens_halt(kind: str) -> None:
     model = variants.network(kind)
     params = variants.float64(variants.params(model))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def test_halting_as_in_numpy(kind: str) -> None:
     _compare_with_numpy(model)
 
 
-@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "clip"])
+@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "clip", "dinov3"])
 def test_without_halting_as_in_numpy(kind: str) -> None:
     _compare_with_numpy(variants.network(kind, halting=None))
 
@@ -72,12 +73,12 @@ def test_removal_equals_masking(kind: str) -> None:
     _check_removal(variants.network(kind))
 
 
-@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "maximum"])
+@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "maximum", "dinov3"])
 def test_removal_equals_masking_with_merging(kind: str) -> None:
     _check_removal(variants.network(kind, halting=variants.MERGING))
 
 
-@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average"])
+@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "dinov3"])
 def test_training_with_removal_has_the_gradients_of_masking(kind: str) -> None:
     model = variants.network(kind)
     images = variants.images(model, 5)
@@ -100,7 +101,7 @@ def test_training_with_removal_has_the_gradients_of_masking(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_near_single_precision(dtype) -> None:
-    for kind in ("dinov2_giant", "maximum", "qk_norm"):
+    for kind in ("dinov2_giant", "maximum", "qk_norm", "dinov3"):
         model = variants.network(kind, halting=None)
         expected, _ = _masked(model)
         logits, _ = jax.jit(model.clone(dtype=dtype).apply)(
@@ -141,8 +142,9 @@ def test_only_the_layer_of_deit_is_plain() -> None:
     assert vit.deit_tiny(distilled=True).is_plain
     assert vit.deit_tiny(patch_size=14, pre_norm=True, fc_norm=True, position_class=False).is_plain
     changes = {"mlp": "swiglu", "qkv_bias": False, "qk_norm": True, "layer_scale": True}
-    assert changes.keys() == {field.name for field in dataclasses.fields(LayerSpec)}
-    changes |= {"num_registers": 1, "pool": "avg"}
+    names = {field.name for field in dataclasses.fields(LayerSpec)}
+    assert changes.keys() | {"rotation"} == names
+    changes |= {"rope_theta": 100.0, "num_registers": 1, "pool": "avg"}
     for name, value in changes.items():
         assert not vit.deit_tiny(**{name: value}).is_plain, name
 
@@ -157,6 +159,9 @@ def test_only_the_layer_of_deit_is_plain() -> None:
         ({"mlp": "relu"}, 'mlp must be "gelu" or .*; got "relu"'),
         ({"num_registers": -1}, "num_registers must be at least 0"),
         ({"num_classes": -1}, "num_classes must be at least 0"),
+        ({"rope_theta": -1.0}, "rope_theta must be at least 0 and finite"),
+        ({"rope_theta": math.inf}, "rope_theta must be at least 0 and finite"),
+        ({"rope_theta": 1.0, "num_heads": 32}, "needs heads whose width is a multiple of 4; got 6"),
         ({"distilled": True, "pool": "avg"}, "a distilled model needs pool"),
         ({"distilled": True, "num_classes": 0}, "a distilled model needs pool"),
     ],

@@ -17,7 +17,7 @@ _RECIPES = str(pathlib.Path(__file__).parents[2] / "configs" / "cifar10.py")
 _SIZES = {"width": 48, "depth": 4, "num_heads": 3, "patch_size": 8}
 
 
-@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average"])
+@pytest.mark.parametrize("kind", ["dinov2_registers", "siglip_average", "dinov3"])
 def test_halting_is_trained_removed_calibrated_and_exported(
     kind: str, tmp_path: pathlib.Path
 ) -> None:

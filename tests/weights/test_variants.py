@@ -15,12 +15,16 @@ from avit_jax.utils import errors
 from avit_jax.weights import architecture, weight_files
 
 # See make_variants.py there.
-_VARIANTS = np.load(pathlib.Path(__file__).parents[1] / "data/weights/variants.npz")
-_NAMES = sorted({name.partition("/")[0] for name in _VARIANTS.files})
+_DATA = pathlib.Path(__file__).parents[1] / "data/weights"
+_VARIANTS = dict(np.load(_DATA / "variants.npz")) | dict(np.load(_DATA / "dinov3.npz"))
+_NAMES = sorted({name.partition("/")[0] for name in _VARIANTS})
 _GAP = {"class_token": False, "pool": "avg"}
 _MAP = {"class_token": False, "pool": "map"}
 _DINOV2 = {"layer_scale": True}
 _DINOV2_REGISTERS = {"layer_scale": True, "num_registers": 4, "position_class": False}
+_DINOV3 = {"layer_scale": True, "rope_theta": 100.0}
+_DINOV3_WIDE = _DINOV3 | {"rope_theta": 30.0}
+_DINOV3_GATED = _DINOV3 | {"num_registers": 1, "mlp": "swiglu", "qkv_bias": False}
 _CLIP = {"pre_norm": True, "mlp": "quick_gelu"}
 # What differs from DeiT.
 _CHANGED: dict[str, dict[str, Any]] = {
@@ -54,6 +58,15 @@ _CHANGED: dict[str, dict[str, Any]] = {
     "SigLIPClassifier": _GAP | {"mlp": "gelu_tanh"},
     "DeiTWithoutTeacher": {"num_registers": 1},
     "IJepa": _GAP,
+    "dinov3": _DINOV3 | {"num_registers": 4, "qkv_bias": False},
+    "dinov3_wide": _DINOV3 | {"pool": "avg"},
+    "dinov3_gated": _DINOV3_WIDE | {"num_registers": 1, "mlp": "swiglu", "pool": "avg"},
+    "DINOv3": _DINOV3 | {"num_registers": 4},
+    "DINOv3_memory": _DINOV3 | {"num_registers": 4},
+    "DINOv3_wide": _DINOV3_WIDE,
+    "DINOv3_wide_memory": _DINOV3_WIDE,
+    "DINOv3_gated": _DINOV3_GATED,
+    "DINOv3_gated_memory": _DINOV3_GATED,
 }
 
 
@@ -81,9 +94,9 @@ def test_what_a_file_tells(tmp_path: pathlib.Path, name: str) -> None:
     file = weight_files.read(_write(tmp_path, name))
     assert architecture.changed(file.attributes) == _CHANGED[name]
     assert file.num_heads == 2
-    is_clip = "clip" in name.lower()
+    is_large = "clip" in name.lower() or "dinov3" in name.lower()
     is_vit = name in ("DeiTWithoutTeacher", "IJepa")
-    assert (file.norm_eps or 1e-6) == (1e-5 if is_clip else 1e-12 if is_vit else 1e-6)
+    assert (file.norm_eps or 1e-6) == (1e-5 if is_large else 1e-12 if is_vit else 1e-6)
 
 
 def _infer(folder: pathlib.Path, images: np.ndarray) -> tuple[vit.AViT, Any]:
@@ -105,7 +118,7 @@ def test_outputs_are_those_of_the_library(tmp_path: pathlib.Path, name: str) -> 
 def test_load_finds_the_size_of_the_images(
     tmp_path: pathlib.Path, name: str, has_config: bool
 ) -> None:
-    path = _write(tmp_path, name, config=has_config or name[0].isupper())
+    path = _write(tmp_path, name, config=has_config or name[0].isupper() or "dinov3" in name)
     size = (8, 16) if name == "wide" else None  # its config has no size
     model, _ = avit_jax.load(path, num_heads=2, image_size=size)
     assert model.pixels == _VARIANTS[f"{name}/images"].shape[1:3]
