@@ -18,7 +18,8 @@ from avit_jax.data import augment
 from avit_jax.models import flops, vit
 from avit_jax.utils import errors
 
-INSTALL = "pip install 'onnx>=1.20.1' 'onnx-ir>=0.2.1' && pip install --no-deps 'jax2onnx>=0.17.1'"
+# As in setup.cfg. jax2onnx 0.17.1 requires an orbax-checkpoint older than ours; it does not use it.
+_INSTALL = "pip install onnx 'onnx-ir>=1' && pip install --no-deps 'jax2onnx>=0.17.1'"
 _OPSET = 18  # of 2022; most runtimes know it
 _LARGEST = 2**31 - 2**24  # a protobuf file holds less than 2 GiB; the program needs some of it
 
@@ -30,7 +31,7 @@ def check_installed() -> None:
         import onnx_ir  # noqa: F401
     except ImportError as error:
         raise errors.UserError(
-            f"an .onnx file needs a converter ({errors.first_line(error)}): run `{INSTALL}`."
+            f"an .onnx file needs a converter ({errors.first_line(error)}): run `{_INSTALL}`."
         ) from error
 
 
