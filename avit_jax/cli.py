@@ -39,7 +39,7 @@ _OUT = flags.DEFINE_string(
     "out",
     None,
     "--mode=export, calibrate: file to write; .safetensors: weights with timm's names; export "
-    "only: .avit, a program for avit_jax.serving",
+    "only: .avit, a program for avit_jax.serving; .onnx, a program for other runtimes",
 )
 _BUDGET = flags.DEFINE_float(
     "budget",
@@ -258,7 +258,7 @@ def run_mode(images: list[str]) -> None:
     elif _MODE.value == "export":
         if not out:
             raise errors.UserError(
-                "name the file to write, for example --out=network.avit or "
+                "name the file to write, for example --out=network.avit, --out=network.onnx or "
                 "--out=weights.safetensors."
             )
         export.from_checkpoint(out, config, checkpoint, batch=_BATCH.value)

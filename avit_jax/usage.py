@@ -37,7 +37,8 @@ its configuration into its folder. So the other modes need only the name of the 
 --mode=export   writes a network to one file
     avit-jax --mode=export --checkpoint=runs/digits --out=digits.avit
   --checkpoint=RUN         as above
-  --out=FILE               .avit: a program for avit_jax.serving; .safetensors: weights
+  --out=FILE               .avit: a program for avit_jax.serving; .onnx: a program for other
+                           runtimes; .safetensors: weights
   --batch=N                images per call of the program; 0 (default): any number
 
 --mode=calibrate   finds the gate bias for a MACs ratio, and writes weights with it

@@ -403,16 +403,12 @@ def test_mistakes_that_show_later(
             "config.halting.redundancy must be at most",
         ),
         (
-            [_DIGITS, "--mode=export", "--out=network.onnx"],
-            "name.avit for a program, or name.safetensors for weights",
-        ),
-        (
             [_DIGITS, "--mode=export", "--out=network"],
-            "name.avit for a program, or name.safetensors for weights",
+            "name.avit or name.onnx for a program, or name.safetensors for weights",
         ),
         (
             [_DIGITS, "--mode=export", "--out=network.h5"],
-            "name.avit for a program, or name.safetensors for weights",
+            "name.avit or name.onnx for a program, or name.safetensors for weights",
         ),
     ],
 )

@@ -109,7 +109,11 @@ def merge(
     """
     target = _target(similar, kept)
     weight = jnp.where(merged & kept.any(axis=-1, keepdims=True), size, 0.0)
-    add = jax.vmap(lambda target, values: jnp.zeros_like(values).at[target].add(values))
+    image = jax.lax.broadcasted_iota(target.dtype, target.shape, 0)
+
+    def add(target: Array, values: Array) -> Array:
+        return jnp.zeros_like(values).at[image, target].add(values)
+
     wide = tokens.astype(size.dtype)
     more, sums = add(target, weight), add(target, weight[..., None] * wide)
     total = size + more

@@ -1,4 +1,4 @@
-"""Exports a trained network as one file that `serving` runs without the rest of this package."""
+"""Exports a trained network as one file, for `serving` or for runtimes of ONNX."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from avit_jax import config as config_lib
 from avit_jax import run_config
 from avit_jax.data import augment
-from avit_jax.inference import adapt, adaptive, serving
+from avit_jax.inference import adapt, adaptive, export_onnx, serving
 from avit_jax.models import flops, vit
 from avit_jax.training import build, distributed, restore
 from avit_jax.utils import errors, files
@@ -38,41 +38,47 @@ def write(
     batch: int = 0,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
-    """Writes adaptive inference as a program from uint8 images to logits and depths.
+    """Writes inference as a program from uint8 images to logits and depths.
 
     The program has LayerScale folded into the layers before it.
 
     Args:
-      path: of the file, which is about as large as the parameters.
+      path: of the file, which is about as large as the parameters. With the ending .onnx, halted
+        tokens are masked, see `export_onnx.convert`; otherwise the file is for `serving`, and they
+        are removed.
       params: parameters of the model, of a dtype that NumPy knows.
       model: with or without halting.
       mean: of pixels from 0 to 1, per channel.
       std: standard deviation, likewise.
       label_names: names of the classes.
       batch: images per call; 0 allows any number.
-      platforms: JAX's names of the platforms that run the program.
+      platforms: JAX's names of the platforms that run the program; unused for .onnx.
 
     Raises:
       ValueError: the parameters have another dtype.
+      errors.UserError: the path ends in .onnx, and `export_onnx.convert` cannot convert it.
     """
     model, params = adapt.fold_layer_scale(model, params)
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 has the kind "V"
         raise ValueError("convert the parameters to a dtype of NumPy's, such as float32.")
-    program = _program(leaves, tree, model, mean, std, batch, platforms)
+    colors = {"mean": list(mean), "std": list(std)}
     metadata = {
-        "kind": serving.KIND,
         "image_size": model.pixels,
         "channels": model.channels,
         "batch": batch,
         "num_classes": model.num_classes,
         "label_names": list(label_names),
-        "mean": list(mean),
-        "std": list(std),
         "halting": writing.gate_of(params, model),
-        "platforms": list(platforms),
         "jax": jax.__version__,
+        **colors,
     }
+    if str(path).lower().endswith(".onnx"):
+        params = jax.tree.unflatten(tree, leaves)
+        files.write(path, export_onnx.convert(model, params, metadata, batch=batch, **colors))
+        return
+    program = _program(leaves, tree, model, mean, std, batch, platforms)
+    metadata |= {"kind": serving.KIND, "platforms": list(platforms)}
     weights, content = io.BytesIO(), io.BytesIO()
     np.savez(weights, **{str(i): leaf for i, leaf in enumerate(leaves)})
     with zipfile.ZipFile(content, "w") as archive:
@@ -117,21 +123,24 @@ def from_checkpoint(
     """Exports a trained network.
 
     Args:
-      path: of the file. The ending .avit gives a program, see `write`; .safetensors gives the
-        weights alone.
+      path: of the file. The endings .avit and .onnx give a program, see `write`; .safetensors
+        gives the weights alone.
       config: the recipe of the network.
       checkpoint: workdir of a run, whose `config.eval.checkpoint` is used, or a weight file.
       batch: as in `write`.
 
     Raises:
-      errors.UserError: the checkpoint is unusable, or the path has another ending.
+      errors.UserError: the checkpoint is unusable, the path has another ending, or the converter
+        to ONNX is not installed.
     """
     ending = str(path).lower()
-    if not ending.endswith((".avit", ".safetensors")):
+    if not ending.endswith((".avit", ".onnx", ".safetensors")):
         raise errors.UserError(
-            "the file must be name.avit for a program, or name.safetensors for weights; got "
-            f"{path}."
+            "the file must be name.avit or name.onnx for a program, or name.safetensors for "
+            f"weights; got {path}."
         )
+    if ending.endswith(".onnx"):
+        export_onnx.check_installed()
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
     params, names = restore.trained(config, model, checkpoint)
