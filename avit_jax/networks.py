@@ -139,6 +139,7 @@ def prepared(model: Any, config: ConfigDict, label_names: Iterable[str]) -> Pret
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         crop_ratio=config.data.crop_ratio,
+        value_range=tuple(config.data.range),
         label_names=class_names.of_classes(tuple(label_names), model.num_classes),
     )
 

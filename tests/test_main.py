@@ -208,6 +208,8 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.augment.magnitude=nan"], "between 0 and 10; got nan"),
         ([_DIGITS, "--config.augment.crop_scale=(0.5,)"], "config.augment.crop_scale"),
         ([_DIGITS, "--config.augment.crop_scale=(0.5,0.3)"], "config.augment.crop_scale"),
+        ([_DIGITS, "--config.data.range=(4095,0)"], "config.data.range"),
+        ([_DIGITS, "--config.data.range=(0,1,2)"], "config.data.range"),
         ([_DIGITS, "--config.data.std=(0.,)"], "config.data.std"),
         ([_DIGITS, "--config.data.bad_records=ignore"], '"raise" or "skip"'),
         ([_DIGITS, "--config.data.name=folder"], "config.data.dir"),

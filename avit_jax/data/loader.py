@@ -42,12 +42,14 @@ class Reader:
     Attributes:
       source: the images.
       transform: host transform of an image and, in training, a random generator.
+      value_range: as in `image_files.decode`.
       skip_bad: whether the next record replaces an unreadable one, with a warning. Otherwise an
         unreadable record is an error.
     """
 
     source: sources.Source
     transform: Callable[..., np.ndarray]
+    value_range: tuple[float, ...] = ()
     skip_bad: bool = False
 
     def __call__(self, i: int) -> sources.Record:
@@ -92,7 +94,8 @@ class Reader:
                 "a split that has labels."
             )
         try:
-            image = image if isinstance(image, np.ndarray) else image_files.decode(image)
+            if not isinstance(image, np.ndarray):
+                image = image_files.decode(image, self.value_range)
         except image_files.BadImage as error:
             raise _Unreadable(f"{self.source.describe(i, record)}: {error}") from error
         return {"image": image, "label": np.int32(label)}

@@ -1,13 +1,12 @@
 """Data sets: random access to records `{"image", "label"}`, with the names of the classes."""
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ class Source:
         For image files it also covers the names and classes of the files, but not their folder.
         """
         files = isinstance(self.records, _Files)
-        paths = [pathlib.PurePath(path).parts[-2:] for path in self.records.paths] if files else []
+        paths = self.records.names() if files else []
         content = json.dumps([len(self.records), self.label_names, paths])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -129,8 +128,13 @@ def _digits(split: str, image_size: tuple[int, int]) -> Source:
 class _Files(Sequence[Record]):
     """Records of image files; a file is read when its record is accessed."""
 
+    folder: str
     paths: list[str]
     labels: list[int]
+
+    def names(self) -> list[list[str]]:
+        """Returns the parts of each path below the folder."""
+        return [os.path.relpath(path, self.folder).split(os.sep) for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -142,18 +146,17 @@ class _Files(Sequence[Record]):
 
 
 def _folder(root: pathlib.Path, split: str) -> Source:
-    """Opens the image files `root/split/class/*`; classes and files are in alphabetical order."""
+    """Opens the image files in `root/split/class/` and below, in alphabetical order."""
     folder = root / split
     paths, labels = [], []
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes = sorted(entry.name for entry in entries if _is_class(entry, folder))
         broken = [entry for entry in entries if entry.is_symlink() and entry.name not in classes]
-        ignored = sum(not _is(entry.is_file) for entry in broken)
+        ignored = sum(not image_files.points_to(entry.is_file) for entry in broken)
         for label, name in enumerate(classes):
-            entries = list(os.scandir(folder / name))
-            found = sorted(entry.path for entry in entries if _is_image(entry))
-            ignored += len(entries) - len(found)
+            found, others = image_files.find(folder / name)
+            ignored += others
             paths += found
             labels += [label] * len(found)
     except OSError as error:
@@ -169,28 +172,14 @@ def _folder(root: pathlib.Path, split: str) -> Source:
         )
     message = "%s: %d images of %d classes, %d other files ignored"
     _logger.info(message, folder, len(paths), len(classes), ignored)
-    return Source(f'"{folder}"', _Files(paths, labels), classes)
-
-
-def _is_image(entry: os.DirEntry) -> bool:
-    has_ending = entry.name.lower().endswith(image_files.ENDINGS)
-    return has_ending and not entry.name.startswith(".") and _is(entry.is_file)
+    return Source(f'"{folder}"', _Files(str(folder), paths, labels), classes)
 
 
 def _is_class(entry: os.DirEntry, folder: pathlib.Path) -> bool:
     """Returns whether an entry is a folder, and not a link to `folder` or to a parent of it."""
     target, here = (pathlib.Path(os.path.realpath(path)) for path in (entry.path, folder))
-    return not (entry.is_symlink() and here.is_relative_to(target)) and _is(entry.is_dir)
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    """Calls a method of `os.DirEntry`; returns False for a link that leads in circles."""
-    try:
-        return kind()
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        return False
+    is_parent = entry.is_symlink() and here.is_relative_to(target)
+    return not is_parent and image_files.points_to(entry.is_dir)
 
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:

@@ -109,7 +109,7 @@ def predict_images(model: PretrainedAViT, params: Any, images: Any) -> Iterator[
             "features."
         )
     transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
-    read = _read(_list(images), transform, model.channels)
+    read = _read(_list(images), transform, model)
     run = _compiled(model, jax.default_backend())
     while batch := list(itertools.islice(read, _BATCH)):
         yield from _predict_batch(run, params, batch, model)
@@ -129,7 +129,7 @@ def read_images(model: PretrainedAViT, images: Any, *, most: int) -> np.ndarray:
     transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
     found = _list(images)
     found = found[:: -(-len(found) // most)]
-    pixels = [image for _, image in _read(found, transform, model.channels)]
+    pixels = [image for _, image in _read(found, transform, model)]
     if not pixels:
         raise errors.UserError("none of the images can be read: the warnings above give reasons.")
     return np.stack(pixels)
@@ -190,13 +190,15 @@ def _list(images: Any) -> list[pathlib.Path | np.ndarray]:
 
 
 def _read(
-    images: Sequence[pathlib.Path | np.ndarray], transform: transforms.Evaluate, channels: int
+    images: Sequence[pathlib.Path | np.ndarray],
+    transform: transforms.Evaluate,
+    model: PretrainedAViT,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the readable images as uint8 `(H, W, channels)`; one channel is grey."""
     image_files.reset_warnings()
     for i, image in enumerate(images):
         if isinstance(image, np.ndarray):
-            if image.shape == (*transform.image_size, channels):
+            if image.shape == (*transform.image_size, model.channels):
                 yield f"image {i}", image
                 continue
             path = f"image {i}"
@@ -204,12 +206,12 @@ def _read(
         else:
             path = str(image)
             try:
-                rgb = image_files.decode(image.read_bytes())
+                rgb = image_files.decode(image.read_bytes(), model.value_range)
             except (image_files.BadImage, OSError) as error:
                 _logger.warning("cannot read %s: %s", path, errors.first_line(error))
                 continue
         pixels = transform(rgb)
-        grey = channels == 1
+        grey = model.channels == 1
         yield path, np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
 
 
@@ -217,11 +219,10 @@ def _find(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns an image file itself, or the image files in a folder."""
     endings = ", ".join(image_files.ENDINGS)
     if path.is_dir():
-        found = [file for file in _walk(path) if file.suffix.lower() in image_files.ENDINGS]
-        found = sorted(file for file in found if file.is_file())
+        found, _ = image_files.find(path)
         if not found:
             raise errors.UserError(f"there is no image in {path}: images end in {endings}.")
-        return found
+        return [pathlib.Path(file) for file in found]
     if not path.exists():
         raise errors.UserError(f"there is no image {path}: name images or their folders.")
     if not path.is_file():  # reading a pipe or a device may never end
@@ -229,19 +230,6 @@ def _find(path: pathlib.Path) -> list[pathlib.Path]:
             f"{path} is no file, but a pipe, a socket or a device: name images or their folders."
         )
     return [path]
-
-
-def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields all files below a folder and behind its links; each folder is visited once."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        target = os.path.realpath(parent)
-        if target in seen:
-            folders.clear()
-            continue
-        seen.add(target)
-        folders.sort()
-        yield from (pathlib.Path(parent, name) for name in names)
 
 
 def report(

@@ -45,8 +45,12 @@ class Evaluator:
         if training is not None:
             sources.check_same_classes(training, self.source)
         transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=data.crop_ratio)
-        skip_bad = data.bad_records == "skip"
-        self.reader = loader.Reader(source=self.source, transform=transform, skip_bad=skip_bad)
+        self.reader = loader.Reader(
+            source=self.source,
+            transform=transform,
+            value_range=tuple(data.range),
+            skip_bad=data.bad_records == "skip",
+        )
         self._batching = {"batch_size": config.eval.batch_size, "num_threads": data.num_threads}
         self._max_bad_share, self._num_pictures = data.max_bad_share, config.eval.pictures
         self._normalization = {"mean": tuple(data.mean), "std": tuple(data.std)}

@@ -111,9 +111,14 @@ def train_batches(
         magnitude=c.magnitude,
         deviation=c.deviation,
     )
-    skip_bad = data.bad_records == "skip"
+    reader = loader.Reader(
+        source=source,
+        transform=transform,
+        value_range=tuple(data.range),
+        skip_bad=data.bad_records == "skip",
+    )
     batches = loader.train_batches(
-        loader.Reader(source=source, transform=transform, skip_bad=skip_bad),
+        reader,
         batch_size=config.train.batch_size,
         seed=config.seed,
         start_step=start_step,
