@@ -200,7 +200,7 @@ def test_recipes_parse_and_build(name: str) -> None:
         ([_DIGITS, "--config.model.dtype=float33"], "float33"),
         ([_DIGITS, "--config.model.num_classes=7"], "--config.model.num_classes=10"),
         ([_DIGITS, "--config.halting.epsilon=1.5"], "epsilon must lie between 0 and 1"),
-        ([_DIGITS, "--config.model.channels=3"], "--config.model.channels=1"),
+        ([_DIGITS, "--config.model.channels=4"], "--config.model.channels=1"),
         ([_DIGITS, "--config.train.steps=0"], "config.train.steps must be between 1"),
         ([_DIGITS, "--config.train.log_every=0"], "config.train.log_every"),
         ([_DIGITS, "--config.eval.pictures=0"], "config.eval.pictures"),

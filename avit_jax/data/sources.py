@@ -85,17 +85,24 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
 
 
 def check_fit(source: Source, *, num_classes: int, channels: int) -> None:
-    """Raises errors.UserError unless the model has the classes and channels of the data set."""
+    """Raises errors.UserError unless the model has the classes of the data set, and can see it.
+
+    Transforms convert between 1 and 3 channels; a log line says so.
+    """
     if len(source.label_names) != num_classes:
         raise errors.UserError(
             f"the data set has {len(source.label_names)} classes but the model {num_classes}: "
             f"set --config.model.num_classes={len(source.label_names)}."
         )
-    if source.channels != channels:
+    if source.channels == channels:
+        return
+    if {source.channels, channels} != {1, 3}:
         raise errors.UserError(
             f"the images have {source.channels} channels but the model {channels}: "
             f"set --config.model.channels={source.channels}."
         )
+    change = "RGB images become grey" if channels == 1 else "grey images become RGB"
+    _logger.info("%s: %s, because config.model.channels is %d", source.name, change, channels)
 
 
 def _digits(split: str, image_size: tuple[int, int]) -> Source:

@@ -108,8 +108,7 @@ def predict_images(model: PretrainedAViT, params: Any, images: Any) -> Iterator[
             "the network has no classes to predict: fine-tune it, or call model.apply for its "
             "features."
         )
-    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
-    read = _read(_list(images), transform, model)
+    read = _read(_list(images), model)
     run = _compiled(model, jax.default_backend())
     while batch := list(itertools.islice(read, _BATCH)):
         yield from _predict_batch(run, params, batch, model)
@@ -126,10 +125,9 @@ def read_images(model: PretrainedAViT, images: Any, *, most: int) -> np.ndarray:
     Raises:
       errors.UserError: there is no image, none is readable, or an array is no image.
     """
-    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
     found = _list(images)
     found = found[:: -(-len(found) // most)]
-    pixels = [image for _, image in _read(found, transform, model)]
+    pixels = [image for _, image in _read(found, model)]
     if not pixels:
         raise errors.UserError("none of the images can be read: the warnings above give reasons.")
     return np.stack(pixels)
@@ -190,29 +188,26 @@ def _list(images: Any) -> list[pathlib.Path | np.ndarray]:
 
 
 def _read(
-    images: Sequence[pathlib.Path | np.ndarray],
-    transform: transforms.Evaluate,
-    model: PretrainedAViT,
+    images: Sequence[pathlib.Path | np.ndarray], model: PretrainedAViT
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the readable images as uint8 `(H, W, channels)`; one channel is grey."""
     image_files.reset_warnings()
+    transform = transforms.Evaluate(
+        image_size=model.pixels, crop_ratio=model.crop_ratio, channels=model.channels
+    )
     for i, image in enumerate(images):
         if isinstance(image, np.ndarray):
-            if image.shape == (*transform.image_size, model.channels):
-                yield f"image {i}", image
-                continue
-            path = f"image {i}"
-            rgb = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy())
-        else:
-            path = str(image)
-            try:
-                rgb = image_files.decode(image.read_bytes(), model.value_range)
-            except (image_files.BadImage, OSError) as error:
-                _logger.warning("cannot read %s: %s", path, errors.first_line(error))
-                continue
-        pixels = transform(rgb)
-        grey = model.channels == 1
-        yield path, np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
+            if image.shape[:2] != model.pixels:
+                image = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy())
+            yield f"image {i}", transform(image)
+            continue
+        path = str(image)
+        try:
+            decoded = image_files.decode(image.read_bytes(), model.value_range)
+        except (image_files.BadImage, OSError) as error:
+            _logger.warning("cannot read %s: %s", path, errors.first_line(error))
+            continue
+        yield path, transform(decoded)
 
 
 def _find(path: pathlib.Path) -> list[pathlib.Path]:

@@ -44,7 +44,9 @@ class Evaluator:
         self.source = build.source(config, model, data.eval_split)
         if training is not None:
             sources.check_same_classes(training, self.source)
-        transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=data.crop_ratio)
+        transform = transforms.Evaluate(
+            image_size=model.pixels, crop_ratio=data.crop_ratio, channels=model.channels
+        )
         self.reader = loader.Reader(
             source=self.source,
             transform=transform,

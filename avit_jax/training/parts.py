@@ -110,6 +110,7 @@ def train_batches(
         flip=c.flip,
         magnitude=c.magnitude,
         deviation=c.deviation,
+        channels=model.channels,
     )
     reader = loader.Reader(
         source=source,

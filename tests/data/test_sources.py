@@ -59,6 +59,21 @@ def test_classes_and_channels_have_to_fit(channels: int) -> None:
         sources.check_fit(source, num_classes=2, channels=4)
 
 
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [(1, "pets: grey images become RGB, because"), (3, "pets: RGB images become grey, because")],
+)
+def test_other_channels_are_reported(
+    channels: int, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = sources.Source("pets", [], ["cat", "dog"], channels=channels)
+    with caplog.at_level("INFO", logger="avit_jax"):
+        sources.check_fit(source, num_classes=2, channels=channels)
+        assert not caplog.text
+        sources.check_fit(source, num_classes=2, channels=4 - channels)
+    assert expected in caplog.text
+
+
 @pytest.mark.parametrize("name", ["imagenet2012", "cifar10"])
 def test_data_set_that_is_not_prepared(tmp_path: pathlib.Path, name: str) -> None:
     how = (

@@ -182,6 +182,10 @@ def test_the_network_sees_what_it_saw_in_training(
     (one,) = predict.predict(config, _WEIGHTS, [tmp_path])
     np.testing.assert_array_equal(one.image, evaluator.reader(0)["image"])
     assert one.image.max() > 100
+    config.data.update({"mean": (0.5,), "std": (0.5,)})
+    config.model.channels = 1
+    (grey,) = predict.predict(config, _WEIGHTS, [tmp_path])
+    np.testing.assert_array_equal(grey.image, one.image[..., :1])
     assert f"cannot read {tmp_path}/val/cat/deep/b.tif: " in caplog.text
     with pytest.raises(errors.UserError, match=r"cannot read .*val/cat/deep/b\.tif: "):
         evaluator.reader(1)
