@@ -37,7 +37,8 @@ class Prediction:
       path: of the image.
       top5: names of the most likely classes, or their numbers if the names are unknown.
       words: words for the same classes: ImageNet-1k's have synsets as names, such as n01440764.
-      probabilities: of these classes; the probabilities of all classes sum to 1.
+      probabilities: of these classes. Those of all classes sum to 1, unless the network learned
+        with the sigmoid loss; then each is its own.
       depth: `(rows, columns)` layers that each patch token used.
       macs: multiply-accumulates that the image cost.
       macs_ratio: `macs` relative to the static network.
@@ -150,7 +151,8 @@ def _predict_batch(
     images = np.stack([image for _, image in batch] + [batch[0][1]] * (_BATCH - len(batch)))
     normalized = augment.normalize(images, model.mean, model.std)
     logits, aux = jax.device_get(run(params, normalized))
-    probabilities = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
+    activation = jax.nn.sigmoid if model.sigmoid else jax.nn.softmax
+    probabilities = np.asarray(activation(logits.astype(np.float32)))
     depth = np.asarray(flops.patch_depth(model, aux.active))
     macs, names = aux.macs, model.label_names
     for i, (path, image) in enumerate(batch):

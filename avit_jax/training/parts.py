@@ -80,6 +80,7 @@ def of_config(config: ConfigDict, model: vit.AViT | None = None) -> Parts:
         return lambda state, batch: run(state, batch, *taught)
 
     has_parent = config.init and not config.init_new_head and model.halting is not None
+    has_parent = has_parent and not source.multi_label  # which has no top-1 accuracy
     return Parts(
         options=build.run_options(config),
         config=config_lib.to_json(config),
