@@ -66,6 +66,9 @@ def _input() -> dict[str, dict[str, Any]]:
             "eval_split": "test",  # measured during and after training
             "mean": (0.485, 0.456, 0.406),  # of each channel, for pixels scaled to [0, 1]
             "std": (0.229, 0.224, 0.225),  # standard deviation of the same pixels
+            # Black and white of grey images of more than 8 bits, such as (0, 4095) for 12 bits;
+            # empty: as the file says.
+            "range": (),
             "crop_ratio": 0.875,  # evaluation: central fraction of the resized image
             "num_threads": 2,  # reading and transforming threads, per worker
             "num_workers": 0,  # reading processes for training; 0: the training process reads

@@ -145,6 +145,16 @@ def _shape_faults(values: dict[str, Any]) -> Iterator[str]:
             "config.augment.crop_scale must be (smallest, largest) with "
             f"0 < smallest <= largest <= 1; got {scale}."
         )
+    limits = values["data.range"]
+    if limits and not (
+        len(limits) == 2
+        and all(isinstance(limit, int | float) for limit in limits)
+        and -math.inf < limits[0] < limits[1] < math.inf
+    ):
+        yield (
+            "config.data.range must be empty, or (black, white) with black < white, such as "
+            f"(0,4095); got {limits}."
+        )
     if not all(std > 0 for std in values["data.std"]):
         yield f"config.data.std must be above 0; got {values['data.std']}."
     weights, num_classes = values["loss.class_weights"], values["model.num_classes"]

@@ -139,6 +139,8 @@ def prepared(model: Any, config: ConfigDict, label_names: Iterable[str]) -> Pret
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         crop_ratio=config.data.crop_ratio,
+        value_range=tuple(config.data.range),
+        sigmoid=config.loss.sigmoid,
         label_names=class_names.of_classes(tuple(label_names), model.num_classes),
     )
 

@@ -144,6 +144,7 @@ def config_of(model: PretrainedAViT) -> Any:
     if model.halting is not None:
         config.halting.update(dataclasses.asdict(model.halting))
     config.data.update({"mean": model.mean, "std": model.std, "crop_ratio": model.crop_ratio})
+    config.data.range, config.loss.sigmoid = model.value_range, model.sigmoid
     config.loss.target_depth = min(config.loss.target_depth, float(model.depth))
     return config
 

@@ -18,15 +18,21 @@ from avit_jax.utils import errors
 
 
 def pixels(
-    name: str, split: str, data_dir: str, *, size: tuple[int, int], crop_ratio: float, count: int
+    name: str,
+    split: str,
+    data_dir: str,
+    *,
+    size: tuple[int, int],
+    crop_ratio: float,
+    count: int,
+    channels: int = 3,
 ) -> np.ndarray:
     """The first `count` pictures of a split, as evaluation sees them, `(count, H, W, C)` uint8;
     again if there are fewer.
     """
     source = sources.load(name, split=split, data_dir=data_dir, image_size=size)
-    read = loader.Reader(
-        source=source, transform=transforms.Evaluate(image_size=size, crop_ratio=crop_ratio)
-    )
+    transform = transforms.Evaluate(image_size=size, crop_ratio=crop_ratio, channels=channels)
+    read = loader.Reader(source=source, transform=transform)
     with concurrent.futures.ThreadPoolExecutor() as threads:
         images = list(
             threads.map(lambda i: read(i)["image"], range(min(count, len(source.records))))

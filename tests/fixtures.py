@@ -18,6 +18,25 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+LABELS = ["cat", "dog", "grass", "sky"]
+
+
+def multi_label_folder(root: pathlib.Path) -> None:
+    """Two splits of noise with any of four labels; each label makes a quarter of a picture bright."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 13)):
+        (root / split / "sub").mkdir(parents=True)
+        rows = ["file,labels"]
+        for i in range(count):
+            labels = np.flatnonzero(rng.random(4) < 0.4)
+            pixels = rng.integers(0, 99, (20, 20, 3), dtype=np.uint8)
+            for label in labels:
+                pixels[:, 5 * label : 5 * label + 5] += 120
+            (root / split / f"sub/{i}.png").write_bytes(png(pixels))
+            rows.append(f"sub/{i}.png,{';'.join(LABELS[label] for label in labels)}")
+        (root / split / "labels.csv").write_text("\n".join(rows))
+
+
 def small_config(**overrides: object) -> ConfigDict:
     """Digits at 16x16 with 17 tokens, two layers: seconds to train."""
     config = config_lib.default()

@@ -2,7 +2,7 @@
 
 A batch is a dict of arrays with the axes `(images of this process, ...)`:
   image: uint8 `(H, W, C)`.
-  label: int32.
+  label: int32; float32 `(C,)`, 1 for each label, if images have any number of labels.
   skipped: int32, records that could not be read before this one.
   index: int32, index of the image in the global batch.
   weight: float32, only in evaluation: 0 for padding and for unreadable records, otherwise 1.
@@ -42,12 +42,14 @@ class Reader:
     Attributes:
       source: the images.
       transform: host transform of an image and, in training, a random generator.
+      value_range: as in `image_files.decode`.
       skip_bad: whether the next record replaces an unreadable one, with a warning. Otherwise an
         unreadable record is an error.
     """
 
     source: sources.Source
     transform: Callable[..., np.ndarray]
+    value_range: tuple[float, ...] = ()
     skip_bad: bool = False
 
     def __call__(self, i: int) -> sources.Record:
@@ -85,16 +87,20 @@ class Reader:
             record = self.source.records[i]
         except Exception as error:  # a file is gone, or array_record reports a damaged shard
             raise _Unreadable(f"{self.source.describe(i, record)}: {error}") from error
-        label, image = record["label"], record["image"]
-        if not 0 <= label < len(self.source.label_names):
+        label, image = record[self.source.label_key], record["image"]
+        classes = np.arange(len(self.source.label_names))
+        if not np.isin(label, classes).all():
             raise errors.UserError(
                 f"{self.source.describe(i, record)} has the label {label}, which is no class: name "
                 "a split that has labels."
             )
         try:
-            image = image if isinstance(image, np.ndarray) else image_files.decode(image)
+            if not isinstance(image, np.ndarray):
+                image = image_files.decode(image, self.value_range)
         except image_files.BadImage as error:
             raise _Unreadable(f"{self.source.describe(i, record)}: {error}") from error
+        if self.source.multi_label:
+            return {"image": image, "label": np.isin(classes, label).astype(np.float32)}
         return {"image": image, "label": np.int32(label)}
 
 

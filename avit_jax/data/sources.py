@@ -1,13 +1,13 @@
-"""Data sets: random access to records `{"image", "label"}`, with the names of the classes."""
+"""Data sets: random access to records with image and labels, and the names of the classes."""
 
+import csv
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from avit_jax.utils import errors
 
 Record = dict[str, Any]
 _logger = logging.getLogger(__name__)
+_LABELS = "labels.csv"  # in the folder of a split whose images have several labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +27,30 @@ class Source:
     Attributes:
       name: of the data set and the split, for messages.
       records: random access. A record holds `image`, a uint8 array `(H, W, C)` or the bytes of an
-        image file; `label`, an int; and `file_name` if there is a file.
+        image file; `file_name` if there is a file; and under `label_key` an int, or a sequence of
+        ints with `multi_label`.
       label_names: one name per class.
       channels: of the decoded images; image files become RGB.
+      label_key: name of the labels in a record.
+      multi_label: whether an image has any number of labels.
     """
 
     name: str
     records: Sequence[Record]
     label_names: list[str]
     channels: int = 3
+    label_key: str = "label"
+    multi_label: bool = False
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of the number of records and the names of classes.
 
-        For image files it also covers the names and classes of the files, but not their folder.
+        For image files it also covers the names and labels of the files, but not their folder.
         """
         files = isinstance(self.records, _Files)
-        paths = [pathlib.PurePath(path).parts[-2:] for path in self.records.paths] if files else []
-        content = json.dumps([len(self.records), self.label_names, paths])
+        paths = self.records.names() if files else []
+        labels = [self.records.labels] if files and self.multi_label else []
+        content = json.dumps([len(self.records), self.label_names, paths, *labels])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def describe(self, i: int, record: Record) -> str:
@@ -83,20 +90,33 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
             f"{', '.join(differing[:5]) or 'their order'}: set --config.data.train_split and "
             "eval_split to splits with the same classes."
         )
+    if train.multi_label != evaluation.multi_label:
+        one, other = (train, evaluation) if train.multi_label else (evaluation, train)
+        raise errors.UserError(
+            f"{one.name} gives an image any number of labels, and {other.name} one: set "
+            "--config.data.train_split and eval_split to splits of the same kind."
+        )
 
 
 def check_fit(source: Source, *, num_classes: int, channels: int) -> None:
-    """Raises errors.UserError unless the model has the classes and channels of the data set."""
+    """Raises errors.UserError unless the model has the classes of the data set, and can see it.
+
+    Transforms convert between 1 and 3 channels; a log line says so.
+    """
     if len(source.label_names) != num_classes:
         raise errors.UserError(
             f"the data set has {len(source.label_names)} classes but the model {num_classes}: "
             f"set --config.model.num_classes={len(source.label_names)}."
         )
-    if source.channels != channels:
+    if source.channels == channels:
+        return
+    if {source.channels, channels} != {1, 3}:
         raise errors.UserError(
             f"the images have {source.channels} channels but the model {channels}: "
             f"set --config.model.channels={source.channels}."
         )
+    change = "RGB images become grey" if channels == 1 else "grey images become RGB"
+    _logger.info("%s: %s, because config.model.channels is %d", source.name, change, channels)
 
 
 def _digits(split: str, image_size: tuple[int, int]) -> Source:
@@ -129,8 +149,13 @@ def _digits(split: str, image_size: tuple[int, int]) -> Source:
 class _Files(Sequence[Record]):
     """Records of image files; a file is read when its record is accessed."""
 
+    folder: str
     paths: list[str]
-    labels: list[int]
+    labels: list[int] | list[list[int]]
+
+    def names(self) -> list[list[str]]:
+        """Returns the parts of each path below the folder."""
+        return [os.path.relpath(path, self.folder).split(os.sep) for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -142,18 +167,19 @@ class _Files(Sequence[Record]):
 
 
 def _folder(root: pathlib.Path, split: str) -> Source:
-    """Opens the image files `root/split/class/*`; classes and files are in alphabetical order."""
+    """Opens the image files in `root/split/class/` and below, in alphabetical order."""
     folder = root / split
+    if (folder / _LABELS).is_file():
+        return _labelled_folder(root, folder)
     paths, labels = [], []
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes = sorted(entry.name for entry in entries if _is_class(entry, folder))
         broken = [entry for entry in entries if entry.is_symlink() and entry.name not in classes]
-        ignored = sum(not _is(entry.is_file) for entry in broken)
+        ignored = sum(not image_files.points_to(entry.is_file) for entry in broken)
         for label, name in enumerate(classes):
-            entries = list(os.scandir(folder / name))
-            found = sorted(entry.path for entry in entries if _is_image(entry))
-            ignored += len(entries) - len(found)
+            found, others = image_files.find(folder / name)
+            ignored += others
             paths += found
             labels += [label] * len(found)
     except OSError as error:
@@ -169,28 +195,54 @@ def _folder(root: pathlib.Path, split: str) -> Source:
         )
     message = "%s: %d images of %d classes, %d other files ignored"
     _logger.info(message, folder, len(paths), len(classes), ignored)
-    return Source(f'"{folder}"', _Files(paths, labels), classes)
+    return Source(f'"{folder}"', _Files(str(folder), paths, labels), classes)
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    has_ending = entry.name.lower().endswith(image_files.ENDINGS)
-    return has_ending and not entry.name.startswith(".") and _is(entry.is_file)
+def _labelled_folder(root: pathlib.Path, folder: pathlib.Path) -> Source:
+    """Opens the images that `labels.csv` names; its order is that of the records.
+
+    The classes are the labels of all splits in `root`, in alphabetical order.
+    """
+    names = {label for path in root.glob(f"*/{_LABELS}") for one in _rows(path) for label in one[1]}
+    rows = _rows(folder / _LABELS)
+    if not names or not rows:
+        raise errors.UserError(
+            f'"{folder / _LABELS}" names no image with a label: write a row for each image, such '
+            "as: cats/1.jpg,cat;grass"
+        )
+    label_names = sorted(names)
+    index = {name: i for i, name in enumerate(label_names)}
+    paths = [str(folder / file) for file, _ in rows]
+    labels = [sorted(index[label] for label in found) for _, found in rows]
+    _logger.info("%s: %d images with any of %d labels", folder, len(paths), len(label_names))
+    return Source(f'"{folder}"', _Files(str(folder), paths, labels), label_names, multi_label=True)
+
+
+def _rows(path: pathlib.Path) -> list[tuple[str, set[str]]]:
+    """Returns the files in a `labels.csv`, each with its labels; rows of one file are united."""
+    rows: dict[str, set[str]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for i, row in enumerate(csv.reader(file)):
+                if not row or (i == 0 and [cell.strip() for cell in row] == ["file", "labels"]):
+                    continue
+                if len(row) != 2 or not row[0].strip():
+                    raise ValueError(
+                        f"row {i + 1} must hold a file and its labels, such as: "
+                        "cats/1.jpg,cat;grass"
+                    )
+                labels = {label.strip() for label in row[1].split(";")} - {""}
+                rows.setdefault(row[0].strip(), set()).update(labels)
+    except (OSError, ValueError, csv.Error) as error:
+        raise errors.UserError(f'cannot read "{path}": {errors.first_line(error)}') from error
+    return list(rows.items())
 
 
 def _is_class(entry: os.DirEntry, folder: pathlib.Path) -> bool:
     """Returns whether an entry is a folder, and not a link to `folder` or to a parent of it."""
     target, here = (pathlib.Path(os.path.realpath(path)) for path in (entry.path, folder))
-    return not (entry.is_symlink() and here.is_relative_to(target)) and _is(entry.is_dir)
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    """Calls a method of `os.DirEntry`; returns False for a link that leads in circles."""
-    try:
-        return kind()
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        return False
+    is_parent = entry.is_symlink() and here.is_relative_to(target)
+    return not is_parent and image_files.points_to(entry.is_dir)
 
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
@@ -220,12 +272,13 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
             "--config=configs/digits.py, which needs no download."
         )
     features = builder.info.features
-    named = {"image", "label"} <= set(features)
-    if not named or not isinstance(features["label"], tfds.features.ClassLabel):
+    found = _labels(features)
+    if found is None or "image" not in features:
         raise errors.UserError(
-            f'"{name}" has no image with one label: its records hold '
+            f'"{name}" has no image with one label or a list of labels: its records hold '
             f"{', '.join(sorted(features))}; name another data set."
         )
+    key, names, multi_label = found
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         if not len(records):
@@ -234,4 +287,19 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
         raise errors.UserError(
             f'cannot read the split "{split}" of "{name}" {where}: {errors.first_line(error)}'
         ) from error
-    return Source(f'"{name}", split "{split}"', records, features["label"].names)
+    title = f'"{name}", split "{split}"'
+    return Source(title, records, names, label_key=key, multi_label=multi_label)
+
+
+def _labels(features: Any) -> tuple[str, list[str], bool] | None:
+    """Returns the key of the labels, the names of classes, and whether a record has a list."""
+    import tensorflow_datasets as tfds
+
+    features = dict(features.items())
+    for key in ("label", "labels"):
+        feature = features.get(key)
+        multi_label = isinstance(feature, tfds.features.Sequence)
+        feature = feature.feature if multi_label else feature
+        if isinstance(feature, tfds.features.ClassLabel):
+            return key, feature.names, multi_label
+    return None

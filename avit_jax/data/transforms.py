@@ -1,6 +1,6 @@
-"""Host transforms: map a decoded image to a uint8 array of one size.
+"""Host transforms: map a decoded image to a uint8 array of one size and number of channels.
 
-Arrays already have that size; they are returned unchanged.
+Arrays already have that size; only their channels change.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ class Train:
       flip: probability of a horizontal flip.
       magnitude: of RandAugment, from 0 (off) to 10; DeiT: 9.
       deviation: of the magnitude; DeiT: 0.5.
+      channels: of the result: 1 for grey, 3 for RGB.
     """
 
     image_size: tuple[int, int]
@@ -33,11 +34,12 @@ class Train:
     flip: float = 0.5
     magnitude: float = 0.0
     deviation: float = 0.5
+    channels: int = 3
 
     def __call__(self, image: Image.Image | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Returns uint8 `(H, W, 3)` from an RGB image; `rng` gives all random numbers."""
+        """Returns uint8 `(H, W, channels)` from an RGB image; `rng` gives all random numbers."""
         if isinstance(image, np.ndarray):
-            return image
+            return _with_channels(image, self.channels)
         height, width = self.image_size
         box = _random_box(image.width, image.height, self.crop_scale, rng)
         image = image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
@@ -47,7 +49,7 @@ class Train:
             image = randaugment.rand_augment(
                 image, rng, magnitude=self.magnitude, deviation=self.deviation
             )
-        return np.asarray(image)
+        return _with_channels(np.asarray(image), self.channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,15 +60,17 @@ class Evaluate:
       image_size: (height, width) of the result.
       crop_ratio: visible fraction of the resized image's shorter side; DeiT: 0.875, 224 of 256
         pixels.
+      channels: of the result: 1 for grey, 3 for RGB.
     """
 
     image_size: tuple[int, int]
     crop_ratio: float
+    channels: int = 3
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """Returns uint8 `(H, W, 3)` from an RGB image."""
+        """Returns uint8 `(H, W, channels)` from an RGB image."""
         if isinstance(image, np.ndarray):
-            return image
+            return _with_channels(image, self.channels)
         image = _without_ends(image)
         height, width = self.image_size
         if width * image.height > height * image.width:  # the width limits the crop
@@ -75,7 +79,17 @@ class Evaluate:
         else:
             size = int(height / self.crop_ratio)
             size = (int(size * image.width / image.height), size)
-        return np.asarray(_center(image.resize(size, Image.Resampling.BICUBIC), width, height))
+        image = _center(image.resize(size, Image.Resampling.BICUBIC), width, height)
+        return _with_channels(np.asarray(image), self.channels)
+
+
+def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Converts grey pixels `(H, W, 1)` to RGB, or RGB ones `(H, W, 3)` to grey (ITU-R 601)."""
+    if pixels.shape[-1] == channels:
+        return pixels
+    if channels == 1:
+        return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    return np.repeat(pixels, channels, axis=-1)
 
 
 def _center(image: Image.Image, width: int, height: int) -> Image.Image:

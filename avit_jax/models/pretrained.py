@@ -16,12 +16,17 @@ class PretrainedAViT(vit.AViT):
       mean: mean of the pixels scaled to [0, 1], one number per channel or one for all.
       std: standard deviation of the same pixels, in the same form.
       crop_ratio: central fraction of the resized image that the network sees.
+      value_range: values of black and white in grey image files of more than 8 bits; empty: as the
+        file says.
+      sigmoid: whether each class has its own probability; else those of all classes sum to 1.
       label_names: names of the classes; empty if unknown.
     """
 
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     crop_ratio: float = 0.875
+    value_range: tuple[float, ...] = ()
+    sigmoid: bool = False
     label_names: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from avit_jax import config as config_lib
 from avit_jax import run_config
 from avit_jax.inference.adapt import RATIO_TOLERANCE, BudgetOutOfReach, find_bias, with_bias
-from avit_jax.training import build, distributed, evaluate, restore
+from avit_jax.training import build, distributed, evaluate, metrics, restore
 from avit_jax.utils import errors
 
 _logger = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ def from_checkpoint(
 
     def cost(beta: float) -> float:
         values = evaluator.measure(with_bias(trained, params, beta)[1])
-        ratios[beta], top1 = values["macs_ratio"], 100 * values["top1"]
-        _logger.info("beta %.4f: MACs ratio %.4f, top-1 %.2f%%", beta, ratios[beta], top1)
+        ratios[beta], (name, quality) = values["macs_ratio"], metrics.quality(values)
+        message = "beta %.4f: MACs ratio %.4f, %s %.2f%%"
+        _logger.info(message, beta, ratios[beta], name, 100 * quality)
         return ratios[beta]
 
     try:

@@ -37,7 +37,8 @@ class Prediction:
       path: of the image.
       top5: names of the most likely classes, or their numbers if the names are unknown.
       words: words for the same classes: ImageNet-1k's have synsets as names, such as n01440764.
-      probabilities: of these classes; the probabilities of all classes sum to 1.
+      probabilities: of these classes. Those of all classes sum to 1, unless the network learned
+        with the sigmoid loss; then each is its own.
       depth: `(rows, columns)` layers that each patch token used.
       macs: multiply-accumulates that the image cost.
       macs_ratio: `macs` relative to the static network.
@@ -108,8 +109,7 @@ def predict_images(model: PretrainedAViT, params: Any, images: Any) -> Iterator[
             "the network has no classes to predict: fine-tune it, or call model.apply for its "
             "features."
         )
-    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
-    read = _read(_list(images), transform, model.channels)
+    read = _read(_list(images), model)
     run = _compiled(model, jax.default_backend())
     while batch := list(itertools.islice(read, _BATCH)):
         yield from _predict_batch(run, params, batch, model)
@@ -126,10 +126,9 @@ def read_images(model: PretrainedAViT, images: Any, *, most: int) -> np.ndarray:
     Raises:
       errors.UserError: there is no image, none is readable, or an array is no image.
     """
-    transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=model.crop_ratio)
     found = _list(images)
     found = found[:: -(-len(found) // most)]
-    pixels = [image for _, image in _read(found, transform, model.channels)]
+    pixels = [image for _, image in _read(found, model)]
     if not pixels:
         raise errors.UserError("none of the images can be read: the warnings above give reasons.")
     return np.stack(pixels)
@@ -152,7 +151,8 @@ def _predict_batch(
     images = np.stack([image for _, image in batch] + [batch[0][1]] * (_BATCH - len(batch)))
     normalized = augment.normalize(images, model.mean, model.std)
     logits, aux = jax.device_get(run(params, normalized))
-    probabilities = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
+    activation = jax.nn.sigmoid if model.sigmoid else jax.nn.softmax
+    probabilities = np.asarray(activation(logits.astype(np.float32)))
     depth = np.asarray(flops.patch_depth(model, aux.active))
     macs, names = aux.macs, model.label_names
     for i, (path, image) in enumerate(batch):
@@ -190,38 +190,36 @@ def _list(images: Any) -> list[pathlib.Path | np.ndarray]:
 
 
 def _read(
-    images: Sequence[pathlib.Path | np.ndarray], transform: transforms.Evaluate, channels: int
+    images: Sequence[pathlib.Path | np.ndarray], model: PretrainedAViT
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the readable images as uint8 `(H, W, channels)`; one channel is grey."""
     image_files.reset_warnings()
+    transform = transforms.Evaluate(
+        image_size=model.pixels, crop_ratio=model.crop_ratio, channels=model.channels
+    )
     for i, image in enumerate(images):
         if isinstance(image, np.ndarray):
-            if image.shape == (*transform.image_size, channels):
-                yield f"image {i}", image
-                continue
-            path = f"image {i}"
-            rgb = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy())
-        else:
-            path = str(image)
-            try:
-                rgb = image_files.decode(image.read_bytes())
-            except (image_files.BadImage, OSError) as error:
-                _logger.warning("cannot read %s: %s", path, errors.first_line(error))
-                continue
-        pixels = transform(rgb)
-        grey = channels == 1
-        yield path, np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if grey else pixels
+            if image.shape[:2] != model.pixels:
+                image = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy())
+            yield f"image {i}", transform(image)
+            continue
+        path = str(image)
+        try:
+            decoded = image_files.decode(image.read_bytes(), model.value_range)
+        except (image_files.BadImage, OSError) as error:
+            _logger.warning("cannot read %s: %s", path, errors.first_line(error))
+            continue
+        yield path, transform(decoded)
 
 
 def _find(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns an image file itself, or the image files in a folder."""
     endings = ", ".join(image_files.ENDINGS)
     if path.is_dir():
-        found = [file for file in _walk(path) if file.suffix.lower() in image_files.ENDINGS]
-        found = sorted(file for file in found if file.is_file())
+        found, _ = image_files.find(path)
         if not found:
             raise errors.UserError(f"there is no image in {path}: images end in {endings}.")
-        return found
+        return [pathlib.Path(file) for file in found]
     if not path.exists():
         raise errors.UserError(f"there is no image {path}: name images or their folders.")
     if not path.is_file():  # reading a pipe or a device may never end
@@ -229,19 +227,6 @@ def _find(path: pathlib.Path) -> list[pathlib.Path]:
             f"{path} is no file, but a pipe, a socket or a device: name images or their folders."
         )
     return [path]
-
-
-def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields all files below a folder and behind its links; each folder is visited once."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        target = os.path.realpath(parent)
-        if target in seen:
-            folders.clear()
-            continue
-        seen.add(target)
-        folders.sort()
-        yield from (pathlib.Path(parent, name) for name in names)
 
 
 def report(

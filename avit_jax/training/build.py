@@ -183,12 +183,22 @@ def source(config: ConfigDict, network: vit.AViT, split: str) -> sources.Source:
     """Returns a split of the data set.
 
     Raises:
-      errors.UserError: it is missing, or does not fit the network or the first process's split.
+      errors.UserError: it is missing, or does not fit the network, the losses or the first
+        process's split.
     """
     found = sources.load(
         config.data.name, split=split, data_dir=config.data.dir, image_size=network.pixels
     )
     sources.check_fit(found, num_classes=network.num_classes, channels=network.channels)
+    if found.multi_label and not config.loss.sigmoid:
+        raise errors.UserError(
+            f"{found.name} gives an image any number of labels: set --config.loss.sigmoid=True."
+        )
+    if found.multi_label and config.distill.teacher:
+        raise errors.UserError(
+            f"{found.name} gives an image any number of labels, and a teacher one: remove "
+            "config.distill.teacher."
+        )
     distributed.check_same(found.fingerprint(), found.name)
     return found
 

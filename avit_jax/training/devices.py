@@ -46,6 +46,11 @@ def total(tree: Any) -> Any:
     return jax.lax.psum(tree, AXIS)
 
 
+def gather(tree: Any) -> Any:
+    """Returns arrays of all devices one after the other, inside a parallel function."""
+    return jax.lax.all_gather(tree, AXIS, tiled=True)
+
+
 def replicate(tree: Any, devices: list[jax.Device] | None = None) -> Any:
     """Copies a tree to each local device, or to the given ones, along a new first axis.
 

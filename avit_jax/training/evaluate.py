@@ -44,9 +44,15 @@ class Evaluator:
         self.source = build.source(config, model, data.eval_split)
         if training is not None:
             sources.check_same_classes(training, self.source)
-        transform = transforms.Evaluate(image_size=model.pixels, crop_ratio=data.crop_ratio)
-        skip_bad = data.bad_records == "skip"
-        self.reader = loader.Reader(source=self.source, transform=transform, skip_bad=skip_bad)
+        transform = transforms.Evaluate(
+            image_size=model.pixels, crop_ratio=data.crop_ratio, channels=model.channels
+        )
+        self.reader = loader.Reader(
+            source=self.source,
+            transform=transform,
+            value_range=tuple(data.range),
+            skip_bad=data.bad_records == "skip",
+        )
         self._batching = {"batch_size": config.eval.batch_size, "num_threads": data.num_threads}
         self._max_bad_share, self._num_pictures = data.max_bad_share, config.eval.pictures
         self._normalization = {"mean": tuple(data.mean), "std": tuple(data.std)}
@@ -64,17 +70,22 @@ class Evaluator:
           stop: whether to stop now; asked before each batch.
 
         Returns:
-          The means of `metrics.eval_sums`, or None if `stop` ended the evaluation.
+          The means of `metrics.eval_sums`, with `metrics.average_precision` if images have any
+          number of labels; or None if `stop` ended the evaluation.
 
         Raises:
-          errors.UserError: too many images could not be read.
+          errors.UserError: too many images could not be read, or none has a label.
         """
-        sums = []  # stays on the devices until the last batch
+        steps = []  # stays on the devices until the last batch
         for batch in devices.prefetch(loader.eval_batches(self.reader, **self._batching)):
             if stop():
                 return None
-            sums.append(self._step(params, batch))
-        results = metrics.means(devices.first(jax.device_get(sums)))
+            steps.append(self._step(params, batch))
+        sums, ranked = zip(*devices.first(jax.device_get(steps)), strict=True)
+        results = metrics.means(sums)
+        if self.source.multi_label:
+            logits, labels, weight = map(np.concatenate, zip(*ranked, strict=True))
+            results |= metrics.average_precision(logits[weight > 0], labels[weight > 0])
         total = len(self.source.records)
         unread = total - int(results["images"])
         if unread:
@@ -110,13 +121,14 @@ class Evaluator:
         if not distributed.is_first():
             return
         values = self.scalars(results)
+        measured = "mean_average_precision" if self.source.multi_label else "top1"
         content = {
-            "top1": values["top1"],
+            measured: values[measured],
             "macs_per_image": values["macs"],
             "macs_ratio": values["macs_ratio"],
             "mean_depth": values["depth_patch"],
             "images": int(values["images"]),
-            "class_top1": class_accuracy(results, self.source.label_names),
+            **by_class(results, self.source.label_names),
         }
         files.write(summary, json.dumps(content | more, indent=2) + "\n")
         visualize.write(self._figure(devices.first(params), results, values), figure)
@@ -130,33 +142,46 @@ class Evaluator:
         normal = augment.normalize(images, **self._normalization)
         with announce.compiling("the figure's program"):
             logits, aux = jax.device_get(jax.jit(self._apply)({"params": params}, normal))
-        guesses, names = logits.argmax(-1), self.source.label_names
+        guesses = logits > 0 if self.source.multi_label else logits.argmax(-1)
+        names, (measured, quality) = self.source.label_names, metrics.quality(values)
         return visualize.depth_figure(
             images,
             np.asarray(flops.patch_depth(self._model, aux.active)),
             num_layers=self._model.depth,
             titles=[
-                _title(int(record["label"]), guess, names)
+                _title(record["label"], guess, names)
                 for record, guess in zip(records, guesses, strict=True)
             ],
             patch_depth=results["patch_depth"],
             score=results["score"],
-            caption=f"top-1 {values['top1']:.1%} at {values['macs_ratio']:.2f} of the static "
+            caption=f"{measured} {quality:.1%} at {values['macs_ratio']:.2f} of the static "
             f"network's MACs, mean depth of patch tokens {values['depth_patch']:.2f} of "
             f"{self._model.depth} layers",
         )
 
 
-def class_accuracy(results: Results, names: Sequence[str]) -> dict[str, float | None]:
-    """Returns the top-1 accuracy of each class by name; None for a class without images."""
+def by_class(results: Results, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Returns `class_top1` or `class_average_precision`: a value for the name of each class.
+
+    A class without images has None.
+    """
+    if "class_average_precision" in results:
+        each = results["class_average_precision"]
+        parts = zip(names, each, strict=True)
+        precision = {name: None if np.isnan(x) else float(x) for name, x in parts}
+        return {"class_average_precision": precision}
     parts = zip(names, results["class_top1"], results["class_images"], strict=True)
-    return {name: float(right / images) if images else None for name, right, images in parts}
+    accuracy = {name: float(right / images) if images else None for name, right, images in parts}
+    return {"class_top1": accuracy}
 
 
 def make_eval_step(
     model: vit.AViT, apply: Callable[..., Any], *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Any, loader.Batch], metrics.Sums]:
+) -> Callable[[Any, loader.Batch], tuple[metrics.Sums, tuple[jax.Array, ...]]]:
     """Returns the evaluation step of one device, for `devices.parallel`.
+
+    Its results are the sums over all devices and, if images have any number of labels, logits,
+    labels and weights of the images of all devices.
 
     Args:
       model: for its sizes.
@@ -166,16 +191,23 @@ def make_eval_step(
       std: standard deviation of the same pixels, in the same form.
     """
 
-    def eval_step(params: Any, batch: loader.Batch) -> metrics.Sums:
+    def eval_step(params: Any, batch: loader.Batch) -> tuple[metrics.Sums, tuple[jax.Array, ...]]:
         logits, aux = apply({"params": params}, augment.normalize(batch["image"], mean, std))
-        return devices.total(metrics.eval_sums(model, logits, aux, batch["label"], batch["weight"]))
+        labels, weight = batch["label"], batch["weight"]
+        sums = devices.total(metrics.eval_sums(model, logits, aux, labels, weight))
+        ranked = (logits, labels, weight) if labels.ndim == 2 else ()
+        return sums, devices.gather(ranked)
 
     return eval_step
 
 
-def _title(label: int, guess: int, names: list[str]) -> str:
-    names = [class_names.words(name) for name in names]
-    return names[label] if label == guess else f"{names[label]},\npredicted {names[guess]}"
+def _title(label: np.ndarray, guess: np.ndarray, names: list[str]) -> str:
+    """Returns a title from a label and a prediction, each one class or 1 for each of several."""
+    texts = []
+    for found in (label, guess):
+        numbers = np.flatnonzero(found) if np.ndim(found) else [found]
+        texts.append(", ".join(class_names.words(names[i]) for i in numbers) or "no label")
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]},\npredicted {texts[1]}"
 
 
 def top1(

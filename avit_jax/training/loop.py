@@ -20,6 +20,7 @@ from avit_jax.training import (
     devices,
     distributed,
     evaluate,
+    metrics,
     progress,
     restore,
     writers,
@@ -252,7 +253,7 @@ class Saver:
             self.metadata, log=self._log.snapshot(), evaluated=results is not None
         )
         if self._checkpoints:
-            top1 = None if results is None else float(results["top1"])
+            top1 = None if results is None else metrics.quality(results)[1]
             snapshot, extra = devices.first(state), self.metadata.to_json()
             self._checkpoints.save(step, snapshot, top1=top1, extra=extra)
         self.step = step

@@ -46,6 +46,19 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
+def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns whether the most likely class is the label, or one of several, `(B,)`.
+
+    Args:
+      logits: `(B, C)`.
+      labels: `(B,)` int, or `(B, C)` 1 for each label of an image.
+    """
+    best = logits.argmax(-1)
+    if labels.ndim == 1:
+        return best == labels
+    return jnp.take_along_axis(labels, best[:, None], axis=1)[:, 0] > 0
+
+
 def distillation_loss(
     logits: jax.Array, teacher: jax.Array, *, targets: str = "hard", temperature: float = 1.0
 ) -> jax.Array:

@@ -3,6 +3,8 @@
 import json
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from tensorboardX.proto import event_pb2
 from avit_jax.core import halting
 from avit_jax.models import flops, vit
 from avit_jax.training import damage, losses
-from avit_jax.utils import files
+from avit_jax.utils import errors, files
 
 _logger = logging.getLogger(__name__)
 Sums = dict[str, jax.Array]
@@ -38,7 +40,7 @@ def eval_sums(
       model: for its sizes.
       logits: `(B, C)`.
       aux: of the same forward pass.
-      labels: `(B,)` int.
+      labels: `(B,)` int, or `(B, C)` 1 for each of any number of labels, 0 for other classes.
       weight: `(B,)` 1 for an image, 0 for padding.
 
     Returns:
@@ -46,8 +48,29 @@ def eval_sums(
       two vectors `(L,)`: `patch_depth`, the fraction of patch tokens that halt at each layer, and
       `score`, the mean score of each layer; halted tokens count as 0. With pooling, `depth_class`
       is the number of layers until the image is finished. `class_images` and `class_top1` `(C,)`
-      are images, and images classified correctly, of each class.
+      are images, and images classified correctly, of each class. If images have any number of
+      labels, the loss is that of sigmoids, and all that counts correct images is left out.
     """
+    ran = flops.is_computed(aux.active, model.readout)
+    depth = ran.sum(axis=0)
+    patches = depth[:, model.num_prefix_tokens :]
+    multi_label = labels.ndim == 2
+    loss = lambda x, y: losses.cross_entropy(x[None], y[None], sigmoid=multi_label)  # noqa: E731
+    each = {
+        "images": jnp.ones_like(weight),
+        "loss": jax.vmap(loss)(logits, labels),
+        "depth_patch": patches.mean(axis=1),
+        "depth_class": depth[:, 0] if model.pool == "token" else ran.any(axis=2).sum(axis=0),
+        "macs": aux.macs,
+        "patch_depth": jax.nn.one_hot(patches - 1, model.depth).mean(axis=1),
+        "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
+    }
+    each |= {} if multi_label else _correct(logits, labels)
+    return {name: jnp.tensordot(weight, x.astype(jnp.float32), axes=1) for name, x in each.items()}
+
+
+def _correct(logits: jax.Array, labels: jax.Array) -> Sums:
+    """Returns which images are classified correctly, `(B,)` or, by class, `(B, C)`."""
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
     # Equal logits: the first wins, as in argmax. A nan of another class ranks above the label. A
     # nan label ranks last.
@@ -55,23 +78,12 @@ def eval_sums(
     is_larger = jnp.where(is_before, ~(logits < label_logits), ~(logits <= label_logits))
     rank = is_larger.sum(axis=1)
     is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
-    ran = flops.is_computed(aux.active, model.readout)
-    depth = ran.sum(axis=0)
-    patches = depth[:, model.num_prefix_tokens :]
-    each = {
-        "images": jnp.ones_like(weight),
-        "loss": jax.vmap(lambda x, y: losses.cross_entropy(x[None], y[None]))(logits, labels),
+    return {
         "top1": rank < 1,
         "top5": rank < 5,
-        "depth_patch": patches.mean(axis=1),
-        "depth_class": depth[:, 0] if model.pool == "token" else ran.any(axis=2).sum(axis=0),
-        "macs": aux.macs,
-        "patch_depth": jax.nn.one_hot(patches - 1, model.depth).mean(axis=1),
-        "score": jax.vmap(halting.score_by_layer, in_axes=1)(aux.score, ran),
         "class_images": is_label,
         "class_top1": is_label & (rank < 1)[:, None],
     }
-    return {name: jnp.tensordot(weight, x.astype(jnp.float32), axes=1) for name, x in each.items()}
 
 
 def means(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -82,6 +94,47 @@ def means(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     }
     images = totals.pop("images")
     return {"images": images} | {name: total / images for name, total in totals.items()}
+
+
+def average_precision(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Measures how well the logits of each class rank the images.
+
+    Args:
+      logits: `(images, C)`; nan ranks last.
+      labels: `(images, C)` 1 for each label of an image, 0 for other classes.
+
+    Returns:
+      `class_average_precision` `(C,)`, nan for classes without images, and
+      `mean_average_precision`, the mean over the others.
+
+    Raises:
+      errors.UserError: no image has a label.
+
+    Reference: `average_precision_score` of scikit-learn: the sum of precision times gain in recall.
+    """
+    from sklearn.metrics import average_precision_score
+
+    largest = np.finfo(np.float32).max
+    logits = np.nan_to_num(logits.astype(np.float32), nan=-largest)
+    if not labels.any():
+        raise errors.UserError(
+            "no image of the evaluation has a label, so that nothing can be measured: set "
+            "--config.data.eval_split to another split."
+        )
+    each = np.array(
+        [
+            average_precision_score(label, logit) if label.any() else np.nan
+            for label, logit in zip(labels.T, logits.T, strict=True)
+        ]
+    )
+    return {"mean_average_precision": np.nanmean(each), "class_average_precision": each}
+
+
+def quality(values: Mapping[str, Any]) -> tuple[str, float]:
+    """Returns the metric that picks the best checkpoint: a name for people, and its value."""
+    if "mean_average_precision" in values:
+        return "mean average precision", float(values["mean_average_precision"])
+    return "top-1", float(values["top1"])
 
 
 class Writer:

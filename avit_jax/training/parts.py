@@ -80,6 +80,7 @@ def of_config(config: ConfigDict, model: vit.AViT | None = None) -> Parts:
         return lambda state, batch: run(state, batch, *taught)
 
     has_parent = config.init and not config.init_new_head and model.halting is not None
+    has_parent = has_parent and not source.multi_label  # which has no top-1 accuracy
     return Parts(
         options=build.run_options(config),
         config=config_lib.to_json(config),
@@ -110,10 +111,16 @@ def train_batches(
         flip=c.flip,
         magnitude=c.magnitude,
         deviation=c.deviation,
+        channels=model.channels,
     )
-    skip_bad = data.bad_records == "skip"
+    reader = loader.Reader(
+        source=source,
+        transform=transform,
+        value_range=tuple(data.range),
+        skip_bad=data.bad_records == "skip",
+    )
     batches = loader.train_batches(
-        loader.Reader(source=source, transform=transform, skip_bad=skip_bad),
+        reader,
         batch_size=config.train.batch_size,
         seed=config.seed,
         start_step=start_step,

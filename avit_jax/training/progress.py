@@ -247,9 +247,10 @@ class Log:
         """Writes the results of an evaluation, whose time does not count in images/s."""
         self._restart_clock()
         self._write_files(step, "eval", values, {})
+        name, quality = metrics.quality(values)
         _logger.info(
-            "step %d  evaluation of %d images: top-1 %.2f%%  MACs ratio %.3f  depth of patch "
-            "tokens %.2f, of class token %.2f",
-            *(step, values["images"], 100 * values["top1"], values["macs_ratio"]),
+            "step %d  evaluation of %d images: %s %.2f%%  MACs ratio %.3f  depth of patch tokens "
+            "%.2f, of class token %.2f",
+            *(step, values["images"], name, 100 * quality, values["macs_ratio"]),
             *(values["depth_patch"], values["depth_class"]),
         )

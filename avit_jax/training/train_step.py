@@ -101,16 +101,16 @@ def augment_batch(
     """Normalizes and augments one device's images.
 
     Args:
-      batch: this device's part: images `(B, H, W, channels)` uint8, labels and indices `(B,)`
-        int32.
+      batch: this device's part: images `(B, H, W, channels)` uint8, indices `(B,)` int32, and
+        labels, as in `loader`.
       key: random key of the step.
       options: what to do.
       num_classes: number of classes, C.
       axis_name: mapped axis over the devices that share the batch, if there are several.
 
     Returns:
-      Images `(B, H, W, channels)` float32, and labels `(B,)` int32 or, if images are mixed,
-      probabilities `(B, C)` float32.
+      Images `(B, H, W, channels)` float32, and labels; if images are mixed, probabilities
+      `(B, C)` float32.
     """
     affine_key, erase_key, mix_key = jax.random.split(key, 3)
     images, targets = batch["image"], batch["label"]
@@ -120,7 +120,7 @@ def augment_batch(
     if options.erase:
         images = augment.random_erase(images, erase_key, batch["index"], options.erase)
     if options.mix.mixup or options.mix.cutmix:
-        targets = jax.nn.one_hot(targets, num_classes)
+        targets = jax.nn.one_hot(targets, num_classes) if targets.ndim == 1 else targets
         images, targets = augment.mix(images, targets, mix_key, options.mix, axis_name)
     return images, targets
 
@@ -329,7 +329,7 @@ def _loss(
     )
     loss, values = total_loss(model, logits, aux, targets, options, devices.AXIS, teacher_logits)
     first_head = logits[0] if isinstance(logits, tuple) else logits
-    return loss, values | {"top1": (first_head.argmax(-1) == batch["label"]).mean()}
+    return loss, values | {"top1": losses.is_right(first_head, batch["label"]).mean()}
 
 
 def _without_bias_gradient(params: Any, learnable: bool) -> Any:

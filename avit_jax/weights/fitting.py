@@ -216,6 +216,8 @@ def fit(
 ) -> dict[str, Any]:
     """Returns the parameters of a model from tensors; resizes position embeddings if necessary.
 
+    The patch embedding of RGB images is converted for a model of grey images, and the reverse.
+
     Args:
       tensors: timm's name -> array.
       model: the model that they must fit.
@@ -242,6 +244,7 @@ def fit(
         tensors |= heads
     if "norm_pre.weight" in tensors and "patch_embed.proj.bias" not in tensors:
         tensors["patch_embed.proj.bias"] = expected["patch_embed.proj.bias"]  # CLIP has none
+    _fit_channels(tensors, model.channels, name)
     _fit_positions(tensors, expected, model, grid=grid, antialias=antialias, name=name)
     if mismatches := _mismatches(tensors, expected):
         rest = f", and {len(mismatches) - _MAX_NAMED} more" if len(mismatches) > _MAX_NAMED else ""
@@ -254,6 +257,24 @@ def fit(
     if "gate" in shapes:  # tensors do not hold the gate
         params["gate"] = {key: np.float32(getattr(model.halting, key)) for key in shapes["gate"]}
     return params
+
+
+def _fit_channels(tensors: dict[str, np.ndarray], channels: int, name: str) -> None:
+    """Converts the patch embedding between 1 and 3 channels, in place; a warning says so.
+
+    From 3 to 1, the channels are summed up, as in timm. From 1 to 3, each channel gets a third. So
+    an RGB image of equal channels gives the tokens of the grey image, if all are normalized alike.
+    """
+    key = "patch_embed.proj.weight"
+    kernel = tensors.get(key, np.zeros(4))
+    if kernel.ndim != 4 or (kernel.shape[1], channels) not in ((3, 1), (1, 3)):
+        return
+    kernel = kernel.astype(np.float32)
+    tensors[key] = (
+        kernel.sum(axis=1, keepdims=True) if channels == 1 else np.repeat(kernel / 3, 3, axis=1)
+    )
+    message = "%s is for images of %d channels: its patch embedding is converted to %d"
+    _logger.warning(message, errors.printable(name), 4 - channels, channels)
 
 
 def _fit_positions(

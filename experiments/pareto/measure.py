@@ -43,9 +43,8 @@ def pixels(config: ConfigDict) -> np.ndarray:
     c = config.data
     size = tuple(config.model.image_size)
     count = _BATCH * _BATCHES
-    return workload.pixels(
-        c.name, c.eval_split, c.dir, size=size, crop_ratio=c.crop_ratio, count=count
-    )
+    how = {"crop_ratio": c.crop_ratio, "channels": config.model.channels}
+    return workload.pixels(c.name, c.eval_split, c.dir, size=size, count=count, **how)
 
 
 def images(config: ConfigDict) -> np.ndarray:

@@ -32,7 +32,7 @@ def assert_halves(picture: Image.Image, atol: int = 0) -> None:
     np.testing.assert_allclose(np.asarray(picture), np.asarray(halves()), atol=atol)
 
 
-@pytest.mark.parametrize("kind", ["png", "bmp", "gif"])
+@pytest.mark.parametrize("kind", ["png", "bmp", "gif", "tiff"])
 def test_lossless(kind: str) -> None:
     assert_halves(image_files.decode(encoded(halves(), kind)), atol=2 * (kind == "gif"))
 
@@ -92,8 +92,9 @@ def test_transparent_colour_of_a_palette_and_of_grey() -> None:
     np.testing.assert_array_equal(np.asarray(grey), 255)
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int) -> None:
+def test_exif_orientation(orientation: int, kind: str) -> None:
     # Written as the camera holds it, so that turning it upright gives red left, blue right.
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -103,7 +104,7 @@ def test_exif_orientation(orientation: int) -> None:
     stored = halves().transpose(turns[orientation]) if orientation > 1 else halves()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert_halves(image_files.decode(encoded(stored, "png", exif=exif)))
+    assert_halves(image_files.decode(encoded(stored, kind, exif=exif)))
 
 
 def _with_exif(jpeg: bytes, exif: bytes) -> bytes:
@@ -174,18 +175,16 @@ def malformed() -> list[bytes]:
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     ]
     files += [
-        encoded(noise, "tiff"),
+        encoded(noise, "ppm"),
         encoded(noise, "ico"),
         _png_header(30_000, 30_000),
         _png_header(60_000, 2_000),
     ]
-    whole = {
-        kind: encoded(noise, kind, **options)
-        for kind, options in (("png", {}), ("webp", {}), ("jpeg", {}), ("gif", {}))
-    }
+    whole = {kind: encoded(noise, kind) for kind in ("png", "webp", "jpeg", "gif")}
+    whole["tiff"] = encoded(noise, "tiff", compression="tiff_lzw")
     rng = np.random.default_rng(1)
     while len(files) < 200:
-        kind = ("png", "webp", "jpeg", "gif")[len(files) % 4]
+        kind = ("png", "webp", "jpeg", "gif", "tiff")[len(files) % 5]
         files.append(whole[kind][: int(rng.integers(1, 0.9 * len(whole[kind])))])
     return files
 
@@ -201,11 +200,10 @@ def test_malformed_files_are_named_bad() -> None:
 
 def test_damaged_bytes_never_raise_anything_else() -> None:
     rng = np.random.default_rng(2)
-    whole = [encoded(halves(), kind) for kind in ("png", "webp", "jpeg", "gif", "bmp")] + [
-        fixtures.png(np.zeros((3, 3), np.uint8))
-    ]
+    whole = [encoded(halves(), kind) for kind in ("png", "webp", "jpeg", "gif", "bmp", "tiff")]
+    whole += [fixtures.png(np.zeros((3, 3), np.uint8)), encoded(Image.fromarray(_DEEP), "tiff")]
     bad = 0
-    for i in range(600):
+    for i in range(800):
         data = bytearray(whole[i % len(whole)])
         for place in rng.integers(len(data), size=1 + i % 5):
             data[place] = rng.integers(256)
@@ -213,7 +211,7 @@ def test_damaged_bytes_never_raise_anything_else() -> None:
             assert image_files.decode(bytes(data)).mode == "RGB"
         except image_files.BadImage:
             bad += 1
-    assert 100 < bad < 590
+    assert 100 < bad < 790
 
 
 def _written(depth: int, colour: int, values: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -237,6 +235,73 @@ def test_a_missing_palette_is_named(chunks: tuple) -> None:
 
 
 _TWELVE_BITS = np.array([[0, 100, 2048], [4095, 4000, 7]])
+_DEEP = _TWELVE_BITS.astype(np.uint16)
+
+
+def _tiff(packed: bytes, bits: int, **tags: int) -> bytes:
+    """Returns a grey TIFF of 3 x 2 pixels without compression."""
+    values = {256: 3, 257: 2, 258: bits, 259: 1, 262: tags.get("photometric", 1), 273: 0, 277: 1}
+    values |= {278: 2, 279: len(packed), 339: tags.get("sample_format", 1)}
+    values[273] = 8 + 2 + 12 * len(values) + 4  # where the pixels start
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(values.items())]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    return head + b"".join(entries) + bytes(4) + packed
+
+
+def _packed_to_12_bits(values: np.ndarray) -> bytes:
+    rows = ["".join(f"{value:012b}" for value in row) for row in values]
+    rows = [row.ljust(-(-len(row) // 8) * 8, "0") for row in rows]
+    return b"".join(int(row, 2).to_bytes(len(row) // 8) for row in rows)
+
+
+@pytest.mark.parametrize("value_range", [(), (0, 4095)])
+def test_a_tiff_of_twelve_bits_says_so_itself(value_range: tuple) -> None:
+    grey = np.asarray(image_files.decode(_tiff(_packed_to_12_bits(_DEEP), 12), value_range))
+    np.testing.assert_allclose(grey / 255, np.dstack([_DEEP / 4095] * 3), atol=1 / 255)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_the_range_maps_twelve_bits_in_sixteen_to_black_and_white(kind: str) -> None:
+    image_files.reset_warnings()
+    data = encoded(Image.fromarray(_DEEP), kind)
+    for low, high in ((0, 4095), (1000, 4000), (-100.5, 5000.0)):
+        grey = np.asarray(image_files.decode(data, (low, high)))
+        expected = np.clip((_TWELVE_BITS - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(grey / 255, np.dstack([expected] * 3), atol=1 / 255)
+    eight = encoded(Image.fromarray((_DEEP >> 4).astype(np.uint8)), kind)
+    np.testing.assert_array_equal(
+        np.asarray(image_files.decode(eight, (0, 4095)))[..., 0], _DEEP >> 4
+    )
+
+
+def test_a_range_does_not_change_sixteen_bits() -> None:
+    values = np.arange(65536).astype(np.uint16).reshape(256, 256)
+    for value_range in ((), (0, 65535)):
+        grey = image_files.decode(encoded(Image.fromarray(values), "tiff"), value_range)
+        np.testing.assert_array_equal(np.asarray(grey)[..., 2], values >> 8)
+
+
+def test_of_values_without_a_known_range_the_range_is_asked_for() -> None:
+    signed = np.array([[-1024, 0, 100], [400, 1023, 7]], np.int16)
+    unit = (_DEEP / 4095).astype(np.float32)
+    for data, value_range, expected in (
+        (_tiff(signed.tobytes(), 16, sample_format=2), (-1024, 1023), (signed + 1024) / 2047),
+        (_tiff(unit.tobytes(), 32, sample_format=3), (0, 1), unit),
+        (_tiff(_DEEP.astype(np.uint32).tobytes(), 32), (0, 4095), unit),
+    ):
+        with pytest.raises(image_files.BadImage, match=r"--config\.data\.range="):
+            image_files.decode(data)
+        grey = np.asarray(image_files.decode(data, value_range))
+        np.testing.assert_allclose(grey[..., 0] / 255, expected, atol=1 / 255)
+    unit[0, 0] = np.nan
+    with pytest.raises(image_files.BadImage, match="not finite"):
+        image_files.decode(_tiff(unit.tobytes(), 32, sample_format=3), (0, 1))
+
+
+def test_a_tiff_whose_zero_is_white() -> None:
+    data = _tiff(_DEEP.tobytes(), 16, photometric=0)
+    grey = np.asarray(image_files.decode(data, (0, 4095)))
+    np.testing.assert_allclose(grey[..., 0] / 255, 1 - _DEEP / 4095, atol=1 / 255)
 
 
 def test_grey_of_twelve_bits_is_scaled_where_the_file_says_so(

@@ -59,6 +59,21 @@ def test_classes_and_channels_have_to_fit(channels: int) -> None:
         sources.check_fit(source, num_classes=2, channels=4)
 
 
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [(1, "pets: grey images become RGB, because"), (3, "pets: RGB images become grey, because")],
+)
+def test_other_channels_are_reported(
+    channels: int, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = sources.Source("pets", [], ["cat", "dog"], channels=channels)
+    with caplog.at_level("INFO", logger="avit_jax"):
+        sources.check_fit(source, num_classes=2, channels=channels)
+        assert not caplog.text
+        sources.check_fit(source, num_classes=2, channels=4 - channels)
+    assert expected in caplog.text
+
+
 @pytest.mark.parametrize("name", ["imagenet2012", "cifar10"])
 def test_data_set_that_is_not_prepared(tmp_path: pathlib.Path, name: str) -> None:
     how = (
@@ -212,7 +227,7 @@ def test_folder(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
         ("train/cat/a.WebP", 0), ("train/cat/b.png", 0),
         ("train/dog/1.JPG", 1), ("train/dog/2.jpeg", 1), ("linked", 1), ("linked", 2),
     ]  # fmt: skip
-    assert "6 images of 3 classes, 4 other files ignored" in caplog.text
+    assert "6 images of 3 classes, 3 other files ignored" in caplog.text
     assert source.describe(2, source.records[2]) == str(folder / "train/dog/1.JPG")
     sources.check_fit(source, num_classes=3, channels=3)
 
@@ -257,7 +272,27 @@ def test_what_is_no_picture_is_left_out_and_counted(
         source = sources.load("folder", split="train", data_dir=str(folder), image_size=(8, 8))
     assert source.label_names == ["cat", "dog", "fox"]
     assert [len(source.records[i]) for i in range(len(source.records))] == [3] * 6
-    assert "6 images of 3 classes, 12 other files ignored" in caplog.text
+    assert "6 images of 3 classes, 11 other files ignored" in caplog.text
+
+
+def test_classes_may_have_folders_inside(folder: pathlib.Path) -> None:
+    """Also behind links, but never the images of another class through a link to a parent."""
+    names = ("cat/2.png", "cat/big/a.TIF", "cat/big/old/b.tiff", "dog/c.jfif", "dog/.no/d.png")
+    for name in names:
+        (folder / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "val" / name).write_bytes(name.encode())
+    (folder / "val/cat/big/more").symlink_to(folder / "elsewhere")
+    (folder / "elsewhere/all").symlink_to(folder)
+    (folder / "elsewhere/again").symlink_to(folder / "val/cat/big")
+    source = sources.load("folder", split="val", data_dir=str(folder), image_size=(8, 8))
+    assert source.label_names == ["cat", "dog"]
+    found = [(record["image"].decode(), record["label"]) for record in source.records]
+    expected = [("cat/2.png", 0), ("cat/big/a.TIF", 0), ("linked", 0), ("cat/big/old/b.tiff", 0)]
+    assert found == [*expected, ("dog/c.jfif", 1)]
+    before = source.fingerprint()
+    (folder / "val/cat/big/old").rename(folder / "val/cat/old")  # the same files in this order
+    moved = sources.load("folder", split="val", data_dir=str(folder), image_size=(8, 8))
+    assert moved.fingerprint() != before
 
 
 def test_classes_of_training_and_evaluation_have_to_be_the_same(folder: pathlib.Path) -> None:
@@ -302,7 +337,7 @@ def test_data_set_without_labels(tmp_path: pathlib.Path, label: str | None) -> N
 
     UnlabelledPictures(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     with pytest.raises(
-        errors.UserError, match=r"no image with one label: .* image.*; name another"
+        errors.UserError, match=r"no image with one label or .*: .* image.*; name another"
     ):
         sources.load(
             UnlabelledPictures.name, split="train", data_dir=str(tmp_path), image_size=(8, 8)

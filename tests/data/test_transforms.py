@@ -95,7 +95,32 @@ def test_a_long_strip_does_not_fill_the_memory(width: int, height: int) -> None:
 def test_arrays_pass_as_they_are() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     for out in (
-        transforms.Train(image_size=(3, 4), magnitude=9.0)(image, np.random.default_rng(0)),
-        transforms.Evaluate(image_size=(3, 4), crop_ratio=0.5)(image),
+        transforms.Train(image_size=(3, 4), magnitude=9.0, channels=1)(
+            image, np.random.default_rng(0)
+        ),
+        transforms.Evaluate(image_size=(3, 4), crop_ratio=0.5, channels=1)(image),
     ):
         np.testing.assert_array_equal(out, image)
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    return pixels @ [0.299, 0.587, 0.114]  # ITU-R 601
+
+
+def test_channels_are_those_of_the_network() -> None:
+    picture, size = _noise(40, 30), (16, 20)
+    for make in (
+        lambda channels: transforms.Train(image_size=size, magnitude=9.0, channels=channels),
+        lambda channels: transforms.Evaluate(image_size=size, crop_ratio=0.9, channels=channels),
+    ):
+        is_training = isinstance(make(1), transforms.Train)
+        for seed in range(5):
+            rng = [[np.random.default_rng(seed)] * is_training for _ in range(2)]
+            rgb, grey = (make(c)(picture, *rng[c // 3]) for c in (3, 1))
+            assert (grey.shape, grey.dtype) == ((*size, 1), np.uint8)
+            np.testing.assert_allclose(grey[..., 0], _grey(rgb), atol=1)
+    array, evaluate = np.asarray(picture), transforms.Evaluate
+    grey = evaluate(image_size=(30, 40), crop_ratio=1.0, channels=1)(array)
+    np.testing.assert_allclose(grey[..., 0], _grey(array), atol=1)
+    rgb = evaluate(image_size=(30, 40), crop_ratio=1.0, channels=3)(grey)
+    np.testing.assert_array_equal(rgb, np.dstack([grey] * 3))

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from avit_jax import config as config_lib
 from avit_jax.data import image_files, transforms
 from avit_jax.inference import adaptive
 from avit_jax.models import flops
 from avit_jax.tools import predict
-from avit_jax.training import build, restore
+from avit_jax.training import build, evaluate, restore
 from avit_jax.training.state import RunMetadata
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
@@ -163,6 +164,31 @@ def test_linked_folders_are_looked_into_once(folder: pathlib.Path, tmp_path: pat
     assert found == sorted(
         str(tmp_path / "links/there" / file.name) for file in (folder / "more").glob("*.png")
     )
+
+
+def test_the_network_sees_what_it_saw_in_training(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also a grey image of 12 bits in a folder of a class, with a range."""
+    values = np.random.default_rng(0).integers(0, 4096, (20, 30), dtype=np.uint16)
+    (tmp_path / "val/cat/deep").mkdir(parents=True)
+    Image.fromarray(values).save(tmp_path / "val/cat/deep/a.tiff")
+    (tmp_path / "val/cat/deep/b.tif").write_bytes(b"II*")
+    config = _config()
+    config.data.update({"name": "folder", "dir": str(tmp_path), "eval_split": "val"})
+    config.data.range, config.model.num_classes = (0, 4095), 1
+    evaluator = evaluate.Evaluator(config, build.model(config))
+    config.model.num_classes = 5
+    (one,) = predict.predict(config, _WEIGHTS, [tmp_path])
+    np.testing.assert_array_equal(one.image, evaluator.reader(0)["image"])
+    assert one.image.max() > 100
+    config.data.update({"mean": (0.5,), "std": (0.5,)})
+    config.model.channels = 1
+    (grey,) = predict.predict(config, _WEIGHTS, [tmp_path])
+    np.testing.assert_array_equal(grey.image, one.image[..., :1])
+    assert f"cannot read {tmp_path}/val/cat/deep/b.tif: " in caplog.text
+    with pytest.raises(errors.UserError, match=r"cannot read .*val/cat/deep/b\.tif: "):
+        evaluator.reader(1)
 
 
 def test_what_cannot_be_predicted(tmp_path: pathlib.Path) -> None:

@@ -129,8 +129,8 @@ def test_padding_counts_for_nothing(
 
 def test_accuracy_of_each_class() -> None:
     results = {"class_images": np.array([0.5, 0.0, 0.5]), "class_top1": np.array([0.125, 0, 0.5])}
-    found = evaluate.class_accuracy(results, ["cat", "dog", "cow"])
-    assert found == {"cat": 0.25, "dog": None, "cow": 1.0}
+    found = evaluate.by_class(results, ["cat", "dog", "cow"])
+    assert found == {"class_top1": {"cat": 0.25, "dog": None, "cow": 1.0}}
 
 
 def test_with_pooling_the_class_depth_is_that_of_the_image(

@@ -2,6 +2,7 @@
 as each has to start.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -158,6 +159,21 @@ def test_other_modes_than_training_in_two_processes(start, tmp_path: pathlib.Pat
         said = [_end(one) for one in pair]
         assert f"wrote {tmp_path / out}" in said[0] and not said[1], said
         assert (tmp_path / out).exists()
+
+
+def test_mean_average_precision_of_two_processes(start, tmp_path: pathlib.Path) -> None:
+    fixtures.multi_label_folder(tmp_path / "data")
+    options = [f"--config.data.dir={tmp_path / 'data'}", "--config.data.name=folder"]
+    options += ["--config.data.eval_split=val", "--config.model.num_classes=4"]
+    options += ["--config.loss.sigmoid=True", "--config.eval.batch_size=8"]
+    _end(start("run", 1, "--config.train.steps=2", *options))
+    for one in _pair(start, "run", "--mode=eval", *options):
+        _end(one)
+    summary, found = (
+        json.loads((tmp_path / "run" / name).read_text()) for name in ("summary.json", "eval.json")
+    )
+    assert found["class_average_precision"] == pytest.approx(summary["class_average_precision"])
+    assert 0 < found["mean_average_precision"] < 1
 
 
 def test_processes_of_another_configuration(start) -> None:

@@ -292,6 +292,28 @@ def test_misfits_are_all_named(changes: dict[str, np.ndarray | None], message: s
     assert "\n" not in str(refused.value)
 
 
+def test_rgb_weights_start_a_network_of_grey_images_and_the_reverse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rgb, grey, path = _model(), _model(channels=1), _DATA / "timm.safetensors"
+    images = _EXPECTED["images"][..., :1]
+    same = np.repeat(images, 3, axis=-1)
+    of_rgb = weight_files.load(path, rgb)
+    assert not caplog.messages
+    of_grey = weight_files.load(path, grey)
+    assert "timm.safetensors is for images of 3 channels" in caplog.text
+    expected, _ = rgb.apply({"params": of_rgb}, same)
+    logits, _ = grey.apply({"params": of_grey}, images)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+    assert np.ptp(expected, axis=0).max() > 1e-3
+    caplog.clear()
+    back = weight_files.to_params(weight_files.to_file(of_grey, grey), rgb, name="grey")
+    assert "grey is for images of 1 channels" in caplog.text
+    np.testing.assert_allclose(rgb.apply({"params": back}, same)[0], expected, rtol=0, atol=1e-6)
+    with pytest.raises(errors.UserError, match=r"patch_embed.proj.weight is \(12, 3, 8, 8\)"):
+        weight_files.load(path, _model(channels=4))
+
+
 def test_a_distilled_file_and_a_plain_model() -> None:
     tensors = weight_files.read(_DATA / "distilled.pth").tensors
     with pytest.raises(
