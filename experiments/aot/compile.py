@@ -107,12 +107,14 @@ def compile_inference(
       config: the recipe.
       topology: see `devices`.
       program: "inference" removes halted tokens, "packed" removes them by packed execution on a
-        GPU, "masked" masks them, "static" is the network without halting.
+        GPU, "masked" masks them, "static" is the network without halting, "static tanh" the same
+        with the tanh approximation of GELU.
     """
     on, batch = devices(topology), config.eval.batch_size
     model = _model(config, topology).clone(removal=None)
-    if program == "static":
-        model = model.clone(halting=None)
+    if program.startswith("static"):
+        mlp = "gelu_tanh" if program == "static tanh" else model.mlp
+        model = model.clone(halting=None, mlp=mlp)
     here = jax.sharding.SingleDeviceSharding(on[0])
     images = jax.ShapeDtypeStruct((batch, *model.pixels, model.channels), np.float32, sharding=here)
     shapes = jax.eval_shape(

@@ -3,7 +3,7 @@
 pip install '.[tpu,gpu_compiler]'
 JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot
 JAX_PLATFORMS=cpu python -m experiments.aot.run --out=runs/aot --topologies=h100 \
-  --dtypes=bfloat16 --programs="static,masked,inference,packed,training,static training"
+  --dtypes=bfloat16 --programs="static,static tanh,masked,inference,packed,training,static training"
 
 Writes result.json and table.md. It does not compile again what result.json already has. Nothing is
 run, so nothing is known of the real speed, nor of the numbers that come out.
@@ -46,7 +46,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of the computati
 _PROGRAMS = flags.DEFINE_list(
     "programs",
     ["training", "inference"],
-    "of training, static training, inference, packed, masked, static",
+    "of training, static training, inference, packed, masked, static, static tanh",
 )
 _LARGEST = flags.DEFINE_bool(
     "largest", False, "searches the largest batch per device of training, with and without remat"

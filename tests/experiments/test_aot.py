@@ -121,7 +121,13 @@ def test_the_table() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "model", "most"),
-    [("static", "deit_tiny", 710), ("static", "deit_small", 1420), ("masked", "deit_tiny", 800)],
+    [
+        ("static", "deit_tiny", 710),
+        ("static", "deit_small", 1420),
+        ("static tanh", "deit_tiny", 650),
+        ("static tanh", "deit_small", 1320),
+        ("masked", "deit_tiny", 800),
+    ],
 )
 def test_what_a_layer_moves_on_a_gpu(program: str, model: str, most: float) -> None:
     row = rows.compile_one(program, model, "bfloat16", gpu.NAME)
