@@ -114,11 +114,14 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
             )
     unknown = [key for key, value in given.items() if value is None]
     assumed = ", ".join(f"{key}={getattr(model, key, ours.get(key))}" for key in unknown)
-    is_plain = not architecture.changed(architecture.of_tensors(file.tensors))
-    is_risky = not is_plain and set(unknown) & set(architecture.UNSEEN)
-    if unknown:
-        level = logging.WARNING if is_risky else logging.INFO
-        _logger.log(level, "%s does not give %s: assumed", errors.printable(name), assumed)
+    if set(unknown) & set(architecture.UNSEEN):
+        message = (
+            "%s does not give %s: assumed, with norms before the branches, and without rotary "
+            "position embeddings; the config.json beside a file tells"
+        )
+        _logger.warning(message, errors.printable(name), assumed)
+    elif unknown:
+        _logger.info("%s does not give %s: assumed", errors.printable(name), assumed)
 
 
 def infer(

@@ -198,6 +198,12 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     return result, attributes, dropped
 
 
+def is_packed(tensors: Tensors) -> bool:
+    """Returns whether names like timm's hold a gated MLP whose gate may be either half of `fc1`."""
+    fc1, fc2 = (np.shape(tensors.get(f"blocks.0.mlp.{name}.weight")) for name in ("fc1", "fc2"))
+    return len(fc1) == len(fc2) == 2 and fc1[0] == 2 * fc2[1]
+
+
 def is_post_norm(tensors: Tensors) -> bool:
     """Returns whether the order of the names is that of layers whose norms follow the branches.
 

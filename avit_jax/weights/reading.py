@@ -27,6 +27,8 @@ from avit_jax.weights import (
 from avit_jax.weights.name_maps import Tensors
 
 _MAX_NAMED = 5  # tensors in one message
+# What the translation of an unknown file's names can raise.
+_UNUSABLE = (KeyError, ValueError, IndexError, TypeError)
 _GATE_NUMBERS = ("gamma", "beta", "epsilon", "redundancy")
 _logger = logging.getLogger(__name__)
 
@@ -80,29 +82,21 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     """
     path = tensor_files.find(path)
     tensors, metadata = tensor_files.read(path, ema=ema)
+    names, prefix, tensors = _names_of(path, tensors)
+    is_packed = names is name_maps and name_maps.is_packed(tensors)
     try:
-        tensors, prefix = name_maps.without_prefix(tensors)
-        if name_maps.is_post_norm(tensors):
-            raise ValueError(
-                "by the order of its tensors, the norms of a layer follow its branches, which is "
-                "not supported; if they come first, sort the tensors by name"
-            )
-        is_hugging_face = hugging_face.matches(tensors)
-        names = dinov3 if dinov3.matches(tensors) else name_maps
-        names = hugging_face if is_hugging_face else names
-        names = big_vision if big_vision.matches(tensors) else names
         tensors, hints, dropped = names.to_timm(tensors)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise errors.UserError(
-            f"{path} holds no whole vision transformer: {errors.first_line(error)}."
-        ) from error
+    except _UNUSABLE as error:
+        raise _no_network(path, error) from error
     if prefix:
         _warn("%s: the prefix %s of its tensors' names is left out", path, prefix)
     if dropped:
         _tell_dropped(path, dropped)
     sizes = {key: hints.pop(key) for key in ("num_heads", "norm_eps") if key in hints}
-    config = config_json.read(path, tensors, required=is_hugging_face)
+    config = config_json.read(path, tensors, required=names is hugging_face)
     attributes = config.pop("attributes")
+    if is_packed and not config and "num_heads" not in metadata:
+        _warn("%s does not give the activation of its gated MLP: silu of its first half", path)
     sources = [_sizes_in(path, metadata), config, {"attributes": hints}]
     for key, value in [item for source in sources for item in source.items()]:
         target, values = (attributes, value) if key == "attributes" else (sizes, {key: value})
@@ -123,6 +117,28 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     num_layers = len([name for name in tensors if name.endswith("attn.qkv.weight")])
     gate = _read_gate(path, metadata, num_layers)
     return WeightFile(tensors=tensors, gate=gate, attributes=attributes, **sizes)
+
+
+def _names_of(path: pathlib.Path, tensors: Tensors) -> tuple[Any, str, Tensors]:
+    """Returns the module that translates the names, their prefix, and the tensors without it."""
+    try:
+        tensors, prefix = name_maps.without_prefix(tensors)
+        if name_maps.is_post_norm(tensors):
+            raise ValueError(
+                "by the order of its tensors, the norms of a layer follow its branches, which is "
+                "not supported; if they come first, sort the tensors by name"
+            )
+    except ValueError as error:
+        raise _no_network(path, error) from error
+    for names in (big_vision, hugging_face, dinov3):
+        if names.matches(tensors):
+            return names, prefix, tensors
+    return name_maps, prefix, tensors
+
+
+def _no_network(path: pathlib.Path, error: Exception) -> errors.UserError:
+    reason = errors.first_line(error)
+    return errors.UserError(f"{path} holds no whole vision transformer: {reason}.")
 
 
 def _tell_dropped(path: pathlib.Path, dropped: list[str]) -> None:

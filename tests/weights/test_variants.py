@@ -156,7 +156,16 @@ def test_what_a_file_without_a_config_leaves_open_is_reported(
         weight_files.WeightFile(tensors=file.tensors, num_heads=2), image_size=(8, 8), name="it"
     )
     pool = "token" if name in ("clip", "dinov2_registers") else "avg"
-    assert f"it does not give norm_eps=1e-06, pool={pool}, mlp=gelu: assumed" in caplog.text
+    expected = f"it does not give norm_eps=1e-06, pool={pool}, mlp=gelu: assumed, with norms before"
+    assert [text for text in caplog.messages if text.startswith(expected)]
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_the_activation_of_a_gated_layer_is_reported_if_nothing_gives_it(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, has_config: bool
+) -> None:
+    weight_files.read(_write(tmp_path, "gated", config=has_config))
+    assert has_config != ("activation of its gated MLP: silu of its first half" in caplog.text)
 
 
 @pytest.mark.parametrize("part", ["pool", "mlp"])
