@@ -283,6 +283,11 @@ class Block(nn.Module):
         heads = per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1)
         return heads.transpose(2, 0, 3, 1, 4)
 
+    def heads(self, a: Float[Array, "B N D"]) -> tuple[Array, Array, Array]:
+        """Returns queries, keys and values `(B, H, N, K)` as `attention_lib.exact` takes them."""
+        query, key, value = self.queries_keys_values(a)
+        return (*self._norm_heads(query, key), value)
+
     def _attend(
         self,
         a: Float[Array, "B N D"],
@@ -296,9 +301,7 @@ class Block(nn.Module):
             query, key = self._norm_heads(query.reshape(heads), key.reshape(heads))
             out = attention_lib.fused(query, key, value.reshape(heads), bias)
         else:
-            query, key, value = self.queries_keys_values(a)
-            query, key = self._norm_heads(query, key)
-            out = attention_lib.exact(query, key, value, bias).swapaxes(1, 2)
+            out = attention_lib.exact(*self.heads(a), bias).swapaxes(1, 2)
         return per_token(self.proj, out.reshape(a.shape))
 
     def _norm_heads(self, query: Array, key: Array) -> tuple[Array, Array]:
