@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from avit_jax import halting, halting_linen, halting_nnx, serving, weights, zoo
     from avit_jax.core.halting import HaltingConfig
     from avit_jax.inference import adaptive, autotune
+    from avit_jax.inference.maps import attention_maps
     from avit_jax.models import vit
     from avit_jax.models.vit import AViT, deit_base, deit_small, deit_tiny
     from avit_jax.networks import load, make_adaptive, predict
@@ -27,6 +28,7 @@ __all__ = [
     "AViT",
     "HaltingConfig",
     "adaptive",
+    "attention_maps",
     "autotune",
     "build",
     "deit_base",
@@ -54,6 +56,7 @@ _PATHS = {
     "AViT": "models.vit",
     "HaltingConfig": "core.halting",
     "adaptive": "inference.adaptive",
+    "attention_maps": "inference.maps",
     "autotune": "inference.autotune",
     "build": "training.build",
     "deit_base": "models.vit",

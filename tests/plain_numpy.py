@@ -46,11 +46,16 @@ def _rotated(model: vit.AViT, x: np.ndarray, index: np.ndarray) -> np.ndarray:
     return x
 
 
-def _layer(model: vit.AViT, x: np.ndarray, index: np.ndarray, p: Any) -> np.ndarray:
-    """Tokens `(n, D)` through one layer; `index` is their index in the image."""
+def _layer(
+    model: vit.AViT, x: np.ndarray, index: np.ndarray, p: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `(n, D)` through one layer, and the weights `(H, n, n)` of its attention.
+
+    `index` is the index of each token in the image.
+    """
     qkv = _dense(_norm(x, p["norm1"], model.norm_eps), p["qkv"])
     qkv = qkv.reshape(len(x), 3, model.num_heads, -1)
-    heads = []
+    heads, weights = [], []
     for i in range(model.num_heads):
         q, k, v = qkv[:, 0, i], qkv[:, 1, i], qkv[:, 2, i]
         if model.qk_norm:
@@ -58,12 +63,14 @@ def _layer(model: vit.AViT, x: np.ndarray, index: np.ndarray, p: Any) -> np.ndar
         if model.rope_theta:
             q, k = _rotated(model, q, index), _rotated(model, k, index)
         weight = np.exp(q @ k.T / math.sqrt(q.shape[1]))
-        heads.append(weight / weight.sum(axis=1, keepdims=True) @ v)
+        weights.append(weight / weight.sum(axis=1, keepdims=True))
+        heads.append(weights[-1] @ v)
     branch = _dense(np.concatenate(heads, axis=1), p["proj"])
     x = x + (branch * p["ls1"]["gamma"] if model.layer_scale else branch)
     hidden = _dense(_norm(x, p["norm2"], model.norm_eps), p["fc1"])
     branch = _dense(_activation(hidden, model.mlp), p["fc2"])
-    return x + (branch * p["ls2"]["gamma"] if model.layer_scale else branch)
+    x = x + (branch * p["ls2"]["gamma"] if model.layer_scale else branch)
+    return x, np.stack(weights)
 
 
 def _embed(model: vit.AViT, image: np.ndarray, params: Any) -> np.ndarray:
@@ -83,8 +90,8 @@ def _embed(model: vit.AViT, image: np.ndarray, params: Any) -> np.ndarray:
     return _norm(x, params["norm_pre"], model.norm_eps) if model.pre_norm else x
 
 
-def _attention_pool(model: vit.AViT, x: np.ndarray, p: Any) -> np.ndarray:
-    """Tokens `(n, D)` to `(D,)`."""
+def _attention_pool(model: vit.AViT, x: np.ndarray, p: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `(n, D)` to `(D,)`, and the weights `(H, n)` of the attention."""
     query = _dense(p["latent"][0, 0], p["q"]).reshape(model.num_heads, -1)
     key, value = np.split(_dense(x, p["kv"]), 2, axis=1)
     key, value = (a.reshape(len(x), model.num_heads, -1) for a in (key, value))
@@ -92,23 +99,27 @@ def _attention_pool(model: vit.AViT, x: np.ndarray, p: Any) -> np.ndarray:
     weight /= weight.sum(axis=1, keepdims=True)
     x = _dense(np.einsum("hn,nhk->hk", weight, value).ravel(), p["proj"])
     hidden = _activation(_dense(_norm(x, p["norm"], model.norm_eps), p["fc1"]), model.mlp)
-    return x + _dense(hidden, p["fc2"])
+    return x + _dense(hidden, p["fc2"]), weight
 
 
-def _logits(model: vit.AViT, x: np.ndarray, params: Any) -> np.ndarray:
+def _logits(model: vit.AViT, x: np.ndarray, params: Any, attention: list) -> np.ndarray:
     """Outputs `(N, D)` of all tokens, averaged over layers, to logits `(C,)`."""
     if not model.fc_norm:
         x = _norm(x, params["norm"], model.norm_eps)
     patches = x[model.num_prefix_tokens :]
     if model.pool == "map":
-        return _dense(_attention_pool(model, patches, params["attn_pool"]), params["head"])
+        pooled, weights = _attention_pool(model, patches, params["attn_pool"])
+        attention.append((np.arange(len(patches)), weights))
+        return _dense(pooled, params["head"])
     x = {"token": x[0], "avg": patches.mean(axis=0), "max": patches.max(axis=0)}[model.pool]
     if model.fc_norm:
         x = _norm(x, params["fc_norm"], model.norm_eps)
     return _dense(x, params["head"])
 
 
-def run(model: vit.AViT, params: Any, image: np.ndarray) -> tuple[np.ndarray, ...]:
+def run(
+    model: vit.AViT, params: Any, image: np.ndarray, attention: list | None = None
+) -> tuple[np.ndarray, ...]:
     """Returns logits `(C,)`, outputs `(N, D)` averaged over layers, depth `(N,)` and features.
 
     The features `(rows, columns, D)` are the outputs of the patches in their last layers.
@@ -117,7 +128,10 @@ def run(model: vit.AViT, params: Any, image: np.ndarray) -> tuple[np.ndarray, ..
       model: without merging.
       params: of the model, float64.
       image: `(H, W, channels)` float64.
+      attention: list that gets the active tokens and their weights `(H, n, n)` for each layer, then
+        the tokens and weights `(H, n)` of attention pooling.
     """
+    attention = [] if attention is None else attention
     x, gate = _embed(model, image, params), model.halting
     total, depth = np.zeros(len(x)), np.zeros(len(x), int)
     output, active = np.zeros_like(x), np.arange(len(x))
@@ -126,7 +140,8 @@ def run(model: vit.AViT, params: Any, image: np.ndarray) -> tuple[np.ndarray, ..
             module: {leaf: array[i] for leaf, array in leaves.items()}
             for module, leaves in params["layers"].items()
         }
-        x[active] = _layer(model, x[active], active, layer)
+        x[active], weights = _layer(model, x[active], active, layer)
+        attention.append((active, weights))
         running = []
         for token in active:
             depth[token] += 1
@@ -145,4 +160,4 @@ def run(model: vit.AViT, params: Any, image: np.ndarray) -> tuple[np.ndarray, ..
         active = np.array(running, int)
     features = x if model.fc_norm else _norm(x, params["norm"], model.norm_eps)
     features = features[model.num_prefix_tokens :].reshape(*model.grid, -1)
-    return _logits(model, output, params), output, depth, features
+    return _logits(model, output, params, attention), output, depth, features

@@ -70,6 +70,7 @@ def test_features_example() -> None:
     scope: dict = {}
     exec(code("<!-- model example -->"), scope)
     exec(code("<!-- features example -->"), scope)
+    exec(code("<!-- attention example -->"), scope)
     model, variables = scope["model"], {"params": scope["params"]}
     _, masked = jax.jit(lambda v, x: model.apply(v, x, features=True))(variables, scope["images"])
     assert scope["aux"].features.shape == (2, *model.grid, model.width)

@@ -285,6 +285,14 @@ class Block(nn.Module):
         heads = per_token(self.qkv, a).reshape(*a.shape[:2], 3, self.num_heads, -1)
         return heads.transpose(2, 0, 3, 1, 4)
 
+    def heads(
+        self, a: Float[Array, "B N D"], index: Int[Array, "B N"] | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Returns queries, keys and values `(B, H, N, K)` as `attention_lib.exact` takes them."""
+        query, key, value = self.queries_keys_values(a)
+        query, key = (self._turn(x, index, 1) for x in self._norm_heads(query, key))
+        return query, key, value
+
     def _attend(
         self,
         a: Float[Array, "B N D"],
@@ -300,10 +308,7 @@ class Block(nn.Module):
             query, key = (self._turn(x, index, 2) for x in (query, key))
             out = attention_lib.fused(query, key, value.reshape(heads), bias)
         else:
-            query, key, value = self.queries_keys_values(a)
-            query, key = self._norm_heads(query, key)
-            query, key = (self._turn(x, index, 1) for x in (query, key))
-            out = attention_lib.exact(query, key, value, bias).swapaxes(1, 2)
+            out = attention_lib.exact(*self.heads(a, index), bias).swapaxes(1, 2)
         return per_token(self.proj, out.reshape(a.shape))
 
     def _norm_heads(self, query: Array, key: Array) -> tuple[Array, Array]:
