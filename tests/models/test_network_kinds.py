@@ -185,7 +185,7 @@ def test_a_configuration_gives_the_network(kind: str) -> None:
     ("changes", "message"),
     [
         ({"pool": "mean"}, 'config.model .*pool must be "token" or .*; got "mean"'),
-        ({"num_classes": 0}, "config.model.num_classes must be between 1 and"),
+        ({"num_classes": -1}, "config.model.num_classes must be between 0 and"),
         ({"num_registers": 10**6}, "config.model.num_registers must be at most 1000"),
     ],
 )
