@@ -1,8 +1,8 @@
 """How many tokens halt at another layer, and how many images get another class, when a trained
-network computes in bfloat16.
+network computes in bfloat16, or in float32 with the tanh approximation of GELU.
 
-python -m experiments.mixed_precision.run --config=configs/digits.py --checkpoint=runs/digits \
-  --out=digits.json
+python -m experiments.mixed_precision.run --config=configs/digits.py \
+  --checkpoint=avit_jax/zoo/digits.safetensors --out=digits.json
 
 Parameters and halting sums stay float32. Looks at the whole evaluation split.
 """
@@ -26,30 +26,41 @@ _CHECKPOINT = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "file of the result", required=True)
 
 
+def _means(images: gather.Images) -> dict[str, float]:
+    return {
+        "top1": float((images.guess == images.label).mean()),
+        "macs_ratio": float(images.macs_ratio.mean()),
+    }
+
+
+def _changes(exact: gather.Images, other: gather.Images) -> dict[str, float]:
+    difference = np.abs(exact.depth.astype(int) - other.depth)
+    return {
+        "tokens_of_other_depth": float((difference > 0).mean()),
+        "tokens_farther_than_one_layer": float((difference > 1).mean()),
+        "images_of_other_class": float((exact.guess != other.guess).mean()),
+    }
+
+
 def main(_: list[str]) -> None:
     """Compares, prints and writes."""
     config = _CONFIG.value
-    seen = {}
-    for dtype in ("float32", "bfloat16"):
-        config.model.dtype = dtype
-        model = build.model(config).clone(removal=None)
-        params, _ = restore.trained(config, model, _CHECKPOINT.value)
-        seen[dtype] = gather.gather(
-            config, model, jax.device_put(params), evaluate.Evaluator(config, model).reader
-        )
-    exact, half = seen["float32"], seen["bfloat16"]
-    top1 = {dtype: float((images.guess == images.label).mean()) for dtype, images in seen.items()}
-    result = timing.environment() | {
-        "images": len(exact.index),
-        "top1": top1,
-        "top1_difference": top1["bfloat16"] - top1["float32"],
-        "macs_ratio": {dtype: float(images.macs_ratio.mean()) for dtype, images in seen.items()},
-        "tokens_of_other_depth": float((exact.depth != half.depth).mean()),
-        "tokens_farther_than_one_layer": float(
-            (np.abs(exact.depth.astype(int) - half.depth) > 1).mean()
-        ),
-        "images_of_other_class": float((exact.guess != half.guess).mean()),
+    config.model.dtype = "float32"
+    model = build.model(config).clone(removal=None)
+    params, _ = restore.trained(config, model, _CHECKPOINT.value)
+    reader = evaluate.Evaluator(config, model).reader
+    variants = {
+        "float32": model,
+        "bfloat16": model.clone(dtype="bfloat16"),
+        "tanh": model.clone(mlp="gelu_tanh"),
     }
+    seen = {
+        name: gather.gather(config, variant, jax.device_put(params), reader)
+        for name, variant in variants.items()
+    }
+    exact = seen.pop("float32")
+    result = timing.environment() | {"images": len(exact.index), "float32": _means(exact)}
+    result |= {name: _means(images) | _changes(exact, images) for name, images in seen.items()}
     results.save(_OUT.value, result)
     print(json.dumps(result, indent=2))
 
