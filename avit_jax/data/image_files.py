@@ -68,14 +68,15 @@ def find(folder: str | os.PathLike) -> tuple[list[str], int]:
             is_hidden = entry.name.startswith(".")
             if points_to(entry.is_dir):
                 waiting += [] if is_hidden else [(entry.path, True)]
-            elif is_hidden or not (_has_ending(entry.name) and points_to(entry.is_file)):
+            elif is_hidden or not (has_ending(entry.name) and points_to(entry.is_file)):
                 ignored += 1
             else:
                 paths.append(entry.path)
     return sorted(paths), ignored
 
 
-def _has_ending(name: str) -> bool:
+def has_ending(name: str) -> bool:
+    """Returns whether a file name ends as those of images do."""
     return name.lower().endswith(ENDINGS)
 
 
@@ -156,7 +157,7 @@ def _own_range(image: Image.Image, encoded: bytes, tags: dict[int, Any]) -> tupl
     if bits > 16 or _UNSIGNED not in (tags.get(_SAMPLE_FORMAT) or [_UNSIGNED]):
         raise BadImage(
             "its values are signed, of 32 bits or floating-point: give the values of black and "
-            "white as --config.data.range=(0,1)"
+            "white as --config.data.range='(0,1)'"
         )
     if not tags:  # a PNG
         bits = _significant_bits(encoded)
@@ -192,7 +193,7 @@ def _warn_of_few_bits() -> None:
     _logger.warning(
         "an image of 16 bits per channel has no value of %d or more, and is nearly black: if its "
         "white is 4095 or less, scale its values to 65535 in the file, or (grey images) set "
-        "--config.data.range=(0,4095)",
+        "--config.data.range='(0,4095)'",
         _FEW,
     )
 

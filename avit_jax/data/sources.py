@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def check_same_classes(train: Source, evaluation: Source) -> None:
     if train.multi_label != evaluation.multi_label:
         one, other = (train, evaluation) if train.multi_label else (evaluation, train)
         raise errors.UserError(
-            f"{one.name} gives an image any number of labels, and {other.name} one: set "
+            f"{one.name} gives an image any number of labels, and {other.name} exactly one: set "
             "--config.data.train_split and eval_split to splits of the same kind."
         )
 
@@ -162,6 +163,8 @@ class _Files(Sequence[Record]):
 
     def __getitem__(self, i: int) -> Record:
         path = self.paths[i]
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device may never end
+            raise OSError(f"{path} is not a file")
         image = pathlib.Path(path).read_bytes()
         return {"image": image, "label": self.labels[i], "file_name": path}
 
@@ -169,10 +172,10 @@ class _Files(Sequence[Record]):
 def _folder(root: pathlib.Path, split: str) -> Source:
     """Opens the image files in `root/split/class/` and below, in alphabetical order."""
     folder = root / split
-    if (folder / _LABELS).is_file():
-        return _labelled_folder(root, folder)
     paths, labels = [], []
     try:
+        if (folder / _LABELS).is_file():
+            return _labelled_folder(root, folder)
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         classes = sorted(entry.name for entry in entries if _is_class(entry, folder))
         broken = [entry for entry in entries if entry.is_symlink() and entry.name not in classes]
@@ -188,6 +191,9 @@ def _folder(root: pathlib.Path, split: str) -> Source:
             "folder that holds <split>/<class>/<image>, and --config.data.train_split and "
             "eval_split to its parts (which take no slices)."
         ) from error
+    if others := _labelled(root):
+        message = "%s holds no %s, as %s is: its folders are the classes"
+        _logger.warning(message, folder, _LABELS, others[0])
     if not paths:
         raise errors.UserError(
             f'no images in "{folder}": put them into one folder per class, under names that end in '
@@ -203,13 +209,17 @@ def _labelled_folder(root: pathlib.Path, folder: pathlib.Path) -> Source:
 
     The classes are the labels of all splits in `root`, in alphabetical order.
     """
-    names = {label for path in root.glob(f"*/{_LABELS}") for one in _rows(path) for label in one[1]}
     rows = _rows(folder / _LABELS)
-    if not names or not rows:
+    here = {label for _, found in rows for label in found}
+    if not here:
         raise errors.UserError(
             f'"{folder / _LABELS}" names no image with a label: write a row for each image, such '
             "as: cats/1.jpg,cat;grass"
         )
+    names = here.union(*(found for path in _labelled(root) for _, found in _rows(path)))
+    if missing := sorted(names - here):
+        message = "%s has no image with these labels of other splits: %s"
+        _logger.warning(message, folder, ", ".join(missing[:5]))
     label_names = sorted(names)
     index = {name: i for i, name in enumerate(label_names)}
     paths = [str(folder / file) for file, _ in rows]
@@ -218,12 +228,17 @@ def _labelled_folder(root: pathlib.Path, folder: pathlib.Path) -> Source:
     return Source(f'"{folder}"', _Files(str(folder), paths, labels), label_names, multi_label=True)
 
 
+def _labelled(root: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the `labels.csv` of all splits."""
+    return sorted(path for path in root.glob(f"*/{_LABELS}") if path.is_file())
+
+
 def _rows(path: pathlib.Path) -> list[tuple[str, set[str]]]:
     """Returns the files in a `labels.csv`, each with its labels; rows of one file are united."""
     rows: dict[str, set[str]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            for i, row in enumerate(csv.reader(file)):
+            for i, row in enumerate(csv.reader(file, strict=True)):
                 if not row or (i == 0 and [cell.strip() for cell in row] == ["file", "labels"]):
                     continue
                 if len(row) != 2 or not row[0].strip():
@@ -231,8 +246,12 @@ def _rows(path: pathlib.Path) -> list[tuple[str, set[str]]]:
                         f"row {i + 1} must hold a file and its labels, such as: "
                         "cats/1.jpg,cat;grass"
                     )
+                if i == 0 and not image_files.has_ending(row[0].strip()):
+                    raise ValueError(
+                        f'row 1 must be "file,labels", or an image and its labels; got "{row[0]}"'
+                    )
                 labels = {label.strip() for label in row[1].split(";")} - {""}
-                rows.setdefault(row[0].strip(), set()).update(labels)
+                rows.setdefault(os.path.normpath(row[0].strip()), set()).update(labels)
     except (OSError, ValueError, csv.Error) as error:
         raise errors.UserError(f'cannot read "{path}": {errors.first_line(error)}') from error
     return list(rows.items())

@@ -20,7 +20,7 @@ from avit_jax import config as config_lib
 from avit_jax import networks
 from avit_jax.data import augment, class_names, image_files, transforms
 from avit_jax.inference import adaptive
-from avit_jax.models import flops
+from avit_jax.models import flops, vit
 from avit_jax.models.pretrained import PretrainedAViT
 from avit_jax.training import announce, build, restore
 from avit_jax.utils import errors, files, visualize
@@ -82,11 +82,7 @@ def predict(
     """
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
-    if model.channels not in (1, 3):
-        raise errors.UserError(
-            f"images have 1 or 3 channels, and the network has {model.channels}: name another "
-            "network."
-        )
+    _check_channels(model)
     if not all(os.fspath(path) for path in paths):  # pathlib would use the current folder
         raise errors.UserError(
             "the name of an image is empty: name images to predict, or folders that hold some."
@@ -193,6 +189,7 @@ def _read(
     images: Sequence[pathlib.Path | np.ndarray], model: PretrainedAViT
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the readable images as uint8 `(H, W, channels)`; one channel is grey."""
+    _check_channels(model)
     image_files.reset_warnings()
     transform = transforms.Evaluate(
         image_size=model.pixels, crop_ratio=model.crop_ratio, channels=model.channels
@@ -210,6 +207,14 @@ def _read(
             _logger.warning("cannot read %s: %s", path, errors.first_line(error))
             continue
         yield path, transform(decoded)
+
+
+def _check_channels(model: vit.AViT) -> None:
+    if model.channels not in (1, 3):
+        raise errors.UserError(
+            f"images have 1 or 3 channels, and the network has {model.channels}: name another "
+            "network."
+        )
 
 
 def _find(path: pathlib.Path) -> list[pathlib.Path]:

@@ -76,15 +76,16 @@ class Evaluator:
         Raises:
           errors.UserError: too many images could not be read, or none has a label.
         """
-        steps = []  # stays on the devices until the last batch
+        sums, ranked = [], []  # stay on the devices until the last batch
         for batch in devices.prefetch(loader.eval_batches(self.reader, **self._batching)):
             if stop():
                 return None
-            steps.append(self._step(params, batch))
-        sums, ranked = zip(*devices.first(jax.device_get(steps)), strict=True)
-        results = metrics.means(sums)
+            of_batch, logits = self._step(params, batch)
+            sums.append(of_batch)
+            ranked.append(devices.first(logits))  # one copy: they are large
+        results = metrics.means(devices.first(jax.device_get(sums)))
         if self.source.multi_label:
-            logits, labels, weight = map(np.concatenate, zip(*ranked, strict=True))
+            logits, labels, weight = map(np.concatenate, zip(*jax.device_get(ranked), strict=True))
             results |= metrics.average_precision(logits[weight > 0], labels[weight > 0])
         total = len(self.source.records)
         unread = total - int(results["images"])

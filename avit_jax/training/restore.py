@@ -22,6 +22,7 @@ from avit_jax.weights import locate, tensor_files, weight_files
 
 _logger = logging.getLogger(__name__)
 _Params = dict[str, Any]
+_PREDICTION = {"data.mean", "data.std", "data.range", "loss.sigmoid"}  # keys that predictions need
 
 
 def begin(
@@ -209,7 +210,7 @@ def _warn_of_differences(config: ConfigDict, metadata: RunMetadata) -> None:
     now = config_lib.flat(config_lib.to_json(config))
     before = config_lib.saved_values(metadata.config)
     for key in sorted(now.keys() - {"model.remat", "model.drop_path", "model.dropout"}):
-        used = key.startswith(("model.", "halting.", "data.mean", "data.std"))
+        used = key.startswith(("model.", "halting.")) or key in _PREDICTION
         if used and now[key] != before[key]:
             _logger.warning(
                 "config.%s is %s, and the network was trained with %s", key, now[key], before[key]

@@ -15,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+import avit_jax
 from avit_jax import config as config_lib
 from avit_jax.data import image_files, transforms
 from avit_jax.inference import adaptive
@@ -147,11 +148,19 @@ def test_a_network_used_otherwise_than_trained_is_reported(
     trained = json.loads(config.to_json_best_effort())
     del trained["halting"]["merge"]  # a run from before the key was known did as its default says
     trained["halting"]["gamma"] = 3.0
+    trained["data"]["range"], trained["loss"]["sigmoid"] = [0, 4095], True
     metadata = RunMetadata(config=trained, label_names=[])
     monkeypatch.setattr(restore, "params", lambda *_: ({}, metadata))
     with caplog.at_level("WARNING", logger="avit_jax"):
         restore.trained(config, build.model(config), tmp_path)
-    assert caplog.messages == ["config.halting.gamma is 5.0, and the network was trained with 3.0"]
+    assert caplog.messages == [
+        f"config.{key}, and the network was trained with {before}"
+        for key, before in (
+            ("data.range is []", "[0, 4095]"),
+            ("halting.gamma is 5.0", "3.0"),
+            ("loss.sigmoid is False", "True"),
+        )
+    ]
 
 
 def test_linked_folders_are_looked_into_once(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -218,6 +227,9 @@ def test_pictures_do_not_have_four_channels(tmp_path: pathlib.Path) -> None:
         errors.UserError, match="images have 1 or 3 channels, and the network has 4"
     ):
         next(predict.predict(config, tmp_path, [tmp_path]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(errors.UserError, match="and the network has 4"):
+        avit_jax.predict(build.model(config), {}, tmp_path / "a.png")
 
 
 def test_what_is_no_file_is_never_read(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Images with any number of labels: their files, the sigmoid loss, mean average precision."""
 
+import functools
 import io
 import json
 import pathlib
@@ -90,7 +91,9 @@ def test_labels_of_a_folder(folder: pathlib.Path, caplog: pytest.LogCaptureFixtu
     sources.check_same_classes(train, source)
     one_label = sources.Source("pets", [], _NAMES)
     for pair in ((train, one_label), (one_label, train)):
-        with pytest.raises(errors.UserError, match=r"train.* any number of labels, and pets one"):
+        with pytest.raises(
+            errors.UserError, match=r"train.* any number of labels, and pets exactly one"
+        ):
             sources.check_same_classes(*pair)
 
 
@@ -134,6 +137,9 @@ def test_labels_of_a_prepared_data_set(tmp_path: pathlib.Path) -> None:
     [
         (b"", "names no image with a label"),
         (b"file,labels\n", "names no image with a label"),
+        (b"sub/1.png,\nsub/2.png,;\n", "names no image with a label"),
+        (b"name,tags\nsub/1.png,cat\n", 'row 1 must be "file,labels", .*got "name"'),
+        (b'sub/1.png,"cat\nsub/2.png,dog\n', "cannot read .*labels.csv"),
         (b"a.png,cat\nb.png,cat,dog\n", r"labels\.csv.*row 2 must hold a file and its labels"),
         (b"a.png\n", "row 1 must hold"),
         (b",cat\n", "row 1 must hold"),
@@ -144,6 +150,34 @@ def test_unusable_labels(folder: pathlib.Path, content: bytes, message: str) -> 
     (folder / "val/labels.csv").write_bytes(content)
     with pytest.raises(errors.UserError, match=message):
         sources.load("folder", split="val", data_dir=str(folder), image_size=(8, 8))
+
+
+def test_splits_in_other_places(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "more").mkdir()
+    (folder / "val").rename(folder / "more/val")
+    (folder / "more/val/labels.csv").write_text("sub/1.png,cat\n./sub/1.png,cow\n")
+    load = functools.partial(sources.load, "folder", image_size=(8, 8))
+    nested = load(split="more/val", data_dir=str(folder))
+    assert nested.label_names == ["cat", "cow", "dog", "grass", "sky"]
+    assert [record["label"] for record in nested.records] == [[0, 1]]
+    assert "more/val has no image with these labels of other splits: dog, grass, sky" in caplog.text
+    here = load(split=".", data_dir=str(folder / "more/val"))
+    assert here.label_names == ["cat", "cow"]
+    with pytest.raises(errors.UserError, match=r"cannot read .*File name too long"):
+        load(split="x" * 300, data_dir=str(folder))
+
+
+def test_a_split_without_its_labels(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "val/labels.csv").unlink()
+    sources.load("folder", split="val", data_dir=str(folder), image_size=(8, 8))
+    assert "val holds no labels.csv, as " in caplog.text
+    (folder / "val/labels.csv").write_text("/dev/null,cat\n")
+    with pytest.raises(errors.UserError, match='row 1 must be "file,labels"'):
+        sources.load("folder", split="val", data_dir=str(folder), image_size=(8, 8))
+    (folder / "val/labels.csv").write_text("file,labels\n/dev/null,cat\n")
+    source = sources.load("folder", split="val", data_dir=str(folder), image_size=(8, 8))
+    with pytest.raises(OSError, match="/dev/null is not a file"):
+        source.records[0]
 
 
 def test_what_several_labels_need(folder: pathlib.Path) -> None:
