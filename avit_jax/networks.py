@@ -152,8 +152,8 @@ def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int,
         if file.attributes.get("rope_theta"):
             if file.grid is None:
                 raise errors.UserError(
-                    f"{path} does not give the size of its images: call load(..., "
-                    "image_size=(height, width))."
+                    f'{path} does not give the size of its images: write "image_size" into the '
+                    "config.json beside it, or call load(..., image_size=(height, width))."
                 )
             return file.grid[0] * patch_size, file.grid[1] * patch_size
         whole = file.tensors["pos_embed"].shape[1]

@@ -52,7 +52,7 @@ def convert(
     Args:
       model: with or without halting.
       params: parameters of the model, NumPy arrays.
-      metadata: values that JSON knows; each becomes one text of the file's metadata.
+      metadata: values that JSON knows; each becomes an entry of the file's metadata, as JSON.
       mean: of pixels from 0 to 1, per channel.
       std: standard deviation, likewise.
       batch: images per call; 0 allows any number.
@@ -93,7 +93,7 @@ def convert(
         )
         _remove_unused(program)
         for key, value in metadata.items():
-            program.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+            program.metadata_props[key] = json.dumps(value)
         return onnx_ir.to_proto(program).SerializeToString()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from avit_jax.core.plan import Plan
 from avit_jax.inference import adaptive
@@ -26,7 +27,7 @@ def apply(
     Position embeddings are resized to the grid of each group, as PyTorch's `interpolate` does.
 
     Args:
-      model: a network with halting that reads the class token.
+      model: a network with halting that reads the class token, with learned position embeddings.
       variables: `{"params": params}`, for the image size of the model.
       groups: of `(B, H, W, C)` images, float, normalized; patches divide H and W.
       plan: as for `adaptive.apply`; for all images together.
@@ -35,13 +36,18 @@ def apply(
       For each group, logits `(B, C)` and `Aux`, as `adaptive.apply` on a network of this size.
 
     Raises:
-      ValueError: the model does not halt or pools its patch tokens, or a group does not fit it.
+      ValueError: the model does not halt, pools its patch tokens or has rotary position embeddings,
+        or a group does not fit it.
       TypeError: a derivative of it is needed.
     """
     if model.pool != "token":
         raise ValueError('images of several sizes need a model with pool="token".')
-    if not groups:
+    if model.rope_theta:  # one call has the rotation of one grid
+        raise ValueError("images of several sizes need a model with rope_theta=0.")
+    if not len(groups):
         raise ValueError("there are no groups of images.")
+    if any(np.ndim(images) != 4 for images in groups):
+        raise ValueError("groups must be a list of arrays (B, H, W, C), one for each image size.")
     networks = [model.clone(image_size=images.shape[1:3]) for images in groups]
     tokens, exists = [], []
     most = max(network.num_tokens for network in networks)

@@ -150,7 +150,8 @@ def _dinov3(tensors: Tensors, model: vit.AViT) -> tuple[Tensors, dict[str, Any]]
     biases = {}
     for part in ("query", "key", "value"):
         names = [name for name in result if name.endswith(f".{part[0]}_proj.bias")]
-        biases[f"{part}_bias"] = any(result[name].any() for name in names)
+        # By default, only keys have no bias there.
+        biases[f"{part}_bias"] = any(part != "key" or result[name].any() for name in names)
         for name in [] if biases[f"{part}_bias"] else names:
             del result[name]
     width, count = model.width, model.num_registers

@@ -31,7 +31,7 @@ def locate(name: epath.PathLike) -> epath.PathLike:
 
 def hub_name(text: str) -> str | None:
     """Returns `hf-hub:owner/name` for `owner/name`; None for other texts and for names of files."""
-    is_file = text.lower().endswith((*tensor_files.SUFFIXES, ".avit"))
+    is_file = text.lower().endswith((*tensor_files.SUFFIXES, *tensor_files.PROGRAMS))
     if is_file or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
         return None
     return f"{tensor_files.HUB}{text}"

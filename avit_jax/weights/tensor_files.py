@@ -140,6 +140,10 @@ def read(path: pathlib.Path, *, ema: bool = False) -> tuple[Tensors, dict[str, s
     """
     is_index = path.name.endswith(_INDEX)
     suffix = _suffix(pathlib.Path(path.name.removesuffix(_INDEX)))
+    if suffix.lower() in PROGRAMS:
+        raise errors.UserError(
+            f"{path} is a program, whose weights are not read: name a run or a weight file."
+        )
     if suffix not in _READERS:
         raise errors.UserError(
             f"{path} is no weight file by its name: rename it to end in one of "
@@ -275,3 +279,4 @@ _READERS = {
     ".safetensors": _read_safetensors,
 }
 SUFFIXES = tuple(_READERS)
+PROGRAMS = (".avit", ".onnx")  # what `--mode=export` writes too

@@ -46,7 +46,8 @@ def write(
     metadata = {"format": "pt", "norm_eps": str(file.norm_eps), "num_heads": str(file.num_heads)}
     metadata["grid"] = "x".join(map(str, file.grid))
     changed = architecture.changed(file.attributes)
-    if names == "huggingface":  # its tensors hold a position for the class token
+    # Hugging Face's tensors hold a position for the class token; rotary networks have none at all.
+    if names == "huggingface" or model.rope_theta:
         changed.pop("position_class", None)
     if changed:
         metadata["attributes"] = json.dumps(changed)
@@ -79,7 +80,8 @@ def to_file(params: Mapping[str, Any], model: vit.AViT) -> WeightFile:
     gate = gate_of(params, model)
     patch_shape = (model.patch_size, model.patch_size, model.channels)
     tensors = name_maps.to_torch(params, patch_shape=patch_shape)
-    if "norm_pre.weight" in tensors:  # timm and CLIP have no bias there; positions take it in
+    # timm and CLIP have no bias there; positions take it in, if they are learned
+    if {"norm_pre.weight", "pos_embed"} <= tensors.keys():
         bias = tensors.pop("patch_embed.proj.bias")
         prefix = model.num_prefix_tokens if model.position_class else 0
         tensors["pos_embed"] = np.array(tensors["pos_embed"])

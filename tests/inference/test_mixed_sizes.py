@@ -94,6 +94,10 @@ def test_what_has_no_class_token_or_no_images_is_refused() -> None:
         mixed_sizes.apply(model, variables, [])
     with pytest.raises(ValueError, match='pool="token"'):
         mixed_sizes.apply(model.clone(pool="avg"), variables, _images(_SIZES))
+    with pytest.raises(ValueError, match="rope_theta=0"):
+        mixed_sizes.apply(model.clone(rope_theta=100.0), variables, _images(_SIZES))
+    with pytest.raises(ValueError, match="must be a list of arrays"):
+        mixed_sizes.apply(model, variables, jnp.zeros((2, 40, 32, 3)))
     with pytest.raises(ValueError, match="patch_size 8 must divide"):
         mixed_sizes.apply(model, variables, [jnp.zeros((1, 20, 16, 3))])
     with pytest.raises(TypeError, match="no gradient"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import fakes
 import fixtures
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,7 +83,8 @@ def test_a_fixed_batch_and_the_metadata(
     with pytest.raises(Exception, match="Got: 3 Expected: 4"):
         network.run(None, {"images": _images(_HALTING, 3)})
     metadata = network.get_modelmeta().custom_metadata_map
-    values = {key: json.loads(text) for key, text in metadata.items() if key != "jax"}
+    values = {key: json.loads(text) for key, text in metadata.items()}
+    assert values["jax"] == jax.__version__
     assert values["label_names"] == names and values["halting"]["gamma"] == 1.5
     assert values["image_size"] == [16, 16] and values["mean"] == [0.4, 0.5, 0.6]
 

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import variants
 
 import avit_jax
 from avit_jax.models import vit
@@ -207,6 +208,27 @@ def test_a_model_with_another_base_is_refused(tmp_path: pathlib.Path) -> None:
         weight_files.load(path, model.clone(rope_theta=0.0))
 
 
+@pytest.mark.parametrize("changes", [{"pre_norm": True}, {"position_class": False}])
+def test_a_rotary_network_is_loaded_as_it_was_saved(
+    tmp_path: pathlib.Path, changes: dict[str, Any]
+) -> None:
+    model = variants.network("dinov3", **changes)
+    params = variants.params(model)
+    avit_jax.save(tmp_path / "it", model, params)
+    loaded, loaded_params = avit_jax.load(tmp_path / "it")
+    assert loaded.pre_norm == model.pre_norm and loaded.halting == model.halting
+    jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
+
+
+def test_biases_of_zero_stay_in_hugging_faces_names(tmp_path: pathlib.Path) -> None:
+    model = variants.network("dinov3", num_classes=0, halting=None)
+    params = jax.tree.map(np.copy, variants.params(model))
+    params["layers"]["qkv"]["bias"][:] = 0
+    weight_files.write(tmp_path / "model.safetensors", params, model, names="huggingface")
+    loaded = weight_files.load(tmp_path / "model.safetensors", model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
 def test_any_image_size_fits(tmp_path: pathlib.Path) -> None:
     path = _write(tmp_path, _tensors("DINOv3"), _config("DINOv3"))
     _, params = _infer(path, (8, 8))
@@ -220,6 +242,8 @@ def test_the_size_of_the_images_is_asked_for(tmp_path: pathlib.Path) -> None:
     path = _write(tmp_path, _tensors("dinov3"), config)
     with pytest.raises(errors.UserError, match=r"call load\(..., image_size=\(height, width\)\)"):
         avit_jax.load(path)
+    _write(tmp_path, _tensors("dinov3"), config | {"image_size": [8, 12]})
+    assert avit_jax.load(path)[0].image_size == (8, 12)
 
 
 def _own_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -123,6 +123,8 @@ def test_a_name_on_the_hub_needs_no_prefix(hub: None) -> None:
         avit_jax.load("some/other")
 
 
-@pytest.mark.parametrize("name", ["exp/last.ckpt", "exp/best.pth.tar", "exp/w.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["exp/last.ckpt", "exp/best.pth.tar", "exp/w.safetensors", "exp/x.onnx"]
+)
 def test_a_missing_file_is_no_name_on_the_hub(name: str) -> None:
     assert locate.hub_name(name) is None

@@ -503,6 +503,13 @@ def test_one_part_alone(tmp_path: pathlib.Path) -> None:
         weight_files.read(path)
 
 
+@pytest.mark.parametrize("name", ["a.avit", "a.ONNX"])
+def test_a_program_is_no_weight_file(tmp_path: pathlib.Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(errors.UserError, match="is a program, whose weights are not read"):
+        weight_files.read(tmp_path / name)
+
+
 def test_two_towers_of_one_name(tmp_path: pathlib.Path) -> None:
     tensors = {f"img/{name}": array for name, array in _averaging().items()}
     tensors["head/kernel"] = tensors["img/head/kernel"] + 1
