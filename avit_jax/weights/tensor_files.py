@@ -246,7 +246,13 @@ def _read_safetensors(path: pathlib.Path, _: bool) -> tuple[Tensors, dict[str, s
             dtype = file.get_slice(name).get_dtype()
             if not re.fullmatch(r"B?F16|F32|F64|[IU]\d+|BOOL", dtype):  # NumPy lacks the others
                 raise _refused_dtype(name, dtype)
-        return {name: np.asarray(file.get_tensor(name)) for name in names}, file.metadata() or {}
+        shapes = {name: file.get_slice(name).get_shape() for name in names}
+        # JAX takes hours for some shapes without elements.
+        tensors = {
+            name: np.zeros(shape, np.float32) if 0 in shape else np.asarray(file.get_tensor(name))
+            for name, shape in shapes.items()
+        }
+        return tensors, file.metadata() or {}
 
 
 def _read_npz(path: pathlib.Path, _: bool) -> tuple[Tensors, dict[str, str]]:
