@@ -47,7 +47,7 @@ def paired(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     images.
 
     Args:
-      right: `(n,)` 1 where the first network is right, else 0.
+      right: `(n,)` 1 where the first network is right, else 0; or the expected value of that.
       other: `(n,)` the same of the second.
 
     Returns:
@@ -55,11 +55,9 @@ def paired(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:
       `changed`, the share of images on which exactly one of the two is right.
     """
     difference = 100 * (right - other)
-    counts = np.array(
-        [(difference == value).sum() for value in (-100, 0, 100)]
-    )  # an image's difference has three values
+    values, counts = np.unique(difference, return_counts=True)  # an image's has few values
     drawn = np.random.default_rng(0).multinomial(len(right), counts / len(right), size=_RESAMPLES)
-    means = 100 * (drawn[:, 2] - drawn[:, 0]) / len(right)
+    means = drawn @ values / len(right)
     return {
         "mean": float(difference.mean()),
         "error": float(difference.std(ddof=1) / np.sqrt(len(difference))),

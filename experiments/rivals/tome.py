@@ -85,4 +85,7 @@ class ToMe(unrolled.Unrolled):
             macs += self.mlp_macs(x.shape[1])
             if self.after_mlp:
                 x, size = merge(x, size, pairs)
+            # Nothing is stored unless the caller makes "intermediates" mutable.
+            self.sow("intermediates", "class_token", x[:, 0])
+            self.sow("intermediates", "macs", jnp.asarray(macs))
         return self.classify(x[:, :1], train=layers.train), self.aux(counts, len(x), macs)
