@@ -205,7 +205,7 @@ def _folder(root: pathlib.Path, split: str) -> Source:
 
 
 def _labelled_folder(root: pathlib.Path, folder: pathlib.Path) -> Source:
-    """Opens the images that `labels.csv` names; its order is that of the records.
+    """Opens the images that `labels.csv` names, in its order.
 
     The classes are the labels of all splits in `root`, in alphabetical order.
     """

@@ -317,7 +317,7 @@ class Block(nn.Module):
         return self.q_norm(query), self.k_norm(key)
 
     def _turn(self, heads: Array, index: Int[Array, "B N"] | None, axis: int) -> Array:
-        """Rotates queries or keys by the places of their tokens; `axis` is that of the heads."""
+        """Rotates queries or keys by the places of their tokens; `axis` is the heads' axis."""
         rotation = self.spec.rotation
         return heads if rotation is None else rotation.turn(heads, index, axis)
 

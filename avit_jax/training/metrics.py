@@ -49,7 +49,7 @@ def eval_sums(
       `score`, the mean score of each layer; halted tokens count as 0. With pooling, `depth_class`
       is the number of layers until the image is finished. `class_images` and `class_top1` `(C,)`
       are images, and images classified correctly, of each class. If images have any number of
-      labels, the loss is that of sigmoids, and all that counts correct images is left out.
+      labels, the loss is the binary cross entropy of each class, and no image counts as correct.
     """
     ran = flops.is_computed(aux.active, model.readout)
     depth = ran.sum(axis=0)

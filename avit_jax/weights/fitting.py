@@ -117,7 +117,7 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
     if set(unknown) & set(architecture.UNSEEN):
         message = (
             "%s does not give %s: assumed, with norms before the branches, and without rotary "
-            "position embeddings; the config.json beside a file tells"
+            "position embeddings; a config.json beside the file would say it"
         )
         _logger.warning(message, errors.printable(name), assumed)
     elif unknown:

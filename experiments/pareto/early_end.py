@@ -18,14 +18,15 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 from sklearn import exceptions, linear_model
 
-from avit_jax.data import augment, loader
+from avit_jax.data import augment
 from avit_jax.models import flops
-from avit_jax.training import build, evaluate
+from avit_jax.training import build
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
 from experiments import results, timing
@@ -72,25 +73,19 @@ def run(config: ConfigDict, params: Any, merges: int, split: str) -> Outcome:
     config.data.eval_split = split
     static = build.model(config)
     model = tome.ToMe(**unrolled.attributes(static), merges=merges)
-    reader = evaluate.Evaluator(config, model).reader
 
     @jax.jit
     def apply(images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         images = augment.normalize(images, config.data.mean, config.data.std)
         (logits, _), kept = model.apply({"params": params}, images, mutable=["intermediates"])
-        kept = kept["intermediates"]
-        return logits, jax.numpy.stack(kept["class_token"], 1), jax.numpy.stack(kept["macs"])
+        token, macs = (
+            jnp.stack(kept["intermediates"][name], axis=-1) for name in ("class_token", "macs")
+        )
+        return logits, token.swapaxes(1, 2), jnp.broadcast_to(macs, (len(images), len(macs)))
 
-    rows = []
-    for one in loader.eval_batches(
-        reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads
-    ):
-        logits, token, macs = jax.device_get(apply(one["image"]))
-        real = one["weight"] > 0
-        rows.append((one["label"][real], logits[real], token[real]))
-    label, logits, token = (np.concatenate(column) for column in zip(*rows, strict=True))
+    label, logits, token, macs = paired.over_images(config, model, apply)
     total = flops.static_macs(static)
-    cost = (macs + flops.fixed_macs(model)) / total
+    cost = (macs[0] + flops.fixed_macs(model)) / total
     return Outcome(label, logits, token, cost, static.width * static.num_classes / total)
 
 
@@ -116,7 +111,7 @@ def end(
       label: `(n,)`.
       right: `(n,)` whether the whole network is right.
       cost: `(K + 1,)` MACs ratio of an image that ends at each probe, and of the whole network.
-      least: probability of the likeliest class at which an image ends.
+      least: an image ends once its likeliest class has this probability.
 
     Returns:
       `(n,)` at which probe it ends, K for none; `(n,)` whether it is right; `(n,)` its MACs ratio.
@@ -182,8 +177,7 @@ def setting(here: Outcome, probes: list[Any], fixed: list[Outcome]) -> Setting:
     tokens = [here.class_token[:, layer] for layer in _LAYERS]
     likely = [probe.predict_proba(x) for probe, x in zip(probes, tokens, strict=True)]
     # An image that ends at a probe needs no head; the costs contain one.
-    probes_run = np.array([*range(len(_LAYERS)), len(_LAYERS)])
-    cost = here.cost[[*_LAYERS, -1]] + here.head * probes_run
+    cost = here.cost[[*_LAYERS, -1]] + here.head * np.arange(len(_LAYERS) + 1)
     costs = [float(outcome.cost[-1]) for outcome in fixed]
     return Setting(here, np.stack(likely, axis=1), cost, costs, [o.right for o in fixed])
 

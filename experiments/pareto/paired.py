@@ -2,6 +2,8 @@
 cost of an image.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +23,6 @@ def outcomes(config: ConfigDict, model: vit.AViT, params: Any) -> tuple[np.ndarr
     """Whether the network is right `(n,)` float, and its MACs ratio `(n,)`, for each image of the
     evaluation split.
     """
-    reader = evaluate.Evaluator(config, model).reader
     apply = adaptive.make_apply(model) if model.halting else model.apply
 
     @jax.jit
@@ -32,14 +33,30 @@ def outcomes(config: ConfigDict, model: vit.AViT, params: Any) -> tuple[np.ndarr
         macs = aux.macs
         return logits.argmax(-1), macs / flops.static_macs(model)
 
-    right, ratio = [], []
+    label, guess, ratio = over_images(config, model, functools.partial(run, params))
+    return (guess == label).astype(float), ratio.astype(float)
+
+
+def over_images(
+    config: ConfigDict, model: vit.AViT, apply: Callable[[np.ndarray], Sequence[jax.Array]]
+) -> list[np.ndarray]:
+    """Applies a function to all images of the evaluation split.
+
+    Args:
+      config: names the split and the batch size.
+      model: for its sizes.
+      apply: maps uint8 images `(B, H, W, C)` to arrays `(B, ...)`.
+
+    Returns:
+      `(n,)` labels, then `(n, ...)` what each array holds of the images.
+    """
+    reader, rows = evaluate.Evaluator(config, model).reader, []
     for one in loader.eval_batches(
         reader, batch_size=config.eval.batch_size, num_threads=config.data.num_threads
     ):
-        guess, cost = jax.device_get(run(params, one["image"]))
-        right.append((guess == one["label"])[one["weight"] > 0])
-        ratio.append(cost[one["weight"] > 0])
-    return np.concatenate(right).astype(float), np.concatenate(ratio).astype(float)
+        real = one["weight"] > 0
+        rows.append([x[real] for x in (one["label"], *jax.device_get(apply(one["image"])))])
+    return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
 def paired(right: np.ndarray, other: np.ndarray) -> dict[str, Any]:

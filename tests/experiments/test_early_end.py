@@ -3,16 +3,35 @@
 import pathlib
 import sys
 
+import fixtures
+import jax
 import numpy as np
 import pytest
+
+from avit_jax.training import build
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from experiments import results
 from experiments.pareto import arms, early_end, paired
+from experiments.rivals import tome, unrolled
 
 _LABEL = np.array([0, 1, 1])
 # Three images, two probes, two classes: the first is sure at once, the second later, the third never.
 _PROBABILITY = np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.1, 0.9]], [[0.5, 0.5]] * 2])
+
+
+def test_what_is_kept_of_each_layer_is_that_of_the_network() -> None:
+    config = fixtures.small_config(**{"halting.enabled": False})
+    model = build.model(config)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))["params"]
+    found = early_end.run(config, params, 3, "test")
+    rival = tome.ToMe(**unrolled.attributes(model), merges=3)
+    right, ratio = paired.outcomes(config, rival, params)
+    np.testing.assert_array_equal(found.right, right)
+    assert found.cost[-1] == pytest.approx(ratio[0], rel=1e-5)
+    assert (np.diff(found.cost) > 0).all() and len(found.cost) == model.depth
+    logits = model.apply({"params": params}, found.class_token[:, -1:], method="classify")
+    np.testing.assert_allclose(logits, found.logits, atol=1e-5)
 
 
 def test_an_image_ends_at_the_first_probe_that_is_sure() -> None:
