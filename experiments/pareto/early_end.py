@@ -33,8 +33,6 @@ from experiments import results, timing
 from experiments.pareto import arms, paired
 from experiments.rivals import tome, unrolled
 
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the prepared data set", required=True)
-_OUT = flags.DEFINE_string("out", "experiments/pareto/early_end.json", "file to write")
 _PARENT = "experiments/pareto/parent.safetensors"
 _RATES = (0, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20)  # tokens that ToMe merges in each layer
 _BASES = (11, 15, 17)  # those under which images may end early
@@ -215,7 +213,7 @@ def compare(base: int, outcomes: dict[tuple[int, str], Outcome]) -> dict[str, An
 
 def main(_: list[str]) -> None:
     """Runs all rates, compares, and writes."""
-    config = arms.config("static", 0, data_dir=_DATA_DIR.value, parent=_PARENT)
+    config = arms.config("static", 0, data_dir=flags.FLAGS.data_dir, parent=_PARENT)
     params = weight_files.load(_PARENT, build.model(config))
     outcomes = {}
     for split, rates in ((_PROBE, _BASES), (_CHOICE, _RATES), (_TEST, _RATES)):
@@ -231,9 +229,11 @@ def main(_: list[str]) -> None:
     }
     rows = [compare(base, outcomes) for base in _BASES]
     result = timing.environment() | {"fixed": fixed, "rows": rows}
-    results.save(pathlib.Path(_OUT.value), result)
+    results.save(pathlib.Path(flags.FLAGS.out), result)
     print(json.dumps(result, indent=2))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a test that imports this module has the flags of the program too
+    flags.DEFINE_string("data_dir", None, "folder of the prepared data set", required=True)
+    flags.DEFINE_string("out", "experiments/pareto/early_end.json", "file to write")
     app.run(errors.exit_on_user_error(main))
