@@ -4,6 +4,7 @@ import io
 import pathlib
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -75,3 +76,8 @@ def big_vision_outside_layers(tensors: dict[str, np.ndarray]) -> dict[str, np.nd
         "Transformer/encoder_norm/scale": tensors["norm.weight"],
         "Transformer/encoder_norm/bias": tensors["norm.bias"],
     }
+
+
+def messages(caplog: pytest.LogCaptureFixture, logger: str) -> list[str]:
+    """What a logger and those below it said; threads of an earlier test may still use others."""
+    return [r.getMessage() for r in caplog.records if f"{r.name}.".startswith(f"{logger}.")]
