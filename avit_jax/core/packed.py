@@ -44,7 +44,9 @@ def pack(active: Array, num_rows: int) -> Packing:
       ValueError: the buffer has fewer rows than there are tokens.
     """
     if num_rows < active.size:
-        raise ValueError(f"a buffer of {num_rows} rows does not hold {active.size} tokens.")
+        raise ValueError(
+            f"a buffer of {num_rows} rows does not hold {active.size} tokens: raise num_rows."
+        )
     counts = jnp.cumsum(active, axis=1, dtype=jnp.int32)
     ends = jnp.cumsum(counts[:, -1], dtype=jnp.int32)
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
@@ -62,7 +64,7 @@ class PackedTokens:
     """Tokens of a batch in one buffer.
 
     Attributes:
-      rows: `(T, D)` the buffer. Rows without a token hold anything, also NaN.
+      rows: `(T, D)` the buffer. Rows without a token may hold any value, also NaN.
       row: `(B, N)` int32, row of each token; see `Packing`.
     """
 
@@ -92,7 +94,7 @@ class PackedTokens:
 
 
 def buffer(x: Array, num_rows: int) -> PackedTokens:
-    """Returns all tokens `(B, N, D)` as a buffer of `num_rows` rows; the rest of it is 0."""
+    """Returns all tokens `(B, N, D)` in a buffer of `num_rows` rows; its other rows are 0."""
     size = x.shape[0] * x.shape[1]
     rows = jnp.pad(x.reshape(size, -1), ((0, num_rows - size), (0, 0)))
     return PackedTokens(rows=rows, row=jnp.arange(size, dtype=jnp.int32).reshape(x.shape[:2]))
