@@ -64,8 +64,8 @@ def check(model: "vit.AViT") -> None:
             raise ValueError(f"{name} must lie in [0, 1); got {getattr(model, name)}.")
     if model.removal is not None and (model.halting is None or model.dropout or model.remat):
         raise ValueError(
-            "removal in training needs halting, dropout 0, and remat off (the backward pass "
-            "recomputes anyway)."
+            "removal in training needs halting, dropout=0 and remat=False: its backward pass "
+            "recomputes the layers without remat too."
         )
     if model.halting is not None and not -model.width <= model.halting.channel < model.width:
         raise ValueError(
@@ -96,4 +96,4 @@ def check_images(model: "vit.AViT", images: UncheckedArray) -> None:
             f"{shape}."
         )
     if isinstance(shape[0], int) and not shape[0]:
-        raise ValueError("there are no images: the batch must be at least 1.")
+        raise ValueError("there are no images: the batch must hold at least one.")
