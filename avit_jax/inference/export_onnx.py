@@ -52,8 +52,7 @@ def convert(
     Args:
       model: with or without halting.
       params: parameters of the model, NumPy arrays.
-      metadata: values by name, which JSON can hold; each becomes a JSON text in the metadata of the
-        file.
+      metadata: values by name, which JSON can hold; the file's metadata holds each one as JSON.
       mean: mean of the pixels scaled to [0, 1], one number per channel or one for all.
       std: standard deviation of the same pixels, in the same form.
       batch: images per call; 0 allows any number.
