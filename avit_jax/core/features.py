@@ -43,7 +43,7 @@ def update(before: Features, x: Array, active: Array, target: Array | None) -> F
 
     Args:
       before: the features before the layer.
-      x: `(B, N, D)` outputs of the layer; those of halted tokens mean nothing.
+      x: `(B, N, D)` outputs of the layer; those of halted tokens are meaningless.
       active: `(B, N)` bool, whether the token is active in the layer.
       target: `(B, N)` index of the token into which each token merges in the layer, of any dtype.
         A token that does not merge has its own index. None without merging.

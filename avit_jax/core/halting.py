@@ -88,7 +88,7 @@ class HaltingConfig:
             raise ValueError("redundancy has an effect only with merging: set merge=True too.")
         if not (np.float32(1.0 - self.epsilon) < 1.0 and np.float32(self.epsilon) < 1.0):
             raise ValueError(
-                "epsilon is too close to 0 or 1 for float32: set 1e-7 to 1 - 1e-7; got "
+                "epsilon is too close to 0 or 1 for float32: set it between 1e-7 and 1 - 1e-7; got "
                 f"{self.epsilon}."
             )
         largest = abs(self.gamma) * _LARGEST_CHANNEL + abs(self.beta) + self.redundancy
@@ -218,7 +218,10 @@ def score(
     """
     width = tokens.shape[-1]
     if not -width <= channel < width:  # JAX would clamp the index
-        raise ValueError(f"halting channel {channel} is not among the {width} channels of a token.")
+        raise ValueError(
+            f"halting channel {channel} is not among the {width} channels of a token: set a number "
+            f"from {-width} to {width - 1}."
+        )
     return score_of_gate(tokens[..., channel], gamma=gamma, beta=beta)
 
 

@@ -75,7 +75,7 @@ class PackedTokens:
         """Returns the prefix tokens `(B, R, D)`; those that are not active are 0.
 
         Args:
-          active: `(B, N)` bool, tokens that have a row.
+          active: `(B, N)` bool, whether the token is active and has a row.
           num_prefix_tokens: R.
         """
         few = slice(None), slice(num_prefix_tokens)
@@ -86,7 +86,7 @@ class PackedTokens:
         """Returns one channel of all tokens, `(B, N)`; 0 for those that are not active.
 
         Args:
-          active: `(B, N)` bool, tokens that have a row.
+          active: `(B, N)` bool, whether the token is active and has a row.
           channel: index of the channel.
         """
         zero = jnp.zeros((), self.rows.dtype)

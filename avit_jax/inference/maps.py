@@ -41,7 +41,9 @@ def attention_maps(model: vit.AViT, params: Any, images: Array, layer: int = -1)
         raise ValueError(f"layer must be at least {-model.depth} and below {model.depth}.")
     layer %= model.depth
     if model.pool == "map" and layer != model.depth - 1:
-        raise ValueError('with pool="map" only the query after the last layer has a map: layer=-1.')
+        raise ValueError(
+            'with pool="map", only the query after the last layer has a map: set layer=-1.'
+        )
     return _jitted(model.clone(removal=None), layer, params, images)
 
 

@@ -46,7 +46,7 @@ def apply(
     if model.rope_theta:  # one call has the rotation of one grid
         raise ValueError("images of several sizes need a model with rope_theta=0.")
     if not len(groups):
-        raise ValueError("there are no groups of images.")
+        raise ValueError("there are no groups of images: pass one array for each image size.")
     if any(np.ndim(images) != 4 for images in groups):
         raise ValueError("groups must be a list of arrays (B, H, W, C), one for each image size.")
     networks = [model.clone(image_size=images.shape[1:3]) for images in groups]

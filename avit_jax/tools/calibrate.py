@@ -56,7 +56,7 @@ def from_checkpoint(
         raise errors.UserError(str(error)) from error
     model, params = with_bias(trained, params, beta)
     if abs(ratios[beta] - budget) > RATIO_TOLERANCE:
-        message = "no gate bias meets the MACs ratio %g, where the cost jumps: the ratio is %.3f"
+        message = "no gate bias meets the MACs ratio %g: the cost jumps over it; the ratio is %.3f"
         _logger.warning(message, budget, ratios[beta])
     if distributed.is_first():
         run_config.write_weights(out, params, model, config, names)

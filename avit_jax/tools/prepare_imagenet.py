@@ -196,7 +196,7 @@ def imagenet2012(tars: pathlib.Path, data_dir: pathlib.Path) -> None:
     builder = tfds.builder(_NAME, data_dir=data_dir, file_format="array_record")
     target = pathlib.Path(builder.data_path)
     if target.exists():
-        raise errors.UserError(f'"{target}" is there already: delete it to prepare it again.')
+        raise errors.UserError(f'"{target}" exists already: delete it to prepare it again.')
     unfinished = target.with_name(f"{target.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     writers: dict[str, SplitWriter] = {}

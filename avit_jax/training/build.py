@@ -196,7 +196,7 @@ def source(config: ConfigDict, network: vit.AViT, split: str) -> sources.Source:
         )
     if found.multi_label and config.distill.teacher:
         raise errors.UserError(
-            f"{found.name} gives an image any number of labels, and a teacher one: remove "
+            f"{found.name} gives an image any number of labels, and a teacher gives one: remove "
             "config.distill.teacher."
         )
     distributed.check_same(found.fingerprint(), found.name)
@@ -220,8 +220,8 @@ def check(config: ConfigDict, *names: str) -> None:
     differing = config_lib.changes(values, distributed.from_first_json(values))
     if differing:
         raise errors.UserError(
-            f"the configuration differs from the first process's: {differing}; start all "
-            "processes with the same one."
+            f"the configuration differs from that of the first process: {differing}; start all "
+            "processes with the same configuration."
         )
     for name in names:
         size = config[name].batch_size

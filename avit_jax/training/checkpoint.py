@@ -46,7 +46,8 @@ def lock_workdir(workdir: epath.Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise errors.UserError(
-            f"{error}: training has stopped; earlier checkpoints in {workdir} are still valid."
+            f"{error}: correct that and start again; earlier checkpoints in {workdir} are still "
+            "valid."
         ) from error
 
 

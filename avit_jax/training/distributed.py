@@ -234,7 +234,7 @@ def check_same(fingerprint: str, name: object) -> None:
     """
     if from_first_json(fingerprint) != fingerprint:
         raise errors.UserError(
-            f"{name} is not the same here as on the first process: copy the same one to all hosts."
+            f"{name} differs from that of the first process: copy the same content to all hosts."
         )
 
 

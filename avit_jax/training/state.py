@@ -93,7 +93,7 @@ class RunMetadata:
         wrong = [key for key, is_valid in _CHECKS.items() if not is_valid(known.get(key))]
         if wrong:
             raise errors.UserError(
-                "the checkpoint's metadata is damaged, or of another version of this program "
+                "the checkpoint's metadata is damaged, or another version of this program wrote it "
                 f"({', '.join(wrong)}): set another --workdir."
             )
         known = known | {"rows": tuple(map(tuple, known["rows"]))}
