@@ -264,7 +264,7 @@ def make_adaptive(
     except ValueError as error:
         raise errors.UserError(errors.first_line(error)) from error
     if abs(found.macs_ratio - budget) > adapt.RATIO_TOLERANCE:
-        message = "no gate bias meets the MACs ratio %g, where the cost jumps: the ratio is %.3f"
+        message = "no gate bias meets the MACs ratio %g: the cost jumps over it; the ratio is %.3f"
         _logger.warning(message, budget, found.macs_ratio)
     return found
 

@@ -90,6 +90,55 @@ def test_every_key_recipe_and_module_exists() -> None:
             assert path.with_suffix(".py").exists() or path.is_dir(), f"{page.name}: {name}"
 
 
+def _tree() -> set[str]:
+    """Returns the paths in CONTRIBUTING's picture of the tree; folders end with "/"."""
+    (tree,) = re.findall(r"(?ms)^```\n(avit_jax/.*?)^```", _text(_REPOSITORY / "CONTRIBUTING.md"))
+    paths: set[str] = set()
+    parents = [""]
+    for indent, name in re.findall(r"^((?:  ){0,2})(\S+) ?", tree, re.MULTILINE):
+        parents = [*parents[: len(indent) // 2 + 1], name]
+        paths.add("".join(parents))
+    return paths
+
+
+def test_the_tree_in_contributing_is_that_of_the_repository() -> None:
+    named = _tree()
+    assert [path for path in named if not (_REPOSITORY / path).exists()] == []
+    public = {
+        f"avit_jax/{name}.py" for name in ("halting", "halting_linen", "halting_nnx", "serving")
+    }
+    for path in (_REPOSITORY / "avit_jax").rglob("*.py"):
+        name = str(path.relative_to(_REPOSITORY))
+        is_left_out = path.name == "__init__.py" or path.parent.name == "zoo" or name in public
+        assert is_left_out or name in named, name
+    helpers = {f"tests/{path.name}" for path in (_REPOSITORY / "tests").glob("[!t]*.py")}
+    assert helpers <= named
+
+
+def test_every_file_and_name_in_contributing_exists() -> None:
+    """A word in backticks is a path, a module, a name in a module or a class, or a key."""
+    folders = ("avit_jax", "configs", "docs", "experiments", "notebooks", "tests", ".ci", ".github")
+    files = [path for folder in folders for path in (_REPOSITORY / folder).rglob("*")]
+    files += _REPOSITORY.glob("*")
+    text = {path: path.read_text() for path in files if path.suffix in (".py", ".cfg", ".toml")}
+    text[_REPOSITORY / ".ci/run"] = (_REPOSITORY / ".ci/run").read_text()
+    names = {path: {path.stem, *re.findall(r"\w+", words)} for path, words in text.items()}
+    known = set().union(*names.values(), (path.name for path in files))
+    keys = config_lib.flat(config_lib.default())
+    prose = re.sub(r"(?ms)^```.*?^```", "", _text(_REPOSITORY / "CONTRIBUTING.md"))
+    for name in re.findall(r"`([A-Za-z_][\w./]*)`", prose):
+        outer, _, inner = name.rpartition(".")
+        if re.search(r"/|\.(py|md|json|yml|cfg|tsv|cff|toml)$", name):
+            assert any(str(path).endswith(f"/{name.rstrip('/')}") for path in files), name
+        elif outer and name not in keys and outer in known:
+            where = [path for path in text if outer in (path.stem, path.parent.name)]
+            where += [path for path in text if f"\nclass {outer}(" in text[path]]
+            where += [path for path in text if f"\nclass {outer}:" in text[path]]
+            assert any(inner in names[path] for path in where), name
+        else:
+            assert name in known or name in keys, name
+
+
 def test_the_free_keys_and_the_zoo_are_complete() -> None:
     runs, weights = (_text(_REPOSITORY / f"docs/{name}.md") for name in ("runs", "weights"))
     (free,) = re.findall(r"^These keys may differ.*?\n\n", runs, re.DOTALL | re.MULTILINE)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-# Functions return JAX arrays. Like those of JAX, they also take NumPy arrays. Tests do not check an
-# `UncheckedArray`: the function itself refuses other types, and its message says what to do.
+# Functions return JAX arrays. As in JAX, they also accept NumPy arrays. Type checks in tests skip
+# an `UncheckedArray`: the function that takes it refuses other types with a message.
 if TYPE_CHECKING:
     Array = jax.Array
     UncheckedArray = jax.Array

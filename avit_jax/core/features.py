@@ -1,6 +1,6 @@
-"""Features of all places of the grid, though tokens halt in different layers or merge.
+"""Features of all places of the grid, also of halted and merged tokens.
 
-The feature of a token is its output in the layer in which it halts. A token that merges into
+The feature of a token is its output in the layer in which it halts. A token that has merged into
 another one has the feature of that token. Axes as in `models.vit`.
 """
 
@@ -15,11 +15,13 @@ from avit_jax.core.arrays import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """What is known between layers.
+    """The state between two layers.
 
     Attributes:
-      output: `(B, N, D)` output of each token in the last layer in which it was active.
-      place: `(B, N)` int32, index of the token that each token is part of by now.
+      output: `(B, N, D)` output of each token in the last layer in which it was active, in the
+        dtype of the tokens.
+      place: `(B, N)` int32, index of the token into which each token has merged; its own index if
+        it has not merged.
     """
 
     output: Array
@@ -40,11 +42,11 @@ def update(before: Features, x: Array, active: Array, target: Array | None) -> F
     """Returns the features after a layer.
 
     Args:
-      before: after the layer before.
-      x: `(B, N, D)` outputs of the layer; those of halted tokens mean nothing.
+      before: the features before the layer.
+      x: `(B, N, D)` outputs of the layer; those of halted tokens are meaningless.
       active: `(B, N)` bool, whether the token is active in the layer.
-      target: `(B, N)` index of the token into which each token merges in the layer, of any dtype;
-        its own index if it does not merge. None without merging.
+      target: `(B, N)` index of the token into which each token merges in the layer, of any dtype.
+        A token that does not merge has its own index. None without merging.
     """
     place = before.place
     if target is not None:

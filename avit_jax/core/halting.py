@@ -1,9 +1,10 @@
 """The halting rule of A-ViT: pure functions over one pytree state.
 
 Each token sums its halting scores over the layers. It is active while the sum is below
-`1 - epsilon`. A token halts in the first layer where the sum reaches that, or in the last layer.
-The final output of a token is a weighted average of its outputs over the layers. The weight of a
-layer is its score. The halting layer gets the remainder, so the weights sum to 1.
+`1 - epsilon`. A token halts in the first layer in which the sum reaches `1 - epsilon`, or in the
+last layer. The final output of a token is a weighted average of its outputs over the layers. The
+weight of a layer is the token's score in it. The weight of the halting layer is the remainder, so
+the weights sum to 1.
 
 The functions have no parameters and work with any module library, under `jit`, `vmap`, `grad`,
 `scan` and `pmap`, and with any leading batch shape `...`. In types, `*N` are the axes `(..., N)`.
@@ -35,8 +36,8 @@ from jaxtyping import ArrayLike, Bool, Float, Float32, Int32, Shaped
 
 from avit_jax.core.arrays import Array
 
-_LARGEST_CHANNEL = 50.0  # no network reaches this value in a token's gate channel
-_MANY_LAYERS = 1000  # no network has more
+_LARGEST_CHANNEL = 50.0  # assumed limit of the gate channel of a token
+_MANY_LAYERS = 1000  # more than any network has
 _logger = logging.getLogger(__name__)
 
 
@@ -55,13 +56,13 @@ class HaltingConfig:
         running, instead of dropping it; see `merging`.
       redundancy: weight of redundancy in the halting logit of patch tokens; only with merging. The
         redundancy of a token is its cosine similarity to the most similar earlier active patch
-        token, in the first D / H channels; -1 for the first one. Redundant tokens halt first,
-        roughly once the similarity exceeds `-beta / redundancy`.
+        token, in the first D / H channels. The first active patch token has -1. Redundant tokens
+        halt first, roughly once the similarity exceeds `-beta / redundancy`.
 
     Raises:
-      ValueError: epsilon is outside (0, 1), gamma or beta is not finite, redundancy is negative, or
-        positive without merging, or float32 cannot hold the values. A gate that halts no token, or
-        every image at once, is only logged as a warning.
+      ValueError: epsilon is outside (0, 1); gamma or beta is not finite; redundancy is negative, or
+        is positive without merging; or a value is out of the range of float32. A useless gate, see
+        `explain_useless_gate`, only gives a warning in the log.
     """
 
     gamma: float = 10.0
@@ -87,7 +88,7 @@ class HaltingConfig:
             raise ValueError("redundancy has an effect only with merging: set merge=True too.")
         if not (np.float32(1.0 - self.epsilon) < 1.0 and np.float32(self.epsilon) < 1.0):
             raise ValueError(
-                "epsilon is too close to 0 or 1 for float32: set 1e-7 to 1 - 1e-7; got "
+                "epsilon is too close to 0 or 1 for float32: set it between 1e-7 and 1 - 1e-7; got "
                 f"{self.epsilon}."
             )
         largest = abs(self.gamma) * _LARGEST_CHANNEL + abs(self.beta) + self.redundancy
@@ -113,10 +114,10 @@ def explain_useless_gate(
     num_layers: int = _MANY_LAYERS,
     slack: float = 0.0,
 ) -> str:
-    """Returns why a gate is useless if its channel stays within 50, or "" if it is not useless.
+    """Returns why a gate is useless; "" if it is not useless.
 
     A gate is useless if no token can halt before the last layer, or if every image is finished
-    after the first layer.
+    after the first layer. The function assumes gate channels between -50 and 50.
 
     Args:
       gamma: as in `HaltingConfig`, and finite.
@@ -124,7 +125,7 @@ def explain_useless_gate(
       epsilon: as in `HaltingConfig`.
       redundancy: as in `HaltingConfig`.
       num_layers: L; default: more than any network has.
-      slack: how far training may still move beta.
+      slack: largest change of beta by the rest of the training.
     """
     score = (1.0 - epsilon) / max(num_layers - 1, 1)  # in all layers but the last
     needed = math.log(score / (1.0 - score)) - beta - redundancy
@@ -150,12 +151,12 @@ def explain_useless_gate(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HaltingState:
-    """What halting knows of each token between layers; all fields have the shape `(..., N)`.
+    """The state of each token between two layers; all fields have the shape `(..., N)`.
 
     Attributes:
       cumulative: at least float32, sum of the scores up to and including the halting layer.
-      remainder: at least float32, in [epsilon, 1]; 1 minus the scores before the halting layer. It
-        is r of [A-ViT] once the token has halted.
+      remainder: at least float32, in [epsilon, 1]; 1 minus the sum of the scores before the halting
+        layer. It is r of [A-ViT] once the token has halted.
       active: bool, whether the token is active in the next layer.
       depth: int32, number of layers in which the token was active. It is N of [A-ViT] once the
         token has halted.
@@ -217,7 +218,10 @@ def score(
     """
     width = tokens.shape[-1]
     if not -width <= channel < width:  # JAX would clamp the index
-        raise ValueError(f"halting channel {channel} is not among the {width} channels of a token.")
+        raise ValueError(
+            f"halting channel {channel} is not among the {width} channels of a token: set a number "
+            f"from {-width} to {width - 1}."
+        )
     return score_of_gate(tokens[..., channel], gamma=gamma, beta=beta)
 
 
@@ -230,7 +234,7 @@ def score_of_gate(gate: Array, *, gamma: jax.typing.ArrayLike, beta: jax.typing.
 def keeps_running(
     cumulative: Float[Array, "*N"], epsilon: Shaped[ArrayLike, ""]
 ) -> Bool[Array, "*N"]:
-    """Returns whether tokens stay active, by the sums of their scores; bool of the same shape."""
+    """Returns whether each token stays active, given the sum of its scores so far."""
     return cumulative < 1.0 - epsilon
 
 
@@ -286,11 +290,11 @@ def score_by_layer(score: Float[Array, "L *N"], active: Bool[Array, "L *N"]) -> 
     """Returns the mean halting score of each layer over all tokens; halted tokens count as 0.
 
     Args:
-      score: `(L, ..., N)` scores; those of the last layer are 1 for H of [A-ViT].
+      score: `(L, ..., N)` scores. For H of [A-ViT], set those of the last layer to 1.
       active: `(L, ..., N)` bool, at the input of each layer.
 
     Returns:
-      `(L,)`. Divided by its sum, it is a distribution over depth.
+      `(L,)` of the dtype of the scores. Divided by its sum, it is a distribution over depth.
 
     Reference: [A-ViT] section 3, the distributional prior.
     """

@@ -32,8 +32,8 @@ class TokenInfo:
       size: number of patches that the token stands for, at least float32.
       cumulative: sum of its scores so far, as in `halting.HaltingState`.
       is_patch: bool, False for prefix tokens.
-      index: index of the token in its image, of the dtype of the size; None if nobody asks for the
-        token into which each one merges.
+      index: index of the token in its image, of the dtype of the size; None if the caller does not
+        need to know into which token each one merges.
     """
 
     size: Float[Array, "B N"]
@@ -47,7 +47,7 @@ def similarity(tokens: Float[Array, "B N D"], channels: int) -> Float[Array, "B 
 
     Args:
       tokens: `(B, N, D)`.
-      channels: how many of the first channels are compared.
+      channels: number of channels that are compared, the first ones.
 
     Returns:
       `(B, N, N)`, at least float32.
@@ -55,7 +55,7 @@ def similarity(tokens: Float[Array, "B N D"], channels: int) -> Float[Array, "B 
     x = jax.lax.stop_gradient(tokens[..., :channels])
     x = x.astype(halting.at_least_float32(x.dtype))
     x = x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + jnp.finfo(x.dtype).tiny)
-    # The gate multiplies rounding errors too, so the product has full float32 precision everywhere.
+    # The gate amplifies rounding errors. So this product has full float32 precision on all devices.
     return jnp.matmul(x, x.swapaxes(-2, -1), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -79,7 +79,7 @@ def _target(similar: Array, kept: Array) -> Array:
     similar = jnp.where(kept[:, None, :], similar, -jnp.inf)
     most = similar == similar.max(axis=-1, keepdims=True)
     num_tokens = most.shape[-1]
-    # The first of the most similar tokens: argmax, but faster on a CPU.
+    # The first of the most similar tokens, as argmax returns it. This is faster on a CPU.
     return jnp.where(most, jnp.arange(num_tokens), num_tokens).min(axis=-1)
 
 
@@ -137,11 +137,12 @@ def score_and_merge(
       active: `(B, N)` bool, at the input of the layer; None if all are.
       gate: gamma and beta.
       config: the gate and its threshold.
-      channels: how many of the first channels are compared.
+      channels: number of channels that are compared, the first ones.
 
     Returns:
-      Tokens, and the values "score" and "size" `(B, N)`; if `info` has an index also "target", the
-      index of the token into which each one merges, its own if it does not merge.
+      Tokens `(B, N, D)`, and a dictionary of arrays `(B, N)`: "score", "size" and, if `info` has an
+      index, "target". The target is the index of the token into which a token merges. A token that
+      does not merge has its own index.
     """
     patches = info.is_patch if active is None else info.is_patch & active
     similar = similarity(tokens, channels)

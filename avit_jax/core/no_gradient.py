@@ -1,6 +1,7 @@
 """Functions without a gradient: a clear error if JAX needs one of their derivatives.
 
-Otherwise JAX raises an error about the inside of the function, or returns a meaningless number.
+Without this module, JAX raises an error about the inside of the function, or returns a meaningless
+number.
 """
 
 from collections.abc import Callable

@@ -44,7 +44,9 @@ def pack(active: Array, num_rows: int) -> Packing:
       ValueError: the buffer has fewer rows than there are tokens.
     """
     if num_rows < active.size:
-        raise ValueError(f"a buffer of {num_rows} rows does not hold {active.size} tokens.")
+        raise ValueError(
+            f"a buffer of {num_rows} rows does not hold {active.size} tokens: raise num_rows."
+        )
     counts = jnp.cumsum(active, axis=1, dtype=jnp.int32)
     ends = jnp.cumsum(counts[:, -1], dtype=jnp.int32)
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
@@ -62,7 +64,7 @@ class PackedTokens:
     """Tokens of a batch in one buffer.
 
     Attributes:
-      rows: `(T, D)` the buffer. Rows without a token hold anything, also NaN.
+      rows: `(T, D)` the buffer. Rows without a token may hold any value, also NaN.
       row: `(B, N)` int32, row of each token; see `Packing`.
     """
 
@@ -73,7 +75,7 @@ class PackedTokens:
         """Returns the prefix tokens `(B, R, D)`; those that are not active are 0.
 
         Args:
-          active: `(B, N)` bool, tokens that have a row.
+          active: `(B, N)` bool, whether the token is active and has a row.
           num_prefix_tokens: R.
         """
         few = slice(None), slice(num_prefix_tokens)
@@ -84,7 +86,7 @@ class PackedTokens:
         """Returns one channel of all tokens, `(B, N)`; 0 for those that are not active.
 
         Args:
-          active: `(B, N)` bool, tokens that have a row.
+          active: `(B, N)` bool, whether the token is active and has a row.
           channel: index of the channel.
         """
         zero = jnp.zeros((), self.rows.dtype)
@@ -92,7 +94,7 @@ class PackedTokens:
 
 
 def buffer(x: Array, num_rows: int) -> PackedTokens:
-    """Returns all tokens `(B, N, D)` as a buffer of `num_rows` rows; the rest of it is 0."""
+    """Returns all tokens `(B, N, D)` in a buffer of `num_rows` rows; its other rows are 0."""
     size = x.shape[0] * x.shape[1]
     rows = jnp.pad(x.reshape(size, -1), ((0, num_rows - size), (0, 0)))
     return PackedTokens(rows=rows, row=jnp.arange(size, dtype=jnp.int32).reshape(x.shape[:2]))

@@ -14,8 +14,8 @@ class Plan:
     Attributes:
       bucket: number of images that go through a layer together. Images of a small bucket have about
         the same number of tokens.
-      full_bucket: number of images that run together while all of their tokens are active, in whole
-        buckets, at least one. Unused with `use_switch`.
+      full_bucket: number of images that run together while all of their tokens are active. It is
+        rounded down to whole buckets, to at least one bucket. Unused with `use_switch`.
       token_multiple: the tokens of a bucket are padded to a multiple of this. Below N / 2, they are
         padded to a multiple of twice this. Compile time grows with the number of multiples.
       chunk: maximum number of images that are sorted, and held in memory, at a time; inference
@@ -28,8 +28,8 @@ class Plan:
         other networks, use buckets. For inference only. JAX cannot export a program for several
         platforms with it.
       packed: packs the active tokens of a chunk into one buffer instead of buckets; inference only.
-        It applies if `adaptive.can_pack`; other networks and devices use the buckets. No GPU has
-        timed it yet.
+        It applies if `adaptive.can_pack` returns True; other networks and devices use buckets. No
+        GPU has run it yet.
 
     Raises:
       ValueError: a size is below 1.
@@ -50,7 +50,7 @@ class Plan:
             )
 
     def with_even_buckets(self, batch: int) -> "Plan":
-        """Returns the plan with the smallest bucket that needs no more buckets for a batch."""
+        """Returns the plan with the smallest bucket that gives a batch equally few buckets."""
         return dataclasses.replace(self, bucket=-(-batch // -(-batch // self.bucket)))
 
     def chunk_size(self, batch: int) -> int:
@@ -71,7 +71,8 @@ class Plan:
 def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
     """Returns a good plan for training with N tokens.
 
-    The bucket is the largest power of two with at most 2,080 tokens (25,600 on a GPU), at least 1.
+    The bucket is the largest power of two of images that have at most 2,080 tokens together (25,600
+    on a GPU), but at least one image.
 
     Args:
       num_tokens: N.
@@ -99,12 +100,13 @@ def removal_pays(
 ) -> bool:
     """Returns whether removing halted tokens is faster than masking them.
 
-    On a GPU: if width and images are at least, and the MACs ratio at most, those of a measured
-    speed-up. On other backends: always.
+    On a GPU, removal must have been measured to be faster for a network of at most this width, for
+    at most this many images, and at this MACs ratio or a higher one. On other backends, the result
+    is always True.
 
     Args:
       width: D, channels of a token.
-      images: of a call, per device.
+      images: number of images of a call on each device.
       macs_ratio: MACs of the network as a ratio to those of the static network; 1 if unknown.
       training: whether gradients are needed.
       backend: "cpu", "gpu" or "tpu"; None for the default backend of JAX, which is then started.

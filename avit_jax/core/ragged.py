@@ -48,7 +48,7 @@ Layer = Callable[
     tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]],
 ]
 
-_LoopState = tuple[PyTree[Array], Int32[Array, ""]]  # what the step carries, number of the bucket
+_LoopState = tuple[PyTree[Array], Int32[Array, ""]]  # carry of the step, number of the next bucket
 _TokensAndTree = tuple[Float[Array, "B N D"], PyTree[Array]]
 
 
@@ -74,11 +74,11 @@ class Buckets:
 def make_buckets(active: Bool[Array, "B N"], plan: Plan) -> Buckets:
     """Sorts images by their number of active tokens, and splits them into buckets of equal size.
 
-    The size is the smallest that needs no more buckets than `plan.bucket` does.
+    The size is the smallest one that gives as few buckets as `plan.bucket` does.
 
     Args:
       active: `(B, N)` bool.
-      plan: for its bucket.
+      plan: gives the size of a bucket.
     """
     batch, num_tokens = active.shape
     ends = jnp.cumsum(active, axis=1)
@@ -255,15 +255,15 @@ def transform(
 ) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
     """Runs a layer on the active tokens. Halted tokens and their values stay as they are.
 
-    The backward pass uses the same buckets and recomputes the layer. The only activations that it
-    stores are `x`.
+    The backward pass uses the same buckets and recomputes the layer. The only activation that it
+    stores is `x`.
 
     Args:
-      layer: the layer; returns `x` and `values` in the dtypes that it gets.
+      layer: the layer; its outputs have the dtypes of `x` and `values`.
       plan: sizes of the buckets.
       params: of the layer.
       x: `(B, N, D)` tokens.
-      values: tree of arrays `(B, N)` like the layer's second output; the values of halted tokens.
+      values: tree of arrays `(B, N)` like the layer's second output. Halted tokens keep these.
       inputs: arrays without a gradient.
       active: `(B, N)` bool.
 

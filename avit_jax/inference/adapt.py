@@ -13,9 +13,10 @@ from avit_jax.core import halting
 from avit_jax.inference import adaptive
 from avit_jax.models import flops, vit
 
-# Only the similarity to earlier tokens decides which tokens halt; no channel was trained for it.
+# A static network has no trained gate channel. So only the similarity to earlier tokens decides
+# which tokens halt.
 SIMILARITY_GATE = halting.HaltingConfig(gamma=0.0, beta=-42.0, merge=True, redundancy=50.0)
-RATIO_TOLERANCE = 0.005  # a budget is met if the MACs ratio differs by less
+RATIO_TOLERANCE = 0.005  # largest difference of MACs ratio and budget that meets the budget
 _MAX_BIAS = 1000.0  # no gate needs a larger one
 _BIAS_TOLERANCE = 1e-4
 
@@ -26,16 +27,16 @@ class BudgetOutOfReach(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """A network that halts, and what that costs on some images before any training.
+    """An adaptive network, measured on some images and compared with the static network.
 
     Attributes:
-      model: with the gate that meets the budget.
+      model: the network with the gate that meets the budget.
       params: of the model.
       macs_ratio: its MACs as a ratio to those of the static network, mean over the images.
       agreement: fraction of the images to which it gives the class of the static network; None for
         a network without classes.
-      similarity: cosine similarity of its logits, or features, to those of the static network, mean
-        over the images.
+      similarity: cosine similarity of its logits to those of the static network, mean over the
+        images; without classes, of its features.
     """
 
     model: vit.AViT
@@ -52,16 +53,17 @@ def find_bias(
 
     Args:
       cost: maps beta to the MACs ratio, from 0 to 1. The ratio falls as beta rises.
-      budget: the MACs ratio that is wanted.
+      budget: the target MACs ratio.
       start: beta to start from.
-      tolerance: of the MACs ratio.
+      tolerance: largest accepted difference of MACs ratio and budget.
 
     Returns:
-      Beta. If the cost jumps over the budget, the last beta before the jump, whose cost is above
-      the budget.
+      Beta. The MACs ratio may jump over the budget. Then it is a beta just before the jump, with a
+      ratio above the budget.
 
     Raises:
-      BudgetOutOfReach: no beta comes near, because the network cannot be so cheap, or so expensive.
+      BudgetOutOfReach: the MACs ratio stays above, or stays below, the budget for all beta between
+        -1000 and 1000.
     """
     low, high, step = start, start, 0.5
     ratio = cost(start)
@@ -90,7 +92,7 @@ def find_bias(
 def with_bias(model: vit.AViT, params: Any, beta: float) -> tuple[vit.AViT, Any]:
     """Returns the network and its parameters with another gate bias.
 
-    The bias becomes a parameter, so that the next bias needs no compilation.
+    The bias becomes a parameter. So another bias needs no compilation. The network must halt.
     """
     gate = model.halting
     assert gate is not None
@@ -112,13 +114,13 @@ def add_gate(
     Args:
       model: a network without halting.
       params: of the model.
-      images: `(B, H, W, C)` float, normalized; typical ones.
+      images: typical images `(B, H, W, C)`, float, normalized.
       budget: MACs as a ratio to those of the static network, in (0, 1].
-      gate: its bias is where the search starts. The default merges similar tokens.
+      gate: the search starts from its bias. The default merges similar tokens.
 
     Returns:
-      The adaptive network. If the cost jumps over the budget, it is the network before the jump,
-      with a larger MACs ratio.
+      The adaptive network. If its MACs ratio jumps over the budget, it has the larger ratio, as in
+      `find_bias`.
 
     Raises:
       ValueError: the model halts already, the budget is outside (0, 1], or no bias meets it; or the
@@ -156,13 +158,17 @@ def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def fold_layer_scale(model: vit.AViT, params: Any) -> tuple[vit.AViT, Any]:
-    """Returns the network without LayerScale, whose factors the layers before it take in.
+    """Folds the factors of LayerScale into the dense layers before it.
 
-    Its results are equal up to rounding. Do it after training: the factors no longer train.
+    The results are equal up to rounding. Fold after training: the factors are no longer parameters.
 
     Args:
-      model: any network; one without LayerScale is returned as it is.
+      model: any network.
       params: of the model.
+
+    Returns:
+      The network with `layer_scale=False`, and its parameters. A network without LayerScale does
+      not change.
     """
     if not model.layer_scale:
         return model, params

@@ -1,12 +1,12 @@
 """Inference that removes halted tokens, with the logits of `vit.AViT` up to rounding.
 
-Other tokens give a halted token attention weight 0, so it affects no other token. A token that
-merges does so in the layer in which it halts. Once all tokens that the classifier reads have
-halted, the logits of the image are final, so its other tokens stop.
+The attention weight of a halted token is 0, so it affects no other token. With merging, a token
+merges in the layer in which it halts. Once all tokens that the classifier reads have halted, the
+logits of the image are final, so its other tokens stop.
 
-`core.ragged` removes tokens despite fixed shapes. This module runs it from images to logits, in
-chunks of images that bound the memory. On TPUs, one kernel may run all layers instead, see
-`Plan.one_kernel`.
+`core.ragged` removes tokens in a program of fixed shapes. This module uses it from images to
+logits. It runs chunks of images one after the other, which bounds the memory. Other ways to run
+the layers are packed execution and one kernel for TPUs; see `Plan.packed` and `Plan.one_kernel`.
 """
 
 import dataclasses
@@ -34,11 +34,12 @@ _KERNEL_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 def default_plan(batch: int | None, backend: str | None = None, cores: int | None = None) -> Plan:
     """Returns a good plan for batches of this size.
 
-    Chosen by measuring DeiT-T on two cores of a CPU and on one NVIDIA H200. The plan for TPUs is a
-    guess: it was never run on one. It uses the kernel on the chips for which the tests compile it.
+    The plans for CPUs and GPUs were chosen by measurements of DeiT-T on two cores of a CPU and on
+    one NVIDIA H200. The plan for TPUs is a guess, because no TPU has run it. It uses the TPU kernel
+    on the chips for which the tests compile it.
 
     Args:
-      batch: images of a call, None if unknown.
+      batch: number of images of a call; None if it is unknown.
       backend: "cpu", "gpu" or "tpu"; None for the default backend of JAX.
       cores: CPU cores of each device; None for `cores_per_device()`.
     """
@@ -50,9 +51,9 @@ def default_plan(batch: int | None, backend: str | None = None, cores: int | Non
     if backend != "cpu":
         kernel = getattr(jax.devices()[0], "device_kind", "") in _KERNEL_CHIPS
         return Plan(bucket=16, token_multiple=32, chunk=256, one_kernel=kernel)
-    if (cores or cores_per_device()) <= 1:  # one core is almost as fast with one image at a time
+    if (cores or cores_per_device()) <= 1:  # one core gains little from larger buckets
         return Plan(bucket=1, token_multiple=8, chunk=16, full_bucket=2)
-    # Large buckets are faster, but need more padding, most of all in small batches.
+    # Large buckets are faster, but have more padding, especially in small batches.
     if batch and batch >= 64:
         return Plan(bucket=8, token_multiple=8, chunk=64 if batch < 128 else 128)
     if batch is None or batch >= 16:
@@ -98,15 +99,15 @@ def apply(
       variables: `{"params": params}`, as for `model.apply`.
       images: `(B, H, W, C)` float, normalized, B at least 1.
       plan: sizes of the buckets, or packed execution; None for `default_plan`.
-      features: whether `Aux` holds the features of all patches. No image then stops before all of
-        its tokens have halted. Buckets compute them.
+      features: whether `Aux` holds the features of all patches. If so, an image stops only after
+        all of its tokens have halted, and the layers always run in buckets.
 
     Returns:
       Logits `(B, C)`, and `Aux` with `macs_padded`.
 
     Raises:
       ValueError: the model does not halt, the images do not fit it, or there are none.
-      TypeError: a derivative of it is needed.
+      TypeError: JAX needs a derivative of the result.
     """
     check(model, images)
     run = functools.partial(_apply, model, plan, features)
@@ -129,8 +130,8 @@ def make_apply(
 
     Args:
       model: the network; without halting, the result is `model.apply`.
-      images: of a call, per device. None: the result is `apply` even if `removal_pays` says that
-        masking is faster.
+      images: number of images of a call on each device. None: the result is `apply`, although
+        masking may be faster.
       macs_ratio: MACs of the network as a ratio to those of the static network; 1 if unknown.
     """
     masks = images is not None and not removal_pays(model.width, images, macs_ratio)
@@ -148,17 +149,20 @@ def classify_tokens(
     *,
     plan: Plan | None = None,
 ) -> tuple[jax.Array, vit.Aux]:
-    """Classifies embedded tokens like `apply`, in one chunk, without those that do not exist.
+    """Classifies embedded tokens like `apply`, in one chunk; some tokens may be padding.
 
     Args:
       model: a network with halting.
       variables: as for `apply`.
       x: `(B, N, D)` tokens.
-      exists: `(B, N)` bool; other tokens are inactive from the start.
+      exists: `(B, N)` bool, False for padding, which is inactive from the start.
       plan: as for `apply`.
 
     Returns:
       As `apply`.
+
+    Raises:
+      TypeError: JAX needs a derivative of the result.
     """
     plan = dataclasses.replace(plan or default_plan(len(x)), one_kernel=False)
     plan = dataclasses.replace(plan, bucket=min(plan.bucket, len(x))).with_even_buckets(len(x))
@@ -254,9 +258,9 @@ def _embed(
 def can_pack(model: vit.AViT, variables: Any, x: jax.Array) -> bool:
     """Returns whether packed execution, `Plan.packed`, supports a network and this device.
 
-    It needs bfloat16 or float16, plain layers of at most 384 channels, no merging, and an NVIDIA
-    GPU of compute capability 9.0 (H100, H200). On a backend other than a GPU it runs in plain JAX,
-    which computes halted tokens too.
+    The network must have bfloat16 or float16, plain layers of at most 384 channels, and no merging.
+    A GPU must be an NVIDIA GPU of compute capability 9.0 (H100, H200). Other backends are supported
+    by plain JAX, which also computes halted tokens.
 
     Args:
       model: a network with halting.

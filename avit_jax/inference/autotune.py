@@ -27,13 +27,13 @@ def autotune(
 ) -> Plan:
     """Measures plans similar to the default one, and returns the fastest, for `adaptive.apply`.
 
-    On a GPU, packed execution is one of them if `adaptive.can_pack`.
+    On a GPU, packed execution is one of them if `adaptive.can_pack` returns True.
 
-    The first call takes one or two minutes, longer on a GPU, mostly to compile. The plan is stored
-    in `cache`. Later calls read it if devices, cores, version of JAX, model, and shape and dtype of
-    the images match. Weights are not compared: delete the file after further training. Which plan
-    is fastest depends on which tokens halt: use real images and trained weights, on an idle
-    machine.
+    The first call compiles all of these plans, which takes most of its time. It stores the fastest
+    one in `cache`. Later calls read it if devices, cores, version of JAX, model, and shape and
+    dtype of the images match. They do not compare the weights: delete the file after further
+    training. The fastest plan depends on which tokens halt. So use real images and trained weights,
+    on an idle machine.
 
     Args:
       model: as for `adaptive.apply`.
@@ -92,7 +92,7 @@ def _candidates(batch: int, can_pack: bool) -> tuple[Plan, list[Plan]]:
 
 
 def _measure(model: vit.AViT, variables: Any, images: jax.Array, plans: list[Plan]) -> list[float]:
-    """Returns the median seconds of each plan, in interleaved rounds; the first does not count."""
+    """Returns the median seconds of each plan. A round runs all plans; the first does not count."""
     runs: list[jax.stages.Compiled] = []
     for plan in plans:
         _logger.info("compiling %s, %d of %d", plan, len(runs) + 1, len(plans))
@@ -108,7 +108,7 @@ def _measure(model: vit.AViT, variables: Any, images: jax.Array, plans: list[Pla
 
 
 def _store(cache: pathlib.Path, key: str, plan: Plan) -> None:
-    """Adds the plan to the file; only warns if the file cannot be written."""
+    """Adds the plan to the file; logs a warning if the file cannot be written."""
     try:
         known = dict(json.loads(cache.read_text()))
     except (OSError, ValueError, TypeError):

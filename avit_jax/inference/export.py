@@ -38,30 +38,30 @@ def write(
     batch: int = 0,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
-    """Writes inference as a program from uint8 images to logits and depths.
+    """Writes a network as a program from uint8 images to logits and depths.
 
-    The program has LayerScale folded into the layers before it.
+    In the program, LayerScale is folded into the layers before it.
 
     Args:
-      path: of the file, which is about as large as the parameters. With the ending .onnx, halted
-        tokens are masked, see `export_onnx.convert`; otherwise the file is for `serving`, and they
-        are removed.
-      params: parameters of the model, of a dtype that NumPy knows.
+      path: of the file, which is about as large as the parameters. With the ending .onnx, the
+        program masks halted tokens; see `export_onnx.convert`. Otherwise, the file is for
+        `serving`, and the program removes halted tokens.
+      params: parameters of the model, of a float dtype that NumPy has without other libraries.
       model: with or without halting.
-      mean: of pixels from 0 to 1, per channel.
-      std: standard deviation, likewise.
-      label_names: names of the classes.
+      mean: mean of the pixels scaled to [0, 1], one number per channel or one for all.
+      std: standard deviation of the same pixels, in the same form.
+      label_names: names of the classes; empty if unknown.
       batch: images per call; 0 allows any number.
       platforms: JAX's names of the platforms that run the program; unused for .onnx.
 
     Raises:
-      ValueError: the parameters have another dtype.
+      ValueError: the parameters have another dtype, such as bfloat16.
       errors.UserError: the path ends in .onnx, and `export_onnx.convert` cannot convert it.
     """
     model, params = adapt.fold_layer_scale(model, params)
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 has the kind "V"
-        raise ValueError("convert the parameters to a dtype of NumPy's, such as float32.")
+        raise ValueError("convert the parameters to one of NumPy's float dtypes, such as float32.")
     colors = {"mean": list(mean), "std": list(std)}
     metadata = {
         "image_size": model.pixels,
@@ -98,7 +98,7 @@ def _program(
     platforms: Sequence[str],
 ) -> jax.export.Exported:
     """Exports (leaves of the parameters, images) -> (logits, depths)."""
-    network = model.clone(fused_attention=False)  # the file must not need cuDNN
+    network = model.clone(fused_attention=False)  # the program must not need cuDNN
     apply: Any = network.apply
     if model.halting is not None:
         plan = adaptive.default_plan(batch or None)
@@ -126,12 +126,13 @@ def from_checkpoint(
       path: of the file. The endings .avit and .onnx give a program, see `write`; .safetensors
         gives the weights alone.
       config: the recipe of the network.
-      checkpoint: workdir of a run, whose `config.eval.checkpoint` is used, or a weight file.
+      checkpoint: a weight file, or the workdir of a run; `config.eval.checkpoint` selects the
+        checkpoint.
       batch: as in `write`.
 
     Raises:
-      errors.UserError: the checkpoint is unusable, the path has another ending, or the converter
-        to ONNX is not installed.
+      errors.UserError: the checkpoint cannot be read or does not fit, the path has another ending,
+        or the network cannot be converted to ONNX.
     """
     ending = str(path).lower()
     if not ending.endswith((".avit", ".onnx", ".safetensors")):

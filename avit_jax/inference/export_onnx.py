@@ -52,9 +52,9 @@ def convert(
     Args:
       model: with or without halting.
       params: parameters of the model, NumPy arrays.
-      metadata: values that JSON knows; each becomes an entry of the file's metadata, as JSON.
-      mean: of pixels from 0 to 1, per channel.
-      std: standard deviation, likewise.
+      metadata: values by name, which JSON can hold; the file's metadata holds each one as JSON.
+      mean: mean of the pixels scaled to [0, 1], one number per channel or one for all.
+      std: standard deviation of the same pixels, in the same form.
       batch: images per call; 0 allows any number.
 
     Raises:
@@ -107,7 +107,7 @@ def _remove_unused(program: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Hides warnings of loggers, such as tracebacks of converters for libraries that are absent."""
+    """Hides warnings of these loggers, such as tracebacks about libraries that are missing."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

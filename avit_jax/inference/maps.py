@@ -16,9 +16,9 @@ from avit_jax.models import block, executors, forward, vit
 def attention_maps(model: vit.AViT, params: Any, images: Array, layer: int = -1) -> jax.Array:
     """Returns the attention weights of the token that the classifier reads, in one layer.
 
-    This is the class token. With `pool` "avg" or "max" the weights are means over the patch tokens
-    that are active in the layer. With "map" they are those of the learned query after the last
-    layer, which reads halted tokens too.
+    With `pool` "token", this is the class token. With "avg" or "max", the weights are means over
+    the patch tokens that are active in the layer. With "map", they are the weights of the learned
+    query after the last layer. This query reads halted tokens too.
 
     Args:
       model: the network.
@@ -27,9 +27,9 @@ def attention_maps(model: vit.AViT, params: Any, images: Array, layer: int = -1)
       layer: index of the layer, from 0 to L - 1, or from -L to -1; with "map" only the last one.
 
     Returns:
-      `(B, heads, rows, columns)`, at least float32. Halted tokens have 0, and so has an image whose
-      class token has halted. The sum over the grid is at most 1; prefix tokens have the rest. A
-      merged token has the weight of all its patches.
+      `(B, heads, rows, columns)`, at least float32. Halted tokens have weight 0. All weights are 0
+      if the class token has halted. The sum over the grid is at most 1, because prefix tokens have
+      weights too. A merged token has the weight of all its patches.
 
     Raises:
       ValueError: there is no such layer, or the images do not fit the model.
@@ -41,7 +41,9 @@ def attention_maps(model: vit.AViT, params: Any, images: Array, layer: int = -1)
         raise ValueError(f"layer must be at least {-model.depth} and below {model.depth}.")
     layer %= model.depth
     if model.pool == "map" and layer != model.depth - 1:
-        raise ValueError('with pool="map" only the query after the last layer has a map: layer=-1.')
+        raise ValueError(
+            'with pool="map", only the query after the last layer has a map: set layer=-1.'
+        )
     return _jitted(model.clone(removal=None), layer, params, images)
 
 

@@ -1,8 +1,8 @@
 """Images of several sizes in one batch.
 
-A small image has fewer tokens. It is padded to the number of tokens of the largest one, and the
-padding is inactive from the start. Buckets and packed execution do not compute inactive tokens, so
-images of several sizes need one call and nearly no more work than several calls.
+A small image has fewer tokens. It is padded to the number of tokens of the largest image. The
+padding is inactive from the start, and buckets and packed execution do not compute inactive tokens.
+So one call serves images of several sizes, with little more work than one call for each size.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ from avit_jax.weights import positions
 def apply(
     model: vit.AViT, variables: Any, groups: Sequence[jax.Array], *, plan: Plan | None = None
 ) -> list[tuple[jax.Array, vit.Aux]]:
-    """Classifies groups of images like `adaptive.apply`; each group has a size of its own.
+    """Classifies groups of images like `adaptive.apply`; each group has its own image size.
 
     Position embeddings are resized to the grid of each group, as PyTorch's `interpolate` does.
 
     Args:
-      model: a network with halting that reads the class token, with learned position embeddings.
+      model: a network with halting, with `pool="token"` and learned position embeddings.
       variables: `{"params": params}`, for the image size of the model.
-      groups: of `(B, H, W, C)` images, float, normalized; patches divide H and W.
+      groups: one array `(B, H, W, C)` for each size, float, normalized; `patch_size` divides H and
+        W.
       plan: as for `adaptive.apply`; for all images together.
 
     Returns:
@@ -38,14 +39,14 @@ def apply(
     Raises:
       ValueError: the model does not halt, pools its patch tokens or has rotary position embeddings,
         or a group does not fit it.
-      TypeError: a derivative of it is needed.
+      TypeError: JAX needs a derivative of the result.
     """
     if model.pool != "token":
         raise ValueError('images of several sizes need a model with pool="token".')
     if model.rope_theta:  # one call has the rotation of one grid
         raise ValueError("images of several sizes need a model with rope_theta=0.")
     if not len(groups):
-        raise ValueError("there are no groups of images.")
+        raise ValueError("there are no groups of images: pass one array for each image size.")
     if any(np.ndim(images) != 4 for images in groups):
         raise ValueError("groups must be a list of arrays (B, H, W, C), one for each image size.")
     networks = [model.clone(image_size=images.shape[1:3]) for images in groups]

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of an image in removal, including padding."""
+"""MACs of an image if halted tokens are removed, including padding."""
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ def packed_macs(model: vit.AViT, active: jax.Array) -> jax.Array:
       active: `(L, B, N)` bool.
 
     Returns:
-      `(B,)` float32. The images share the last block of rows by their tokens. The attention of an
-      image runs in whole blocks of queries and keys.
+      `(B,)` float32. The padding of the last block of rows is shared in proportion to the tokens of
+      the images. The attention of an image runs in whole blocks of queries and keys.
     """
     tiles = packed.TILES
 

@@ -1,9 +1,9 @@
 """Runs an exported network: images in, logits and depths out.
 
-Needs JAX, NumPy and flatbuffers only. You may copy this module to another machine.
+This module needs only JAX, NumPy and flatbuffers. You may copy it to another machine.
 
-An exported file is a program: it computes what its author wrote. Run files of authors whose
-programs you would run.
+An exported file is a program: it computes what its author wrote. Run only files of authors whom you
+trust.
 
 Example:
   network = load("deit_tiny.avit")
@@ -39,7 +39,7 @@ class Network:
       metadata: `image_size` (height, width), `channels`, `batch` (0: any), `num_classes` and
         `label_names` (empty if unknown). Also `mean`, `std` and `halting` (None without halting),
         for information: the program contains them.
-      shape: of the images; the first entry is a number, or a symbol for any number.
+      shape: `(B, H, W, C)` of the images; B is a number, or a symbol if any number is allowed.
     """
 
     metadata: dict[str, Any]
@@ -54,8 +54,8 @@ class Network:
           images: `(B, H, W, C)` uint8, resized and cropped to `image_size`.
 
         Returns:
-          Logits `(B, num_classes)`, and `(B, rows, columns)` int32, the layers that each patch
-          token used.
+          Logits `(B, num_classes)`; and depths `(B, rows, columns)` int32, the number of layers in
+          which each patch token is computed.
 
         Raises:
           ValueError: the images have another dtype or shape.
@@ -76,8 +76,8 @@ def load(path: os.PathLike | str) -> Network:
     """Loads an exported network onto the default device.
 
     Raises:
-      BadArtifact: the file is no exported network, is damaged, contradicts itself, or does not run
-        on this device or with this version of JAX.
+      BadArtifact: the file is not an exported network, is damaged, has parts that do not fit
+        together, or does not run on this device or with this version of JAX.
       OSError: the file cannot be read.
       ImportError: flatbuffers is not installed.
     """
@@ -88,17 +88,22 @@ def load(path: os.PathLike | str) -> Network:
             raise
         except Exception as error:
             raise BadArtifact(
-                f"{path} is no exported network, or damaged ({_first_line(error)})."
+                f"{path} is no exported network, or damaged ({_first_line(error)}): export the "
+                "network again."
             ) from error
     here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
     if here not in program.platforms:
-        raise BadArtifact(f"{path} runs on {', '.join(program.platforms)}, and not on {here}.")
+        raise BadArtifact(
+            f"{path} runs on {', '.join(program.platforms)}, and not on {here}: use another device."
+        )
     run, images = jax.jit(program.call), program.in_avals[-1]
     shape = (metadata["batch"] or 1, *images.shape[1:])
-    try:  # everything but compiling
+    try:  # all steps except compilation
         run.lower(weights, jax.ShapeDtypeStruct(shape, images.dtype))
     except Exception as error:
-        raise BadArtifact(f"{path} does not run ({_first_line(error)}).") from error
+        raise BadArtifact(
+            f"{path} does not run ({_first_line(error)}): export it with this version of JAX."
+        ) from error
     return Network(metadata=metadata, shape=images.shape, _run=run, _weights=weights)
 
 
@@ -107,7 +112,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, Any], jax.export.Exported, list[jax.Array]]:
-    """Reads the parts of a file; raises anything if one is not as `export` writes it."""
+    """Reads the parts of a file; raises any exception if one is not as `export` writes it."""
     with zipfile.ZipFile(file) as archive:  # compares checksums
         _check_archive(archive)
         metadata = json.loads(archive.read("metadata.json"))

@@ -47,10 +47,10 @@ def random_keep(
     rate: ArrayLike,
     shape: tuple[int, ...],
 ) -> Float[Array, "B ..."]:
-    """Draws dropout factors `(B, *shape)`: 0, or 1 / (1 - rate).
+    """Draws dropout factors `(B, *shape)`, 0 or 1 / (1 - rate), in JAX's default float dtype.
 
-    Each image draws from its index in the global batch, so the draw does not depend on how the
-    batch is spread over devices.
+    The index of an image in the global batch seeds its draw. So the draw does not depend on how the
+    batch is spread over devices. `rate` is the probability of 0; it broadcasts to `shape`.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_index)
     return jax.vmap(
@@ -61,8 +61,8 @@ def random_keep(
 def cast(params: PyTree[Array], dtype: jax.typing.DTypeLike | None) -> PyTree[Array]:
     """Casts the parameters of dense layers to the dtype of the computation.
 
-    Each layer would cast them itself. Outside of the loop over layers, it is done once. Norms use
-    their parameters as they are.
+    Without this call, each layer casts them. A call before the loop over layers casts them once.
+    Norms use their parameters as they are.
     """
     if dtype is None:
         return params
@@ -166,7 +166,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B N D"], _: None = None
     ) -> tuple[Float[Array, "B N D"], None]:
-        """Creates the parameters, as the body of a scan over layers; the result means nothing."""
+        """Creates the parameters as the body of a scan over layers; the result is meaningless."""
         heads = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3 * self.num_heads, -1)
         self._norm_heads(heads, heads)
         hidden = self.fc1(self.norm2(self._scale_branch(0, self.proj(x))))
@@ -190,8 +190,8 @@ class Block(nn.Module):
           gate: gamma and beta; only with merging.
 
         Returns:
-          Tokens `(B, N, D)`, and a dictionary: the values of `merging.score_and_merge` with
-            merging, else empty.
+          Tokens `(B, N, D)`, and a dictionary: with merging, the values of
+            `merging.score_and_merge`; otherwise empty.
         """
         info, (keep, image_index) = inputs.tokens, inputs.images
         size = None if info is None else info.size
@@ -341,6 +341,6 @@ class Block(nn.Module):
         branch: int,
         image_index: Int[Array, "B"] | None,
     ) -> Float[Array, "B N D"]:
-        """Applies dropout and drop path to the output of a branch, 0 or 1."""
+        """Applies dropout and drop path to the output of branch 0 (attention) or 1 (MLP)."""
         x = self._dropout(x, image_index)
         return x if keep is None else x * keep[:, branch, None, None].astype(x.dtype)

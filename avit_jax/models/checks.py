@@ -31,7 +31,7 @@ def check(model: "vit.AViT") -> None:
             names = " or ".join(f'"{choice}"' for choice in choices)
             raise ValueError(f'{name} must be {names}; got "{getattr(model, name)}".')
     if model.pool == "token" and not model.class_token:
-        raise ValueError('pool "token" reads the class token: set class_token, or pool="avg".')
+        raise ValueError('pool "token" reads the class token: set class_token=True or pool="avg".')
     if model.pool == "map" and (model.num_prefix_tokens or model.fc_norm):
         raise ValueError(
             'pool "map" reads all tokens after the norm: unset class_token, fc_norm and '
@@ -64,13 +64,13 @@ def check(model: "vit.AViT") -> None:
             raise ValueError(f"{name} must lie in [0, 1); got {getattr(model, name)}.")
     if model.removal is not None and (model.halting is None or model.dropout or model.remat):
         raise ValueError(
-            "removal in training needs halting, dropout 0, and remat off (the backward pass "
-            "recomputes anyway)."
+            "removal in training needs halting, dropout=0 and remat=False: its backward pass "
+            "always recomputes the layers."
         )
     if model.halting is not None and not -model.width <= model.halting.channel < model.width:
         raise ValueError(
             f"halting channel {model.halting.channel} is not among the {model.width} channels "
-            "of a token."
+            f"of a token: set a number from {-model.width} to {model.width - 1}."
         )
 
 
@@ -96,4 +96,4 @@ def check_images(model: "vit.AViT", images: UncheckedArray) -> None:
             f"{shape}."
         )
     if isinstance(shape[0], int) and not shape[0]:
-        raise ValueError("there are no images: the batch must be at least 1.")
+        raise ValueError("there are no images: the batch must hold at least one.")

@@ -34,11 +34,11 @@ def masked(
 ) -> tuple[Float[Array, "B N D"], PyTree[Float[Array, "B N"]]]:
     """Sets halted tokens to 0, then runs a layer on all tokens; arguments as `ragged.transform`.
 
-    Outputs and values of halted tokens mean nothing.
+    Outputs and values of halted tokens are meaningless.
     """
     del values
-    # Straight-through: the gradient of halted tokens is not set to 0, as in the released code. It
-    # is 0 anyway, unless the "official" prior reads halted tokens.
+    # Straight-through, as in the released code: this step does not set the gradient of halted
+    # tokens to 0. It is 0 anyway, unless the "official" prior reads halted tokens.
     x = x + jax.lax.stop_gradient(jnp.where(active[..., None], 0.0, -x).astype(x.dtype))
     return layer(params, x, inputs, active)
 
@@ -65,7 +65,7 @@ class AtOnce:
 
     Attributes:
       layers: maps `(gate, carry, params)`, as in `forward.run`, to scores `(L, B, N)` and readout
-        `(B, R, D)`. Finished images must stop. Scores of halted tokens mean nothing.
+        `(B, R, D)`. It must stop finished images. Scores of halted tokens are meaningless.
     """
 
     layers: Callable[..., tuple[Array, Array]]
@@ -76,7 +76,7 @@ class Packed:
     """Runs a layer on the active tokens of all images, which share one buffer; see `core.packed`.
 
     The tokens stay in the buffer between layers. It is for inference with layers that
-    `kernels.packed.supports`, and computes them itself, without the argument `layer`.
+    `kernels.packed.supports`. It computes the layers by these kernels and ignores `layer`.
 
     Attributes:
       num_heads: H.
@@ -104,7 +104,7 @@ class Packed:
         inputs: Inputs,
         active: Array,
     ) -> tuple[Any, Any]:
-        """Runs the layer; arguments as `ragged.transform`, but `params` starts with its index."""
+        """Runs a layer; as `ragged.transform`, but `params[0]` is the index of the layer."""
         del layer, inputs
         packing = packed.pack(active, len(x.rows))
         source = x.row.reshape(-1).at[packing.token].get(mode="promise_in_bounds")

@@ -3,9 +3,9 @@
 The literature reports MACs as the "GFLOPs" of vision transformers: 1.3 G for DeiT-T, 4.6 G for
 DeiT-S. The number of floating-point operations is twice that.
 
-Only matrix products count: patch embedding, qkv, attention, projections, MLP and head, and, with
-merging, the comparison of all pairs of tokens. The rotation of rotary position embeddings takes a
-few operations per channel, and does not count.
+Only matrix products count: patch embedding, qkv, attention, projections, MLP, attention pooling and
+head. With merging, the comparison of all pairs of tokens counts too. The rotation of rotary
+position embeddings takes a few operations per channel and does not count.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ def is_computed(active: Bool[Array, "L B N"], readout: slice | int) -> Bool[Arra
 
     Args:
       active: `(L, B, N)` bool, as in `forward.Aux`.
-      readout: which tokens are read out, as `AViT.readout`; a number stands for the first ones.
+      readout: which tokens are read out, as `AViT.readout`; a number k: the first k tokens.
 
     Returns:
       `(L, B, N)` bool: the token is active, and its image is not finished.
@@ -36,10 +36,10 @@ def is_computed(active: Bool[Array, "L B N"], readout: slice | int) -> Bool[Arra
 
 
 def layer_macs(num_tokens: ArrayLike, model: "vit.AViT", is_last: ArrayLike = False) -> Any:
-    """Returns the MACs of one layer on one image, of the shape of `num_tokens` and `is_last`.
+    """Returns the MACs of one layer on one image, broadcast over `num_tokens` and `is_last`.
 
     Args:
-      num_tokens: number of tokens, any shape; arrays are floats, because int32 may overflow.
+      num_tokens: number of tokens, any shape; an array must be float, because int32 may overflow.
       model: for its sizes.
       is_last: whether it is the last layer, in which no tokens are compared.
     """
@@ -95,7 +95,7 @@ def image_macs(
     Args:
       model: for its sizes.
       active: `(L, B, N)` bool, as in `forward.Aux`.
-      readout: which tokens are needed; None for those that the classifier reads.
+      readout: which tokens are read out; None for those that the classifier reads.
 
     Returns:
       `(B,)` float32 MACs.

@@ -1,7 +1,7 @@
 """The one forward pass over all layers. Axes as in `vit`.
 
-An executor runs a layer, or all of them, see `executors`. It affects neither which tokens halt, nor
-how outputs are averaged, nor the fields of `Aux`.
+An executor runs a layer, or all of them; see `executors`. The executor changes neither which tokens
+halt nor how outputs are averaged.
 """
 
 import dataclasses
@@ -27,26 +27,26 @@ class Aux:
     """What the network computes besides the logits.
 
     Without halting, the score is 0, the depth is L and the ponder cost is L + 1. `adaptive.apply`
-    also stops all tokens of an image once those that are read out have halted, because its logits
-    are final. There, `active`, `depth` and `ponder_cost` reflect this earlier stop.
+    stops all tokens of an image once those that are read out have halted, because its logits are
+    final. Its `active`, `depth` and `ponder_cost` include this stop.
 
     Attributes:
-      score: `(L, B, N)` halting scores, at least float32. Those of halted tokens mean nothing. With
-        merging, the score is 1 in the last layer.
+      score: `(L, B, N)` halting scores, at least float32. Those of halted tokens are meaningless.
+        With merging, the score is 1 in the last layer.
       active: `(L, B, N)` bool, whether the token is active in the layer.
       depth: `(B, N)` int32, number of layers in which the token is active.
       ponder_cost: `(B, N)` depth + remainder, in layers.
-      class_output: `(B, D)` class token, averaged over layers, before the final norm. With pooling,
-        the pooled patch tokens, each averaged over layers with its own weights; with "map" that is
-        what the head reads.
-      distillation_output: the same for the distillation token, None without one.
+      class_output: `(B, D)` class token, averaged over layers, before the final norm. With "avg" or
+        "max": mean or maximum of the patch tokens, each averaged over layers with its own weights.
+        With "map": output of the attention pooling, which the head reads.
+      distillation_output: as `class_output`, of the distillation token; None without one.
       macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
         `flops.image_macs`.
       macs_padded: `(B,)` float32, MACs with the padding of `adaptive.apply`: rows without a token,
         and the image's share of empty places in its bucket. So it depends on the other images of
         the batch. None for other calls.
-      features: `(B, rows, columns, D)` features of the patches, after the last norm unless the
-        network has `fc_norm`; see `core.features`. None if not asked for.
+      features: `(B, rows, columns, D)` features of the patches; see `core.features`. They are after
+        the last norm, unless the network has `fc_norm`. None if the caller does not want them.
     """
 
     score: Float[Array, "L B N"]
@@ -64,7 +64,7 @@ class Aux:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Carry:
-    """What one layer hands to the next.
+    """The state between two layers.
 
     Attributes:
       x: `(B, N, D)` tokens, or those in the buffer of `Packed`.
@@ -74,7 +74,7 @@ class Carry:
       size: `(B, N)` number of patches that each token stands for; None without merging.
       num_prefix_tokens: R.
       first_readout: index of the first token that is read out; the others follow it.
-      features: of all tokens; None if not asked for.
+      features: of all tokens; None if the caller does not want them.
     """
 
     x: Any
@@ -137,7 +137,7 @@ def step(
 
     Args:
       block: the layer.
-      executor: `masked`, `Bucketed(plan)`, `Packed(...)`, or a function with their signature.
+      executor: `masked`, `Bucketed(plan)`, `Packed(...)`, or a function of the same signature.
       gate: gamma and beta.
       carry: from the layer before.
       params: of this layer.
@@ -147,7 +147,7 @@ def step(
       dropout_key: of this layer; only for `masked`.
 
     Returns:
-      The carry, and score and active `(B, N)` of this layer; active at its input.
+      The carry; score `(B, N)` of the output of this layer, and active `(B, N)` at its input.
     """
     state = carry.state
     gamma, beta = jnp.asarray(gate[0]), jnp.asarray(gate[1])
@@ -219,7 +219,7 @@ def _layer(
     inputs: Inputs,
     active: Bool[Array, "B N"] | None,
 ) -> tuple[Float[Array, "B N D"], dict[str, Float[Array, "B N"]]]:
-    """The layer as `ragged.Layer`."""
+    """Runs the layer with the signature `ragged.Layer`."""
     layer_params, gate = params
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     variables = {"params": layer_params}
@@ -253,7 +253,7 @@ def run(
       dropout_key: None without dropout.
       remat: recomputes each layer in the backward pass.
       stop_finished: whether all tokens of an image halt once those that are read out have halted.
-        Its logits do not change.
+        The logits do not change.
 
     Returns:
       The carry, and score and active `(L, B, N)`. Without halting, the score is 0 and all tokens
@@ -318,7 +318,7 @@ def _step_without_halting(
 def _end_without_halting(
     carry: Carry, num_layers: int
 ) -> tuple[Carry, tuple[Float[Array, "L B N"], Bool[Array, "L B N"]]]:
-    """Reads out the last layer; all tokens have been active in all layers, with score 0."""
+    """Reads out the last layer; all tokens count as active in all layers, with score 0."""
     state = dataclasses.replace(carry.state, depth=carry.state.depth + num_layers)
     readout = carry.read_out(carry.x)
     score = jnp.zeros((num_layers, *state.remainder.shape), state.remainder.dtype)

@@ -14,11 +14,11 @@ from avit_jax.core.arrays import Array
 class Rotation:
     """How queries and keys of patches rotate with the place of the patch on the grid.
 
-    The centers of the patches have coordinates between -1 and 1, for rows and columns apart. Half
-    of the channels of a head turn by the row, half by the column, in pairs (i, i + K / 2), by
-    2 pi coordinate / period. The K / 4 periods are the powers `theta ** (4 i / K)`. Prefix tokens
-    do not rotate. A token that others merge into keeps its own place. Training does not augment
-    the coordinates.
+    The center of a patch has two coordinates between -1 and 1, one for its row, one for its column.
+    Channels i and i + K / 2 of a head form a pair. Half of the pairs rotate with the row, half with
+    the column. The angle is 2 pi coordinate / period. The K / 4 periods are the powers
+    `theta ** (4 j / K)`. Prefix tokens do not rotate. A token into which others merge keeps its own
+    place. Training does not augment the coordinates.
 
     Attributes:
       theta: base of the periods.
@@ -43,12 +43,15 @@ class Rotation:
     def turn(
         self, heads: Float[Array, "*BH n K"], index: Int[Array, "B n"] | None, axis: int
     ) -> Float[Array, "*BH n K"]:
-        """Rotates queries or keys; it computes in float32 or better.
+        """Rotates queries or keys; it computes in float32 or a wider dtype.
 
         Args:
-          heads: with channels last and the images first.
+          heads: queries or keys: images first, channels K last, tokens and heads between them.
           index: `(B, n)` indices of the tokens in their image; None if they are all N in order.
-          axis: of the heads.
+          axis: axis of the heads, 1 or 2.
+
+        Returns:
+          The rotated `heads`, of the same shape and dtype.
         """
         angles = self.angles(heads.shape[-1])
         dtype = halting.at_least_float32(heads.dtype)

@@ -44,7 +44,7 @@ class Sizes:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """R: the class token, the distillation token and the registers, as far as there are any."""
+        """R: number of class, distillation and register tokens that the network has."""
         return self.class_token + self.distilled + self.num_registers
 
     @property

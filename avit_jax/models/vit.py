@@ -4,7 +4,7 @@ The layers run as one `lax.scan` over stacked parameters, so the program compile
 of a single layer.
 
 Axes: `B` images, `N` tokens (first the prefix tokens: class token, distillation token and register
-tokens, as far as there are any; then patches row by row), `D` width, `H` heads, `K` channels of a
+tokens, if the network has them; then patches row by row), `D` width, `H` heads, `K` channels of a
 head, `L` layers, `C` classes, `R` prefix tokens, `M` tokens that the classifier reads: class and
 distillation token, or all patches with pooling.
 
@@ -52,13 +52,13 @@ class AViT(sizes.Sizes, nn.Module):
       width: D, channels of a token; divisible by `num_heads`.
       depth: L, number of layers.
       num_heads: H.
-      mlp_ratio: width of the MLP's hidden layer in units of D; with "swiglu" after the product.
-      num_classes: C; 0: there is no head, and the logits are the pooled features `(B, D)`.
+      mlp_ratio: width of the MLP's hidden layer in units of D; with "swiglu", after its product.
+      num_classes: C. If it is 0, there is no head: the logits are the pooled features `(B, D)`.
       distilled: adds DeiT's distillation token and head.
       pool: what the classifier reads: "token", the class token; "avg" or "max", the mean or maximum
         over all patch tokens; "map", SigLIP's attention over them. With pooling and halting, each
         patch token is averaged over layers with its own weights first. Halted tokens count too.
-      class_token: whether there is one; it is only an extra token if `pool` is not "token".
+      class_token: adds a class token. The classifier reads it only if `pool` is "token".
       num_registers: number of register tokens, which the classifier does not read.
       position_class: whether prefix tokens have a position embedding too.
       pre_norm: adds a layer norm before the first layer, as in CLIP.
@@ -67,7 +67,7 @@ class AViT(sizes.Sizes, nn.Module):
       qkv_bias: whether queries, keys and values have a bias.
       qk_norm: whether queries and keys are normalized.
       layer_scale: whether the output of each branch is scaled by a learned vector.
-      rope_theta: base of rotary position embeddings, see `rotary`; 0 for learned ones.
+      rope_theta: base of rotary position embeddings, see `rotary`. 0: learned embeddings.
       halting: the gate; None for a network without halting.
       drop_path: probability of dropping a residual branch in the last layer, in training. It rises
         linearly from 0 in the first layer.
@@ -75,7 +75,7 @@ class AViT(sizes.Sizes, nn.Module):
       norm_eps: epsilon of the layer norms.
       dtype: of the computation, for example bfloat16. None for the dtype of parameters and images.
         Parameters and halting sums are always at least float32.
-      remat: recomputes each layer in the backward pass, which needs less memory and one more
+      remat: recomputes each layer in the backward pass. This takes less memory, and one more
         forward pass.
       removal: plan of the buckets with which `__call__` removes halted tokens; None to mask them.
         Gradients are equal up to rounding. The backward pass recomputes each layer, as with

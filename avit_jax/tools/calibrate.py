@@ -1,4 +1,4 @@
-"""One trained network at many budgets: moves the gate bias so that inference meets a MACs ratio."""
+"""Moves the gate bias of a trained network so that inference meets a MACs ratio."""
 
 import logging
 
@@ -19,21 +19,24 @@ def from_checkpoint(
 ) -> None:
     """Writes a weight file whose gate bias meets a budget on `config.data.eval_split`.
 
+    The MACs ratio may jump over the budget. Then the file has the ratio above it, with a warning.
+
     Args:
       out: the safetensors file to write; its metadata contains the gate.
       config: the recipe of the run. Its `data.eval_split` must not contain the images of the final
         evaluation.
       checkpoint: workdir of the run, or a weight file.
-      budget: MACs ratio.
+      budget: the target MACs ratio, mean over the images.
 
     Raises:
-      errors.UserError: the checkpoint cannot be read, does not halt, or cannot meet the budget.
+      errors.UserError: the checkpoint cannot be read; the network does not halt; or no gate bias
+        meets the budget.
     """
     config_lib.check(config)
     trained = build.model(config).clone(removal=None)
     if trained.halting is None:
         raise errors.UserError(
-            "a network without halting has a fixed cost: set --config.halting.enabled=True."
+            "a network without halting has a fixed MACs ratio: set --config.halting.enabled=True."
         )
     params, names = restore.trained(config, trained, checkpoint)
     start = float(params["gate"]["beta"]) if "gate" in params else trained.halting.beta
@@ -53,7 +56,7 @@ def from_checkpoint(
         raise errors.UserError(str(error)) from error
     model, params = with_bias(trained, params, beta)
     if abs(ratios[beta] - budget) > RATIO_TOLERANCE:
-        message = "no gate bias meets the MACs ratio %g, where the cost jumps: the ratio is %.3f"
+        message = "no gate bias meets the MACs ratio %g: the cost jumps over it; the ratio is %.3f"
         _logger.warning(message, budget, ratios[beta])
     if distributed.is_first():
         run_config.write_weights(out, params, model, config, names)

@@ -1,4 +1,4 @@
-"""Predicts the classes of images, and the layers that the network uses for each token."""
+"""Predicts the classes of images, and the number of layers that compute each token."""
 
 import dataclasses
 import functools
@@ -37,11 +37,11 @@ class Prediction:
       path: of the image.
       top5: names of the most likely classes, or their numbers if the names are unknown.
       words: words for the same classes: ImageNet-1k's have synsets as names, such as n01440764.
-      probabilities: of these classes. Those of all classes sum to 1, unless the network learned
-        with the sigmoid loss; then each is its own.
-      depth: `(rows, columns)` layers that each patch token used.
-      macs: multiply-accumulates that the image cost.
-      macs_ratio: `macs` relative to the static network.
+      probabilities: of these classes. The probabilities of all classes sum to 1. If the network was
+        trained with the sigmoid loss, each class has its own probability instead.
+      depth: `(rows, columns)` int32, number of layers in which each patch token is computed.
+      macs: MACs of the image.
+      macs_ratio: `macs` as a ratio to those of the static network.
       image: `(H, W, C)` uint8, the input of the network.
     """
 
@@ -66,19 +66,20 @@ def predict(
 ) -> Iterator[Prediction]:
     """Predicts images in the order of the paths.
 
-    Halted tokens are removed; on a GPU they are masked, which is faster for so few images.
+    Halted tokens are removed. On a GPU they are masked, which is faster for these small batches.
 
     Args:
       config: the recipe of the network.
-      checkpoint: workdir of a run, whose `config.eval.checkpoint` is used, or a weight file.
+      checkpoint: a weight file, or the workdir of a run; `config.eval.checkpoint` selects the
+        checkpoint.
       paths: image files, and folders to search for image files.
 
     Yields:
       A prediction per readable image. A warning names each unreadable one.
 
     Raises:
-      errors.UserError: a path is empty or missing, there is no image, or the checkpoint is
-        unusable.
+      errors.UserError: a path is empty or does not exist; there is no image; or the checkpoint
+        cannot be read or does not fit.
     """
     config_lib.check(config)
     model = build.model(config).clone(removal=None)
@@ -112,12 +113,12 @@ def predict_images(model: PretrainedAViT, params: Any, images: Any) -> Iterator[
 
 
 def read_images(model: PretrainedAViT, images: Any, *, most: int) -> np.ndarray:
-    """Returns the readable ones of at most `most` images, uint8 `(B, H, W, C)`, as `model` needs.
+    """Returns images as the network needs them, uint8 `(B, H, W, C)`, without unreadable ones.
 
     Args:
       model: the network.
       images: paths or arrays, as in `avit_jax.predict`.
-      most: largest number of images; of more images, every n-th one is read.
+      most: largest number of images. If there are more, every n-th one is read.
 
     Raises:
       errors.UserError: there is no image, none is readable, or an array is no image.
@@ -132,7 +133,7 @@ def read_images(model: PretrainedAViT, images: Any, *, most: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(model: PretrainedAViT, backend: str) -> Callable[..., Any]:
-    """Returns the jitted network; one object for each network, so that it compiles once."""
+    """Returns the jitted network, always the same object, so that it compiles once."""
     apply = adaptive.make_apply(model, images=_BATCH)
     run = jax.jit(lambda params, images: apply({"params": params}, images))
     return announce.first_call(run, f"the network for {backend}")
@@ -167,7 +168,7 @@ def _predict_batch(
 
 
 def _list(images: Any) -> list[pathlib.Path | np.ndarray]:
-    """Returns files and single images from one of them or several, or from arrays of images."""
+    """Returns a list of files and arrays `(H, W, C)`, from a path, an array or a list of them."""
     if isinstance(images, str | os.PathLike):
         return list(_find(pathlib.Path(images)))
     if hasattr(images, "shape"):
@@ -188,7 +189,7 @@ def _list(images: Any) -> list[pathlib.Path | np.ndarray]:
 def _read(
     images: Sequence[pathlib.Path | np.ndarray], model: PretrainedAViT
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the readable images as uint8 `(H, W, channels)`; one channel is grey."""
+    """Yields names and images, uint8 `(H, W, channels)`, of the readable ones; 1 channel: grey."""
     _check_channels(model)
     image_files.reset_warnings()
     transform = transforms.Evaluate(

@@ -3,9 +3,9 @@
 python -m avit_jax.tools.prepare_imagenet imagenet2012 --tars=/data/tars --data_dir=/data/tfds
 
 The records and their order are those of TFDS's own builder. Images are copied from the tars without
-decoding. Only 23 images are no RGB JPEGs: Pillow converts them, where TFDS uses TensorFlow. Shards
-are written one by one. After an interruption, the same command continues with the next shard. The
-data set gets its name after everything is written and checked.
+decoding. Only 23 images are not RGB JPEGs, as TFDS lists them. Pillow converts these; TFDS uses
+TensorFlow for them. Shards are written one by one. After an interruption, the same command
+continues with the next shard. The data set gets its name after all shards are written and checked.
 """
 
 import argparse
@@ -30,7 +30,6 @@ _COUNTS = {"train": 1_281_167, "validation": 50_000}
 # Approximate bytes of a record besides its image. The number of shards depends on it.
 _RECORD_OVERHEAD = 80
 _CHECKED = 1000  # records per split that are read again as a check
-_RESTART = "delete the file and start again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Member:
     Attributes:
       name: of the file, which is also the key of the record.
       label: WordNet id.
-      offset: of the first byte in the tar.
-      size: bytes.
+      offset: position of the first byte in the tar.
+      size: number of bytes.
     """
 
     name: str
@@ -149,8 +148,8 @@ class SplitWriter:
         """
         if len(records) != len(self.members):
             raise errors.UserError(
-                f"{self.info.name} has {len(records)} records and not {len(self.members)}: "
-                f"{_RESTART}"
+                f"{self.info.name} has {len(records)} records and not {len(self.members)}: delete "
+                f'the folder "{self.paths()[0].parent}" and start again.'
             )
         with self._tar_path.open("rb") as tar:
             for i in range(0, len(records), max(1, len(records) // _CHECKED)):
@@ -161,7 +160,7 @@ class SplitWriter:
                     shard = bisect.bisect_right(self._ranges, i, key=lambda x: x.start) - 1
                     raise errors.UserError(
                         f'"{self.paths()[shard]}" does not hold "{member.name}" as the tar does: '
-                        f"{_RESTART}"
+                        "delete the file and start again."
                     )
 
     def paths(self) -> list[pathlib.Path]:
@@ -197,7 +196,7 @@ def imagenet2012(tars: pathlib.Path, data_dir: pathlib.Path) -> None:
     builder = tfds.builder(_NAME, data_dir=data_dir, file_format="array_record")
     target = pathlib.Path(builder.data_path)
     if target.exists():
-        raise errors.UserError(f'"{target}" is there already: delete it to prepare it again.')
+        raise errors.UserError(f'"{target}" exists already: delete it to prepare it again.')
     unfinished = target.with_name(f"{target.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     writers: dict[str, SplitWriter] = {}

@@ -1,4 +1,4 @@
-"""What a run tells beside its metrics: its start, its compilations and its log file."""
+"""The log of a run besides its metrics: its start, its compilations and its log file."""
 
 import collections
 import contextlib
@@ -80,7 +80,7 @@ class _LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
-        with contextlib.suppress(OSError):  # a full disk also fails a checkpoint, which reports it
+        with contextlib.suppress(OSError):  # if the disk is full, the next checkpoint reports it
             if self._is_bucket:
                 self._content += line
                 self._path.write_text(self._content)
@@ -108,7 +108,7 @@ def log_file(workdir: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what Orbax logs through absl; it also raises what it logs."""
+    """Hides the log that Orbax writes through absl. Orbax raises the same errors anyway."""
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:

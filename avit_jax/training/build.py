@@ -34,7 +34,7 @@ class RunOptions:
       log_every: steps between two rows of metrics.jsonl.
       eval_every: steps between two evaluations; 0: evaluates after the last step only.
       save_every: steps between two checkpoints.
-      skip_nonfinite: skips and counts updates that are not finite; else they end the run.
+      skip_nonfinite: skips and counts updates that are not finite; otherwise they end the run.
       max_bad_share: largest fraction of records that may be unreadable.
       ema_decay: of the moving average of the parameters; 0: no average.
       profile: first and last step that the profiler records; (0, 0): none.
@@ -80,7 +80,7 @@ def step_options(config: ConfigDict) -> train_step.StepOptions:
         mix=augment.Mix(mixup=c.mixup, cutmix=c.cutmix, switch=c.switch),
     )
     loss = dict(config.loss) | {"class_weights": tuple(config.loss.class_weights)}
-    if budget:  # a prior around another depth would work against the moving gate bias
+    if budget:  # a prior around another depth would pull against the gate bias
         loss["target_depth"] = max(1.0, budget * num_layers)
     distill = {key: value for key, value in config.distill.items() if key != "teacher"}
     return train_step.StepOptions(
@@ -97,12 +97,12 @@ def step_options(config: ConfigDict) -> train_step.StepOptions:
 
 
 def model(config: ConfigDict) -> vit.AViT:
-    """Returns the network; chooses removal or remat if train.adaptive is set.
+    """Returns the network. If `train.adaptive` is set, chooses removal or remat.
 
-    Starts JAX's devices if it has to choose.
+    This choice starts JAX's devices.
 
     Raises:
-      errors.UserError: sizes, gate, dtype or budget are not usable.
+      errors.UserError: sizes, gate, dtype or budget are invalid.
     """
     gate = dict(config.halting)
     try:
@@ -183,8 +183,8 @@ def source(config: ConfigDict, network: vit.AViT, split: str) -> sources.Source:
     """Returns a split of the data set.
 
     Raises:
-      errors.UserError: it is missing, or does not fit the network, the losses or the first
-        process's split.
+      errors.UserError: the split is missing; does not fit the network or the losses; or differs
+        from that of the first process.
     """
     found = sources.load(
         config.data.name, split=split, data_dir=config.data.dir, image_size=network.pixels
@@ -196,7 +196,7 @@ def source(config: ConfigDict, network: vit.AViT, split: str) -> sources.Source:
         )
     if found.multi_label and config.distill.teacher:
         raise errors.UserError(
-            f"{found.name} gives an image any number of labels, and a teacher one: remove "
+            f"{found.name} gives an image any number of labels, and a teacher gives one: remove "
             "config.distill.teacher."
         )
     distributed.check_same(found.fingerprint(), found.name)
@@ -208,20 +208,20 @@ def check(config: ConfigDict, *names: str) -> None:
 
     Args:
       config: of the run.
-      names: "train" or "eval": whose batches the devices must be able to share evenly.
+      names: "train", "eval" or both: the number of devices must divide this batch size.
 
     Raises:
-      errors.UserError: a value is not usable, a value differs from that of the first process
-        (except keys that `config.changes` does not compare), or a batch size is not a multiple of
-        the number of devices.
+      errors.UserError: a value is invalid; a value differs from that of the first process, except
+        for keys that `config.changes` does not compare; or a batch size is not a multiple of the
+        number of devices.
     """
     config_lib.check(config)
     values = config_lib.to_json(config)
     differing = config_lib.changes(values, distributed.from_first_json(values))
     if differing:
         raise errors.UserError(
-            f"the configuration differs from the first process's: {differing}; start all "
-            "processes with the same one."
+            f"the configuration differs from that of the first process: {differing}; start all "
+            "processes with the same configuration."
         )
     for name in names:
         size = config[name].batch_size

@@ -46,7 +46,8 @@ def lock_workdir(workdir: epath.Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise errors.UserError(
-            f"{error}: training has stopped; earlier checkpoints in {workdir} are still valid."
+            f"{error}: correct that and start again; earlier checkpoints in {workdir} are still "
+            "valid."
         ) from error
 
 
@@ -76,7 +77,7 @@ def _shapes(state: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. A context manager that waits for the last write.
+    """The checkpoints of one workdir. A context manager, which waits for the last write.
 
     Only the first process uses it. A checkpoint appears under its name when it is complete.
 
@@ -154,7 +155,7 @@ class Checkpoints:
         """Returns the step of the "last" or the "best" checkpoint, None if there is none.
 
         Raises:
-          errors.UserError: the metrics that tell the best checkpoint cannot be read.
+          errors.UserError: the metrics that pick the best checkpoint cannot be read.
         """
         if which == "best":
             try:
@@ -178,7 +179,7 @@ class Checkpoints:
           extra: saved as JSON, with the step.
 
         Raises:
-          errors.UserError: it is not writable, or the folder holds a checkpoint of a later step.
+          errors.UserError: the checkpoint cannot be written, or there is one of a later step.
         """
         extra = json.loads(json.dumps(extra | {"step": step}))  # Orbax copies arrays only
         args = ocp.args.Composite(
@@ -216,7 +217,7 @@ class Checkpoints:
           The state, of NumPy arrays, and `extra` with the step.
 
         Raises:
-          errors.UserError: there is none, the best one is damaged, or it does not fit.
+          errors.UserError: there is no checkpoint, the best one is damaged, or it does not fit.
         """
         step = self._choose(which)
         self._check_fit(step, state)
@@ -288,7 +289,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
-        """Turns any error of reading into one sentence: other programs may have written it."""
+        """Turns any error of reading into one sentence; another program may have written it."""
         try:
             yield
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Checks whether a checkpoint is as it was written, by the digests of its files."""
+"""Checks by digests whether the files of a checkpoint have changed since they were written."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from etils import epath
 from avit_jax.utils import errors
 
 DIGESTS = "sha256.json"  # of every file but these two
-_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # Orbax completes this file after the checkpoint appeared
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"  # Orbax changes this file after the checkpoint exists
 _ORBAX_TYPES = {
     "item_handlers": dict,
     "metrics": dict,
@@ -27,7 +27,7 @@ def is_bucket(path: epath.PathLike) -> bool:
 
 
 def describe(folder: epath.Path, step: int) -> str:
-    """Returns what is wrong with a checkpoint; empty if nothing is.
+    """Returns what is wrong with a checkpoint; "" if it is valid.
 
     Args:
       folder: folder of the checkpoint.
@@ -95,7 +95,7 @@ def _check_metrics(values: Any) -> None:
 
 
 def _check_orbax_metadata(values: Any) -> None:
-    """Raises ValueError if the JSON file that has no digest holds types that Orbax cannot read."""
+    """Raises ValueError if the file without a digest holds types that Orbax cannot read."""
     if not isinstance(values, dict):
         raise ValueError(f"{_ORBAX_METADATA} holds no object")
     for key, kind in _ORBAX_TYPES.items():

@@ -12,7 +12,7 @@ import numpy as np
 from flax import jax_utils
 
 AXIS = "devices"
-_PREFETCH = 2  # batches on the devices before the step that needs them
+_PREFETCH = 2  # batches that are copied to the devices ahead of their step
 
 
 def parallel(
@@ -47,7 +47,7 @@ def total(tree: Any) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """Returns arrays of all devices one after the other, inside a parallel function."""
+    """Returns the arrays of all devices, concatenated, inside a parallel function."""
     return jax.lax.all_gather(tree, AXIS, tiled=True)
 
 

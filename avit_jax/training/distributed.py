@@ -57,7 +57,7 @@ def initialize(
       coordinator: `host:port` of the first process.
       num_processes: number of processes.
       process_id: number of this process, from 0.
-      stops: whether `Stop` handles SIGTERM; else SIGTERM ends the process.
+      stops: whether `Stop` handles SIGTERM; otherwise SIGTERM ends the process.
 
     Raises:
       errors.UserError: some arguments are missing or wrong, or the others do not answer.
@@ -142,7 +142,10 @@ def _wait_for_first(coordinator: str, deadline: float) -> None:
 
 @contextlib.contextmanager
 def _joining(deadline: float) -> Iterator[None]:
-    """Ends the program with one sentence at the deadline; holds back stderr, such as C++ traces."""
+    """Ends the program with one sentence at the deadline.
+
+    Until the processes have joined, it holds back stderr, which may contain traces of C++.
+    """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         signals.stderr = os.dup(2)
@@ -227,19 +230,20 @@ def check_same(fingerprint: str, name: object) -> None:
 
     Args:
       fingerprint: digest of a file or a data set.
-      name: the name of the file or data set, for the message.
+      name: name of the file or data set, for the message.
     """
     if from_first_json(fingerprint) != fingerprint:
         raise errors.UserError(
-            f"{name} is not the same here as on the first process: copy the same one to all hosts."
+            f"{name} differs from that of the first process: copy the same content to all hosts."
         )
 
 
 class Stop:
     """Decides whether a signal stops the run. A second signal ends the process at once.
 
-    A context manager. Catches SIGTERM from the start, SIGINT after the first call of the object. If
-    one process gets a signal, all return True from the same call on.
+    A context manager. It catches SIGTERM from the start, and SIGINT after the first call of the
+    object. If one process gets a signal, the calls return True on all processes, from the same call
+    on.
 
     Attributes:
       name: the name of the signal; empty before a signal.
@@ -271,7 +275,7 @@ class Stop:
             self._thread.__exit__(*exception)
 
     def __call__(self) -> bool:
-        """Returns whether to stop now; all processes must call it equally often."""
+        """Returns whether to stop now; all processes must make the same number of calls."""
         if not self._calls:
             self._in_thread.extend(self._in_handler)
             self._thread.__enter__()

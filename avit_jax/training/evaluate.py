@@ -1,4 +1,4 @@
-"""Evaluation of each image exactly once, whatever the batch size and the number of devices."""
+"""Evaluates each image exactly once, for every batch size and number of devices."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ Results = dict[str, np.ndarray]
 
 
 class Evaluator:
-    """Evaluates parameters of one model on one data set; compiles once.
+    """Evaluates parameters of one model on one data set; compiles its program once.
 
     Args:
       config: of the run.
@@ -74,7 +74,7 @@ class Evaluator:
           number of labels; or None if `stop` ended the evaluation.
 
         Raises:
-          errors.UserError: too many images could not be read, or none has a label.
+          errors.UserError: too many images cannot be read, or no image has a label.
         """
         sums, ranked = [], []  # stay on the devices until the last batch
         for batch in devices.prefetch(loader.eval_batches(self.reader, **self._batching)):
@@ -181,8 +181,8 @@ def make_eval_step(
 ) -> Callable[[Any, loader.Batch], tuple[metrics.Sums, tuple[jax.Array, ...]]]:
     """Returns the evaluation step of one device, for `devices.parallel`.
 
-    Its results are the sums over all devices and, if images have any number of labels, logits,
-    labels and weights of the images of all devices.
+    The step returns the sums over all devices. If images have any number of labels, it also returns
+    logits, labels and weights of the images of all devices; otherwise an empty tuple.
 
     Args:
       model: for its sizes.
@@ -203,7 +203,10 @@ def make_eval_step(
 
 
 def _title(label: np.ndarray, guess: np.ndarray, names: list[str]) -> str:
-    """Returns a title from a label and a prediction, each one class or 1 for each of several."""
+    """Returns the title of an image.
+
+    Label and prediction are each the number of a class, or `(C,)` with 1 for each of several.
+    """
     texts = []
     for found in (label, guess):
         numbers = np.flatnonzero(found) if np.ndim(found) else [found]
@@ -245,11 +248,13 @@ def evaluate_checkpoint(config: ConfigDict, workdir: epath.PathLike) -> None:
     names = evaluator.source.label_names
     mismatch = restore.changed_class(metadata.label_names, names) if metadata else ""
     if mismatch:
-        _logger.warning("%s: the accuracy means nothing unless both are the same", mismatch)
+        _logger.warning(
+            "%s: the accuracy is meaningless unless both name the same classes", mismatch
+        )
     params = devices.replicate(params)
     results = evaluator(params)
     for name, value in evaluator.scalars(results).items():
         _logger.info("%s: %.6g", name, value)
     seconds, baselines = (metadata.log.train_seconds, metadata.parent) if metadata else (0.0, {})
-    paths = (workdir / "eval.json", workdir / "eval.png")  # the run's own report stays
+    paths = (workdir / "eval.json", workdir / "eval.png")  # keeps the report of the run
     evaluator.report(*paths, params, results, train_seconds=seconds, **baselines)

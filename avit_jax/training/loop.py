@@ -48,7 +48,7 @@ def train(
 ) -> None:
     """Trains up to the last step, from the last checkpoint in `workdir` if there is one.
 
-    At SIGTERM or SIGINT it finishes the current step, saves and returns. The next call continues
+    At SIGTERM or SIGINT, it finishes the current step, saves and returns. The next call continues
     from there.
 
     Args:
@@ -57,12 +57,12 @@ def train(
         `checkpoints/`, `summary.json` and `depth.png`.
       allow_changed_config: accepts a checkpoint of another configuration, data set or
         teacher.
-      model: replaces the configuration's network; it needs at least the same parameters.
-      writers: get the metrics too, and are closed at the end.
+      model: replaces the configuration's network; it must have at least the same parameters.
+      writers: other receivers of the metrics, which are closed at the end.
 
     Raises:
-      errors.UserError: the configuration or the data set is wrong, the workdir is not writable or
-        belongs to another run, or the loss is not finite.
+      errors.UserError: the configuration or the data set is invalid; the workdir is not writable or
+        belongs to another run; or the loss is not finite.
       KeyboardInterrupt: SIGINT came before the first step of this call, in a run of one process.
     """
     build.check(config, "train", "eval")
@@ -161,7 +161,7 @@ def loop(
     """Trains up to the last step or until `stop` is true, and saves.
 
     Args:
-      state: after step `saver.step`, replicated.
+      state: the state after step `saver.step`, replicated.
       step_fn: the training step.
       batches: the batches after step `saver.step`.
       parts: the parts of the run; only their evaluator and options are used.
@@ -218,7 +218,7 @@ def _evaluate(
 
 
 class Saver:
-    """Saves snapshots of a run. All processes use it; the first one has checkpoints and writes.
+    """Saves snapshots of a run. All processes use it; only the first one writes checkpoints.
 
     Args:
       checkpoints: the checkpoints of the run; None on all processes but the first.
@@ -271,9 +271,9 @@ class Saver:
 def next_batch(
     batches: Iterator[loader.Batch], running: dict[str, jax.Array] | None
 ) -> tuple[loader.Batch, float]:
-    """Returns the next batch, and the wait for it in seconds if the devices are idle at its end.
+    """Returns the next batch, and the seconds that the devices waited for it.
 
-    Otherwise the wait is 0.
+    The wait counts as 0 if the devices are still busy when the batch arrives.
 
     Args:
       batches: on the devices.
@@ -297,7 +297,7 @@ def _metadata(parts: parts_lib.Parts) -> RunMetadata:
 def _writers(
     parts: parts_lib.Parts, log_dir: epath.Path | None, others: Sequence[writers.ScalarWriter]
 ) -> Sequence[writers.ScalarWriter]:
-    """Returns the writers beside the workdir's, on the first process."""
+    """Returns the writers other than those of the workdir, on the first process."""
     project = parts.options.wandb
     if not project or log_dir is None:
         return others
@@ -307,8 +307,8 @@ def _writers(
 def _end_stopped(stop: distributed.Stop, when: str, *, is_empty: bool) -> None:
     """Logs that a signal stopped the run.
 
-    Raises KeyboardInterrupt if SIGINT came before anything was done. Several processes return
-    together instead.
+    A single process raises KeyboardInterrupt if SIGINT came before the first step. Several
+    processes return together instead.
     """
     if is_empty and stop.name == "SIGINT" and jax.process_count() == 1:
         raise KeyboardInterrupt
@@ -328,7 +328,7 @@ def warn_of_long_average(options: build.RunOptions) -> None:
 
 @contextlib.contextmanager
 def _nans_as_errors(find: bool) -> Iterator[None]:
-    """Raises errors.UserError at the operation that returns the first nan, if asked to; slow."""
+    """Raises errors.UserError at the operation that returns the first nan, if `find`; slow."""
     try:
         with jax.debug_nans(find):
             yield

@@ -18,14 +18,14 @@ def cross_entropy(
     class_weights: Sequence[float] = (),
     sigmoid: bool = False,
 ) -> jax.Array:
-    """Mean cross entropy of a softmax over all classes, or of a sigmoid for each class.
+    """Returns the mean cross entropy of a softmax over all classes, or of a sigmoid per class.
 
     Args:
       logits: `(B, C)`, any float dtype; the loss is at least float32.
       targets: `(B, C)` probabilities, or `(B,)` int labels. With `sigmoid`, an image may have any
         number of classes of probability 1.
       label_smoothing: fraction of the target spread evenly over all classes, in [0, 1).
-      class_weights: factor of each class's term; empty for 1. The sum is not normalized by them.
+      class_weights: factor of the term of each class; empty: 1. The sum is not divided by them.
       sigmoid: whether each class has its own binary cross entropy. The loss is the mean over
         classes.
 
@@ -47,11 +47,11 @@ def cross_entropy(
 
 
 def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns whether the most likely class is the label, or one of several, `(B,)`.
+    """Returns whether the most likely class is a label of the image, `(B,)` bool.
 
     Args:
       logits: `(B, C)`.
-      labels: `(B,)` int, or `(B, C)` 1 for each label of an image.
+      labels: `(B,)` int, or `(B, C)` with 1 for each label of an image and 0 for other classes.
     """
     best = logits.argmax(-1)
     if labels.ndim == 1:
@@ -62,7 +62,7 @@ def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def distillation_loss(
     logits: jax.Array, teacher: jax.Array, *, targets: str = "hard", temperature: float = 1.0
 ) -> jax.Array:
-    """Mean loss of a student against a teacher. The teacher gets no gradient.
+    """Returns the mean loss of a student against a teacher. The teacher gets no gradient.
 
     Args:
       logits: `(B, C)` of the student, any float dtype; the loss is at least float32.
@@ -92,7 +92,7 @@ def distillation_loss(
 
 
 def ponder_loss(aux: vit.Aux) -> jax.Array:
-    """Mean ponder cost N + r over all tokens and images.
+    """Returns the mean ponder cost N + r over all tokens and images.
 
     The number of layers N has no gradient. Minimizing the remainder r raises the scores before the
     halting layer.
@@ -133,7 +133,8 @@ def prior_loss(
         [0.01, 0.99]. The target peaks one layer later; `width` is ignored. The target has width 1
         and a sum above 1. At batch size 1 the loss is 0.
       reverse: KL(Gaussian || H) instead, in paper mode.
-      axis_name: mapped axis over the devices that share the batch; H is then of the whole batch.
+      axis_name: mapped axis over the devices that share the batch. H is then the mean over the
+        whole batch. None: over the images of `aux`.
 
     Returns:
       Scalar, in nats.

@@ -33,23 +33,24 @@ def eval_sums(
 
     To get a mean, divide a sum over all batches by the sum of `images`.
 
-    Depths and scores are the same for masking and removal: if the tokens that are read out of an
-    image have halted, the image is finished and all of its tokens count as halted.
+    Depths and scores are the same for masking and removal: once the tokens that are read out of an
+    image have halted, all of its tokens count as halted.
 
     Args:
       model: for its sizes.
       logits: `(B, C)`.
       aux: of the same forward pass.
-      labels: `(B,)` int, or `(B, C)` 1 for each of any number of labels, 0 for other classes.
+      labels: `(B,)` int. For any number of labels: `(B, C)`, 1 for each label, 0 for other classes.
       weight: `(B,)` 1 for an image, 0 for padding.
 
     Returns:
-      `images`, `loss` (nats), `top1`, `top5`, `depth_patch` and `depth_class` (layers), `macs`, and
-      two vectors `(L,)`: `patch_depth`, the fraction of patch tokens that halt at each layer, and
-      `score`, the mean score of each layer; halted tokens count as 0. With pooling, `depth_class`
-      is the number of layers until the image is finished. `class_images` and `class_top1` `(C,)`
-      are images, and images classified correctly, of each class. If images have any number of
-      labels, the loss is the binary cross entropy of each class, and no image counts as correct.
+      Float32 sums by name. Scalars: `images`, `loss` (nats), `top1`, `top5`, `macs`, `depth_patch`
+      and `depth_class` (layers). With pooling, `depth_class` is the number of layers until the
+      image is finished. Vectors `(L,)`: `patch_depth`, the fraction of patch tokens that halt at
+      each layer; `score`, the mean score of each layer, with 0 for halted tokens. Vectors `(C,)`:
+      `class_images`, the images of each class; `class_top1`, those that are classified correctly.
+      For any number of labels, the loss is the mean binary cross entropy of the classes, and
+      `top1`, `top5`, `class_images` and `class_top1` are missing.
     """
     ran = flops.is_computed(aux.active, model.readout)
     depth = ran.sum(axis=0)
@@ -72,8 +73,8 @@ def eval_sums(
 def _correct(logits: jax.Array, labels: jax.Array) -> Sums:
     """Returns which images are classified correctly, `(B,)` or, by class, `(B, C)`."""
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    # Equal logits: the first wins, as in argmax. A nan of another class ranks above the label. A
-    # nan label ranks last.
+    # Of equal logits, the first one ranks higher, as in argmax. A nan of another class ranks above
+    # the label. A label whose logit is nan ranks last.
     is_before = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
     is_larger = jnp.where(is_before, ~(logits < label_logits), ~(logits <= label_logits))
     rank = is_larger.sum(axis=1)
@@ -118,7 +119,7 @@ def average_precision(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.nd
     logits = np.nan_to_num(logits.astype(np.float32), nan=-largest)
     if not labels.any():
         raise errors.UserError(
-            "no image of the evaluation has a label, so that nothing can be measured: set "
+            "no image of the evaluation has a label, so nothing can be measured: set "
             "--config.data.eval_split to another split."
         )
     each = np.array(
@@ -131,7 +132,7 @@ def average_precision(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.nd
 
 
 def quality(values: Mapping[str, Any]) -> tuple[str, float]:
-    """Returns the metric that picks the best checkpoint: a name for people, and its value."""
+    """Returns the metric that picks the best checkpoint: its name in messages, and its value."""
     if "mean_average_precision" in values:
         return "mean average precision", float(values["mean_average_precision"])
     return "top-1", float(values["top1"])
@@ -145,8 +146,8 @@ class Writer:
 
     Args:
       workdir: of the run.
-      step: the last one done; TensorBoard drops later events.
-      sizes: bytes of each file at that step, from `sizes`; the rest of the file is cut off.
+      step: number of steps done; TensorBoard drops events of later steps.
+      sizes: bytes of each file at that step, from the method `sizes`; the rest is cut off.
     """
 
     def __init__(self, workdir: epath.Path, step: int, sizes: dict[str, int]) -> None:

@@ -57,8 +57,9 @@ def decays(params: Any) -> Any:
 def layer_scales(params: Any, decay: float) -> Any:
     """Returns the factor of the learning rate of each parameter.
 
-    It is 1 for heads, last norm and gate, and `decay` ** distance from them for the others. The
-    distance of the last layer is 1, of the first layer L, of the embeddings L + 1.
+    It is 1 for heads, attention pooling, last norm and gate. For the others it is `decay` to the
+    power of their distance from the head: 1 for the last layer, L for the first layer, and L + 1
+    for the embeddings and the norm before the first layer.
 
     Args:
       params: parameter tree; arrays of `layers` have L as their first axis.
@@ -96,7 +97,7 @@ def create(
     def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay))
 
-    # Always three parts, so that the state has the same structure and a run can resume with other
+    # Always three parts: so the state keeps its structure, and a run can resume with other
     # settings.
     chain = optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),

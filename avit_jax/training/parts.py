@@ -1,4 +1,4 @@
-"""The parts that the training loop runs, and those of a configuration."""
+"""The parts that the training loop runs, and how a configuration gives them."""
 
 import dataclasses
 import functools
@@ -26,8 +26,8 @@ def _no_teacher(expected: str | None) -> None:
 class Parts:
     """What the training loop runs.
 
-    States, parameters and metrics are replicated, and batches are distributed, as `devices` does
-    it, unless an attribute says "one copy".
+    States, parameters and metrics are replicated, and batches are distributed, by `devices`.
+    Exceptions are marked "one copy".
 
     Attributes:
       options: options of the loop.
@@ -103,7 +103,7 @@ def of_config(config: ConfigDict, model: vit.AViT | None = None) -> Parts:
 def train_batches(
     config: ConfigDict, model: vit.AViT, source: sources.Source, start_step: int = 0
 ) -> Iterator[loader.Batch]:
-    """Returns the training batches on the devices, from the given step on."""
+    """Returns the training batches on the devices that follow the first `start_step` batches."""
     c, data = config.augment, config.data
     transform = transforms.Train(
         image_size=model.pixels,

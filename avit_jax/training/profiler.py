@@ -13,7 +13,8 @@ class Profiler:
 
     Args:
       steps: first and last step; (0, 0): none.
-      start_step: steps before this start; a run that resumes among `steps` records none.
+      start_step: number of steps done before. If it is `steps[0]` or more, the profiler records
+        nothing.
       folder: folder to write the trace to.
     """
 
@@ -28,7 +29,7 @@ class Profiler:
             self._is_recording = True
 
     def stop(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Stops recording after the metrics are ready, if the step is the last one."""
+        """Stops recording if the step is the last one; waits until its metrics are ready."""
         if step == self._steps[1]:
             jax.block_until_ready(values)
             self.close()

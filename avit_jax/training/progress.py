@@ -16,7 +16,7 @@ from avit_jax.training.state import LogState, Row
 from avit_jax.utils import errors
 
 _logger = logging.getLogger(__name__)
-# Steps that the devices may be behind the host: enough to stay busy, and few to finish at a signal.
+# Steps that the devices may be behind the host. Two keep them busy, and end soon after a signal.
 _MAX_BEHIND = 2
 # The run ends if all steps since the last row, at least this many, were skipped.
 _MAX_SKIPPED = 20
@@ -53,9 +53,12 @@ def to_console(level: int) -> logging.Logger:
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """Returns one row for several steps: sums of counts, means of the rest over finite steps."""
+    """Returns one row for several steps: sums of counts, and means of other values.
+
+    The means leave out steps that were not finite.
+    """
     finite = [row for row in rows if not row["nonfinite"]]
-    # A run that got or lost its teacher has rows with and without its loss.
+    # If a run resumes with or without a teacher, only some rows have the teacher's loss.
     mean = {
         name: float(np.mean([row[name] for row in finite if name in row])) for name in finite[-1]
     }
@@ -71,9 +74,9 @@ class Log:
       options: of the run.
       workdir: folder of the metrics files; None writes nothing.
       learning_rate: as a function of the step.
-      step: the last one done.
+      step: number of steps done.
       state: from `snapshot` at that step; empty for a new run.
-      others: get the metrics too, if there is a workdir.
+      others: other receivers of the metrics; unused without a workdir.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class Log:
         self._flushed, self._waited, self._timed = time.monotonic(), 0.0, 0
 
     def snapshot(self) -> LogState:
-        """Returns what a later start needs to continue from here; raises as `collect` does."""
+        """Returns the state that a later start needs to continue; raises as `collect` does."""
         self.collect()
         return LogState(
             train_seconds=self._seconds_before + time.monotonic() - self._started,
@@ -131,10 +134,10 @@ class Log:
     def add(self, step: int, values: dict[str, jax.Array], waited: float) -> None:
         """Adds the metrics of a step; waits until the devices are at most two steps behind.
 
-        Waits for the first step of this start, which compiles and does not count in images/s.
+        It waits for the first step of this start, which compiles and does not count in images/s.
 
         Args:
-          step: that is running.
+          step: number of the step, which may still run.
           values: its metrics, on the devices.
           waited: seconds that the devices waited for its batch.
         """
@@ -201,7 +204,7 @@ class Log:
         self._write(steps[-1], mean | {"learning_rate": float(self._learning_rate(steps[-1] - 1))})
 
     def _check_counts(self, mean: Row, steps: int) -> None:
-        """Adds the counts up; raises errors.UserError if too many records could not be read."""
+        """Sums the counts; raises errors.UserError if too many records could not be read."""
         self._skipped += mean["skipped"]
         self._steps += steps
         ratio = self._skipped / (self._skipped + self._steps * self._options.batch_size)
@@ -228,7 +231,7 @@ class Log:
         self._restart_clock()
         self._write_files(step, "train", mean, timing if rate else {})
         speed = ""
-        if rate:  # after a resume, a row may hold steps of earlier starts only
+        if rate:  # after a resume, all steps of a row may be from earlier starts
             minutes, seconds = divmod(round((options.steps - step) / rate), 60)
             speed = f"  {timing['images_per_second']:.0f} images/s  ETA {minutes}:{seconds:02d}"
         _logger.info(

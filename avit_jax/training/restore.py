@@ -22,7 +22,7 @@ from avit_jax.weights import locate, tensor_files, weight_files
 
 _logger = logging.getLogger(__name__)
 _Params = dict[str, Any]
-_PREDICTION = {"data.mean", "data.std", "data.range", "loss.sigmoid"}  # keys that predictions need
+_PREDICTION = {"data.mean", "data.std", "data.range", "loss.sigmoid"}  # keys that predictions use
 
 
 def begin(
@@ -34,7 +34,7 @@ def begin(
     steps: int,
     allow_changed_config: bool = False,
 ) -> RunState:
-    """Returns the last checkpoint of a run, or its start if there is none; on all processes.
+    """Returns the last checkpoint of a run, or a new run if there is none; on all processes.
 
     Args:
       create: returns a random state.
@@ -88,7 +88,7 @@ def _check_unchanged(saved: RunMetadata, current: RunMetadata) -> None:
 
 
 def changed_class(saved: list[str], current: list[str]) -> str:
-    """Returns in words which class names changed since training; empty if none did."""
+    """Returns in words which class names changed since training; "" if none changed."""
     if len(saved) != len(current):
         return (
             f"the data set has {len(current)} classes, and had {len(saved)} when the network was "
@@ -101,7 +101,7 @@ def changed_class(saved: list[str], current: list[str]) -> str:
 
 
 def changed_data(saved: dict[str, str], current: dict[str, str]) -> str:
-    """Returns in words which split changed since the run started; empty if none did.
+    """Returns in words which split changed since the run started; "" if none changed.
 
     Runs of older versions did not save the fingerprints; their data cannot be compared.
     """
@@ -131,12 +131,12 @@ def weights_of(path: epath.PathLike, *, ema: bool = False) -> weight_files.Weigh
     """Reads weights; the same on all processes.
 
     Args:
-      path: a weight file, a name on the hub or of the zoo, or the workdir of a run: its last
-        checkpoint.
-      ema: as in `weight_files.read`; a workdir has its own key, config.eval.
+      path: a weight file, a name on the hub or of the zoo, or the workdir of a run, whose last
+        checkpoint is read.
+      ema: as in `weight_files.read`. A workdir gives its moving average if it has one.
 
     Raises:
-      errors.UserError: it is not readable.
+      errors.UserError: the weights cannot be read.
     """
     path = locate.locate(path)
     if distributed.from_first_json(tensor_files.is_weights(path)):
@@ -161,7 +161,7 @@ def saved_config(workdir: epath.PathLike) -> ConfigDict:
 def params(
     config: ConfigDict, model: vit.AViT, workdir: epath.PathLike
 ) -> tuple[_Params, RunMetadata | None]:
-    """Returns the parameters to evaluate, as `config.eval.checkpoint` says, and their metadata.
+    """Returns the parameters that `config.eval.checkpoint` selects, and their metadata.
 
     Args:
       config: of the run.
@@ -188,10 +188,10 @@ def params(
 def trained(
     config: ConfigDict, model: vit.AViT, checkpoint: epath.PathLike
 ) -> tuple[_Params, list[str]]:
-    """Returns the parameters of a workdir or a weight file, and the class names if it has them.
+    """Returns the parameters of a workdir or a weight file, and its class names; [] if unknown.
 
     Raises:
-      errors.UserError: it is not readable, or does not fit.
+      errors.UserError: the parameters cannot be read, or do not fit.
     """
     if distributed.from_first_json(tensor_files.is_weights(checkpoint)):
         how = {"grid": config.init_grid, "antialias": config.init_antialias}

@@ -39,10 +39,11 @@ class LogState:
     """What `progress.Log` needs to continue after a restart.
 
     Attributes:
-      train_seconds: wall time of training over all starts, without work that was lost.
+      train_seconds: wall time of the training loop with its evaluations, in seconds, over all
+        starts; without work that was lost.
       rows: steps that no row of metrics.jsonl covers yet, each with its metrics.
-      skipped: records that could not be read.
-      steps: steps that rows of metrics.jsonl cover.
+      skipped: number of records that could not be read, in the rows of metrics.jsonl.
+      steps: number of steps that rows of metrics.jsonl cover.
       sizes: bytes of each metrics file.
     """
 
@@ -55,15 +56,16 @@ class LogState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """What a checkpoint holds beside the training state.
+    """The content of a checkpoint besides the training state.
 
     Attributes:
       config: the configuration, from `config.to_json`.
       label_names: of the classes.
       data: fingerprint of each split; empty in runs of older versions.
       teacher: fingerprint of the teacher; None without one.
-      parent: accuracies measured before training, `parent_top1` and `teacher_top1`.
-      evaluated: whether the parameters of this step are evaluated.
+      parent: accuracies measured before training, `parent_top1` and `teacher_top1`, if there are a
+        parent and a teacher.
+      evaluated: whether the run has evaluated the parameters of this step.
       log: progress of the metrics files.
     """
 
@@ -91,7 +93,7 @@ class RunMetadata:
         wrong = [key for key, is_valid in _CHECKS.items() if not is_valid(known.get(key))]
         if wrong:
             raise errors.UserError(
-                "the checkpoint's metadata is damaged, or of another version of this program "
+                "the checkpoint's metadata is damaged, or another version of this program wrote it "
                 f"({', '.join(wrong)}): set another --workdir."
             )
         known = known | {"rows": tuple(map(tuple, known["rows"]))}
@@ -102,7 +104,7 @@ class RunMetadata:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
       train: the training state, one copy.

@@ -16,7 +16,7 @@ Top1 = Callable[[vit.AViT, Any, str, Callable[[], bool]], float | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The network whose predictions the student learns.
+    """The network whose predictions supervise the student.
 
     Attributes:
       name: name of its weight file or workdir.
@@ -37,7 +37,7 @@ def load(name: str, model: vit.AViT, expected: str | None = None) -> Teacher | N
     Args:
       name: a weight file, a name on the hub or the workdir of a run; empty: no teacher.
       model: the student.
-      expected: fingerprint of the teacher that the run started with; None: any teacher is right.
+      expected: fingerprint of the teacher that the run started with; None accepts any teacher.
 
     Raises:
       errors.UserError: it is not readable, does not fit the student, or is not the expected one.
@@ -49,8 +49,8 @@ def load(name: str, model: vit.AViT, expected: str | None = None) -> Teacher | N
     for key in ("num_classes", "channels"):
         if getattr(network, key) != getattr(model, key):
             raise errors.UserError(
-                f"the teacher {name} has a {key} of {getattr(network, key)}, and the model "
-                f"{getattr(model, key)}: choose another teacher."
+                f"the teacher {name} has {key}={getattr(network, key)}, and the model has "
+                f"{key}={getattr(model, key)}: choose another teacher."
             )
     fingerprint = weight_files.fingerprint(file)
     if expected not in (None, fingerprint):
@@ -71,10 +71,10 @@ def measure_baselines(
     *,
     parent: str = "",
 ) -> dict[str, float] | None:
-    """Measures the accuracies that training is compared with, unless the run knows them already.
+    """Measures the accuracies to compare the result with, unless the run already has them.
 
     Args:
-      run: at its start, or restored.
+      run: a new run, or a restored one.
       model: the network.
       teacher: of the run, if any.
       top1: measures an accuracy.
@@ -82,7 +82,8 @@ def measure_baselines(
       parent: weight file that a new run starts from; its static network is measured. Empty: none.
 
     Returns:
-      `parent_top1` and `teacher_top1` if there is a parent or a teacher; None if `stop` ended it.
+      `parent_top1` if there is a parent, `teacher_top1` if there is a teacher; None if `stop` ended
+      a measurement.
     """
     known = run.metadata.parent
     baselines = {name: value for name, value in known.items() if name == "parent_top1"}

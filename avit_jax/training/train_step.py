@@ -98,13 +98,13 @@ def augment_batch(
     num_classes: int,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Normalizes and augments one device's images.
+    """Normalizes and augments the images of one device.
 
     Args:
       batch: this device's part: images `(B, H, W, channels)` uint8, indices `(B,)` int32, and
         labels, as in `loader`.
       key: random key of the step.
-      options: what to do.
+      options: the augmentation.
       num_classes: number of classes, C.
       axis_name: mapped axis over the devices that share the batch, if there are several.
 
@@ -133,7 +133,7 @@ def task_loss(
     *,
     distilled: bool,
 ) -> tuple[jax.Array, Values]:
-    """Weighted loss against the labels and the teacher, each a mean over its heads.
+    """Returns the weighted loss against labels and teacher, each a mean over its heads.
 
     With a teacher, a distilled model learns the labels with its first head and the teacher with
     its second. Otherwise all heads learn both.
@@ -178,7 +178,7 @@ def total_loss(
     axis_name: str | None = None,
     teacher_logits: jax.Array | None = None,
 ) -> tuple[jax.Array, Values]:
-    """Weighted sum of the task, distillation, ponder and prior losses.
+    """Returns the weighted sum of the task, distillation, ponder and prior losses.
 
     Args:
       model: the network.
@@ -216,14 +216,14 @@ def update_budget_bias(gate: Any, before: Any, macs_ratio: jax.Array, *, budget:
     """Returns the gate's parameters after a step towards a MACs ratio.
 
     If the ratio is above the budget, the bias rises, so more tokens halt. The optimizer's update of
-    the bias is dropped. If training needs the bias to move by d per step, the
-    ratio is off by d / `_BUDGET_RATE`.
+    the bias is dropped. If the bias must move by d in each step, the ratio stays d / `_BUDGET_RATE`
+    away from the budget.
 
     Args:
       gate: gamma and beta after the optimizer's update.
       before: gamma and beta before the step.
-      macs_ratio: of the batch.
-      budget: the target ratio.
+      macs_ratio: MACs ratio of the batch.
+      budget: the target MACs ratio.
     """
     return {"gamma": gate["gamma"], "beta": before["beta"] + _BUDGET_RATE * (macs_ratio - budget)}
 
@@ -274,7 +274,7 @@ def make_train_step(
         )
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         finite = jnp.isfinite(jnp.stack([values["loss"], *norms.values()])).all()
-        if options.skip_nonfinite:  # counters, and with them the learning rate, advance anyway
+        if options.skip_nonfinite:  # the counters advance anyway, and so does the learning rate
             new = jax.tree.map(
                 lambda a, b: a if a.dtype == jnp.int32 else jnp.where(finite, a, b), new, state
             )
@@ -287,7 +287,7 @@ def make_train_step(
 def _gradient(
     loss_fn: Callable[..., tuple[jax.Array, Values]], parts: int, params: Any, inputs: tuple
 ) -> tuple[Any, Values]:
-    """Returns gradient and metrics, means over equal parts of the batch that run in turn."""
+    """Returns gradient and metrics: means over equal parts of the batch, which run in turn."""
     gradient = jax.grad(loss_fn, has_aux=True)
     if parts == 1:
         return gradient(params, *inputs)
@@ -333,7 +333,10 @@ def _loss(
 
 
 def _without_bias_gradient(params: Any, learnable: bool) -> Any:
-    """Stops the gradient of what the optimizer does not move, so that it is not in its norm."""
+    """Stops the gradient of gate parameters that the optimizer does not move.
+
+    So the norm of the gradient leaves them out.
+    """
     gate = {
         name: x if learnable and name == "gamma" else jax.lax.stop_gradient(x)
         for name, x in params["gate"].items()

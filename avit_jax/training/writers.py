@@ -1,6 +1,6 @@
-"""Where metrics go beside the workdir: any object with the two methods of `ScalarWriter`.
+"""Receivers of metrics besides the workdir: any object with the two methods of `ScalarWriter`.
 
-A writer of clu has them. `loop.train(config, workdir, writers=[...])` takes such objects.
+Writers of clu have these methods. `loop.train(config, workdir, writers=[...])` takes such objects.
 """
 
 import secrets
@@ -18,10 +18,10 @@ class ScalarWriter(Protocol):
     """Receives the metrics of a run, on the first process only."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Takes values of one step by name, such as `train/loss` or `eval/top1`."""
+        """Receives the values of one step by name, such as `train/loss` or `eval/top1`."""
 
     def close(self) -> None:
-        """Is called at the end of the run, also after an error."""
+        """Ends the output; the run calls it at its end, also after an error."""
 
 
 class WandbWriter:

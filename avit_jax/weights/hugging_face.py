@@ -1,4 +1,4 @@
-"""Translates the tensor names of Hugging Face's vision transformers to and from timm's.
+"""Translates the tensor names of Hugging Face's vision transformers to timm's.
 
 These are ViT, DeiT, MSN, I-JEPA, Dinov2 with and without registers, DINOv3, and the vision networks
 of CLIP and SigLIP. Names are those of files and, since transformers 5, those of models in memory.

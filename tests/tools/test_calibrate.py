@@ -181,7 +181,7 @@ def test_a_budget_that_is_jumped_over_is_reported(
             tmp_path / "out.safetensors", config, tmp_path / "dear.safetensors", budget
         )
         message = (
-            f"no gate bias meets the MACs ratio {budget:g}, where the cost jumps: the ratio is "
+            f"no gate bias meets the MACs ratio {budget:g}: the cost jumps over it; the ratio is "
             f"{ratios[0]:.3f}"
         )
         assert (message in caplog.text) == (abs(ratios[0] - budget) > 0.005)

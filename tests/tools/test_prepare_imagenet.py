@@ -149,7 +149,7 @@ def test_a_second_start_goes_on_and_a_third_is_refused(
     }
     assert whole.items() <= finished.items()
     assert sum("array_record" in name for name in finished) == 8
-    with pytest.raises(errors.UserError, match="is there already"):
+    with pytest.raises(errors.UserError, match="exists already"):
         prepare_imagenet.imagenet2012(tars, tmp_path / "data")
 
 

@@ -184,7 +184,7 @@ def test_a_bucket_s_replaced_checkpoint_comes_back_unless_the_new_one_is_finishe
 
 def test_an_operation_that_would_block_is_no_other_run(tmp_path: pathlib.Path) -> None:
     claimed = checkpoint.lock_workdir(checkpoint.epath.Path(tmp_path))
-    with pytest.raises(errors.UserError, match="training has stopped"), claimed:
+    with pytest.raises(errors.UserError, match="a pipe is full: correct that"), claimed:
         raise BlockingIOError("a pipe is full")
 
 

@@ -230,7 +230,7 @@ def test_a_run_can_be_the_teacher_or_the_start(tmp_path: pathlib.Path) -> None:
 def test_teachers_that_do_not_fit(teacher: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").mkdir()
     for overrides, message in (
-        ({"model.num_classes": 7}, "num_classes of 10, and the model 7"),
+        ({"model.num_classes": 7}, "num_classes=10, and the model has num_classes=7"),
         ({"model.image_size": (20, 20)}, "patch_size 8 must divide"),
         ({"distill.teacher": str(tmp_path / "none.pth")}, "there is no .*none.pth"),
         ({"distill.teacher": str(tmp_path / "empty")}, "no checkpoint"),

@@ -179,7 +179,10 @@ def test_mean_average_precision_of_two_processes(start, tmp_path: pathlib.Path) 
 def test_processes_of_another_configuration(start) -> None:
     rates = [f"--config.optimizer.learning_rate={rate}" for rate in (1e-3, 2e-3)]
     first, second = (_end(one, status=2) for one in _pair(start, "run", each=rates))
-    assert "differs from the first process's: optimizer.learning_rate from 0.001 to 0.002" in second
+    assert (
+        "differs from that of the first process: optimizer.learning_rate from 0.001 to 0.002"
+        in second
+    )
     assert "another process of the run has ended" in first and "Traceback" not in first
 
 

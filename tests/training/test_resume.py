@@ -310,14 +310,14 @@ def test_processes_that_do_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         with pytest.raises(
             errors.UserError,
-            match=r"first process's: optimizer\.learning_rate from 0\.002 to 0\.001; start",
+            match=r"that of the first process: optimizer\.learning_rate from 0\.002 to 0\.001; start",
         ):
             build.check(config, "train")
     monkeypatch.setattr(distributed, "from_first_json", lambda _: "another fingerprint")
     for load in (evaluate.Evaluator, parts_lib.of_config):
         with pytest.raises(
             errors.UserError,
-            match=r'the digits, split ".*" is not the same here as on the first process',
+            match=r'the digits, split ".*" differs from that of the first process',
         ):
             load(config, build.model(config))
 
