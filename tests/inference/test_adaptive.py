@@ -351,7 +351,7 @@ def test_mistakes_are_value_errors() -> None:
             adaptive.apply(model, _variables(model), np.zeros(shape, np.float32))
     with pytest.raises(ValueError, match="images must be"):
         adaptive.apply(model, _variables(model), np.zeros((2, 32, 40, 2), np.float32))
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="at least one"):
         adaptive.apply(model, _variables(model), _images(model, 0))
 
 
