@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import avit_jax
+from avit_jax import config as config_lib
 from avit_jax import networks, zoo
 from avit_jax.data import augment, class_names, sources
-from avit_jax.models import flops
+from avit_jax.models import flops, pretrained
 from avit_jax.training import build, restore
 from avit_jax.utils import errors
 from avit_jax.weights import locate, weight_files
@@ -179,6 +180,22 @@ def test_a_plain_model_of_1000_classes_has_imagenets_names() -> None:
     assert set(one.top5) <= set(class_names.imagenet())
     assert one.words == [class_names.words(name) for name in one.top5]
     assert json.loads(one.to_json())["words"] == one.words
+
+
+def test_pixels_of_other_channels_than_rgb_become_minus_one_to_one() -> None:
+    grey = avit_jax.AViT(image_size=8, patch_size=8, width=8, depth=1, num_heads=1, channels=1)
+    network = pretrained.of_model(grey)
+    assert (network.mean, network.std) == ((0.5,), (0.5,))
+
+
+def test_the_default_config_is_deit_tiny() -> None:
+    model = build.model(config_lib.default())
+    assert flops.static_macs(model) == flops.static_macs(avit_jax.deit_tiny())
+
+
+def test_a_name_that_the_package_lacks() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        avit_jax.nothing  # noqa: B018
 
 
 def test_names_at_the_top_have_docstrings() -> None:

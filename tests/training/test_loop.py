@@ -507,3 +507,10 @@ def test_a_stop_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     with distributed.Stop() as stop:
         assert [stop() for _ in range(4)] == [False, True, True, True]
     assert asked == [1, 2] and stop.name == "SIGTERM"
+
+
+def test_the_prior_lies_where_the_budget_does() -> None:
+    config = fixtures.small_config(**{"budget": 0.6, "model.depth": 4})
+    assert build.step_options(config).loss.target_depth == pytest.approx(0.6 * 4)
+    config = fixtures.small_config(**{"budget": 0.0, "loss.target_depth": 1.5})
+    assert build.step_options(config).loss.target_depth == 1.5

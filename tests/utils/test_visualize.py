@@ -67,6 +67,12 @@ def test_long_titles_are_wrapped_and_rows_are_as_high_as_their_images() -> None:
     assert heights[0] > heights[1] + 1
 
 
+def test_a_title_is_no_formula(tmp_path: pathlib.Path) -> None:
+    image, depth = np.zeros((8, 8, 1), np.uint8), np.ones((2, 2))
+    figure = visualize.depth_map(image, depth, num_layers=_LAYERS, title=r"from $\no to $2")
+    visualize.write(figure, tmp_path / "title.png")
+
+
 def test_grey_pictures_are_drawn_from_black_to_white() -> None:
     figure, _, _ = _figure(2, (8, 8, 1), (2, 2))
     assert _pictures(figure)[0].get_images()[0].get_cmap().name == "gray"
