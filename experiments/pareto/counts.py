@@ -2,11 +2,11 @@
 
 python -m experiments.pareto.counts --data_dir=...
 
-ToMe merges equally many tokens of every image. Here the number depends on the image: a token merges
-if its similarity exceeds the threshold of its layer. Thresholds are set on the images that are held
-back from training, so that an image merges as many tokens as in ToMe on average, in each layer. All
-else is ToMe, so the difference is what adapting the number is worth. Between the two, `blend` 0.5
-takes half of the difference in numbers. Networks have the parent's weights. Writes counts.json.
+ToMe merges equally many tokens of every image. Here the number depends on the image: it is the
+number of tokens whose similarity exceeds the threshold of the layer. The thresholds are set on the
+images that are held back from training, so that the mean number is that of ToMe in each layer. All
+else is ToMe, so the difference is what adapting the number is worth. `blend` 0.5 takes half of the
+difference in numbers. All networks have the parent's weights. Writes counts.json.
 """
 
 import json

@@ -1,8 +1,8 @@
 """ToMe whose images may merge different numbers of tokens: by a threshold of similarity.
 
 After ATM (arXiv 2505.15160) and LTMP (arXiv 2307.10780), which also merge where a similarity
-exceeds a threshold of the layer. They learn the thresholds; here they are set so that an image
-merges as many tokens as in ToMe, on average. Halted tokens are masked, so it saves no time.
+exceeds a threshold of the layer. They learn the thresholds. Here the caller gives them, such
+as `experiments.pareto.counts`. Merged tokens are masked, so this saves no time.
 """
 
 from typing import Any
@@ -64,8 +64,8 @@ class CountedToMe(tome.ToMe):
 
     Attributes:
       thresholds: similarity of each layer above which tokens merge.
-      blend: 1 for as many merges as similarities exceed the threshold, 0 for `merges` in each
-        image, and the rounded weighted mean of the two in between.
+      blend: weight of the image's own number of merges, from 0 to 1. The fixed number `merges` has
+        the rest of the weight, and the weighted mean is rounded.
     """
 
     thresholds: tuple[Any, ...] = ()
