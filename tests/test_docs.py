@@ -141,7 +141,7 @@ def test_every_file_and_name_in_contributing_exists() -> None:
 
 def test_the_free_keys_and_the_zoo_are_complete() -> None:
     runs, weights = (_text(_REPOSITORY / f"docs/{name}.md") for name in ("runs", "weights"))
-    (free,) = re.findall(r"^These keys may differ.*?\n\n", runs, re.DOTALL | re.MULTILINE)
+    (free,) = re.findall(r"^You may change these keys.*?\n\n", runs, re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"`([\w.]+)`", free)) == config_lib._FREE
     table = weights.partition("## The zoo\n")[2]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == zoo.NETWORKS.keys()
