@@ -109,7 +109,7 @@ def _network() -> dict[str, dict[str, Any]]:
             "depth": 12,  # number of layers
             "num_heads": 3,  # of the attention; divides the width
             "mlp_ratio": 4.0,  # width of the MLP's hidden layer, relative to `width`
-            "norm_eps": 1e-6,  # 1e-12 for weights of Hugging Face
+            "norm_eps": 1e-6,  # 1e-12 for ViT and DeiT of Hugging Face
             "num_classes": 1000,  # of the data set
             "distilled": False,  # adds DeiT's distillation token and its classifier
             "pool": "token",  # what the head reads: "token", or "avg", "max" or "map" of patches
@@ -175,7 +175,7 @@ def _training() -> dict[str, dict[str, Any]]:
         },
         "train": {  # the length of the run, and what it writes
             "batch_size": 512,  # images per step, over all devices
-            "accumulate": 1,  # parts of a device's batch that run in turn, in less memory
+            "accumulate": 1,  # gradient accumulation: parts of a batch that run in turn
             "steps": 1000,  # of the whole run
             # Removes halted tokens in training: less work, the same gradients up to rounding.
             # On a GPU, removes tokens only if `plan.removal_pays`; otherwise masks them with

@@ -14,6 +14,10 @@ _SYNONYMS = {
     "dim": "model.width",
     "dataset": "data.name",
     "checkpoint": "eval.checkpoint",
+    **dict.fromkeys(
+        ("grad_accum", "grad_accum_steps", "accumulation_steps", "gradient_accumulation_steps"),
+        "train.accumulate",
+    ),
 }
 _CUTOFF = 0.7  # similarity of names, from 0 to 1
 

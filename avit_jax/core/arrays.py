@@ -1,4 +1,4 @@
-"""The type of an array, for the annotations of `core`, `kernels` and `models`."""
+"""The type of an array, for the annotations of `core`, `kernels`, `models` and `inference`."""
 
 from typing import TYPE_CHECKING
 

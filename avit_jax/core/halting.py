@@ -136,11 +136,11 @@ def explain_useless_gate(
             f"no token can halt before the last layer with {gate}: gamma times its gate channel "
             f"would have to reach {needed:.3g}; raise beta or the magnitude of gamma."
         )
-    # The class token has no redundancy. Once it halts, the image is finished.
+    # A token without redundancy, such as the class token, halts first of all if beta is large.
     excess = beta - math.log((1.0 - epsilon) / epsilon)
     if excess - slack >= largest:
         return (
-            f"every image is finished after the first layer with {gate}: its class token "
+            f"every image is finished after the first layer with {gate}: a token "
             f"continues only if gamma times its gate channel is below {-excess:.3g}; make beta "
             "negative."
         )

@@ -2,7 +2,7 @@
 
 A-ViT drops a token once it halts. With merging, a halted patch token becomes part of the most
 similar patch token that keeps running. The result is the mean of the two, weighted by the number of
-patches that each stands for. Attention is proportional: a token of size s counts as s keys. The
+patches that each stands for. In attention, a token of size s counts as s keys. The
 halting score may depend on redundancy. Then one of two similar tokens halts first.
 
 Prefix tokens do not merge. All functions are pure.

@@ -21,8 +21,8 @@ _Result = TypeVar("_Result", bound=PyTree[Array])
 def without_gradient(function: Callable[..., _Result], message: str) -> Callable[..., _Result]:
     """Wraps a function so that it raises TypeError if JAX needs one of its derivatives.
 
-    JAX needs no derivative if no input depends on the differentiated variable, or if the
-    differentiated value does not depend on the output. For example, `jax.grad(..., has_aux=True)`
+    JAX needs no derivative if the inputs do not depend on the variable of `jax.grad`, or if its
+    value does not depend on the output. For example, `jax.grad(..., has_aux=True)`
     may return the output as auxiliary data.
 
     Args:

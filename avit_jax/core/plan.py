@@ -7,22 +7,25 @@ import jax
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of the buckets in which `ragged` runs a layer.
+    """How layers run on the active tokens: in buckets, packed, or by one kernel; and the sizes.
 
     A plan affects only speed, memory and rounding.
 
     Attributes:
-      bucket: number of images that go through a layer together. Images of a small bucket have about
-        the same number of tokens.
+      bucket: number of images that go through a layer together. A small bucket has less
+        padding, because its images have about the same number of tokens.
       full_bucket: number of images that run together while all of their tokens are active. It is
-        rounded down to whole buckets, to at least one bucket. Unused with `use_switch`.
+        rounded down to a multiple of `bucket`, but is at least one bucket. Unused with
+        `use_switch`.
+
       token_multiple: the tokens of a bucket are padded to a multiple of this. Below N / 2, they are
         padded to a multiple of twice this. Compile time grows with the number of multiples.
       chunk: maximum number of images that are sorted, and held in memory, at a time; inference
         only. A bucket is not larger.
       use_switch: selects the compiled number of tokens by a switch instead of loops, and puts
-        tokens back by one scatter. Use it on GPUs: the host reads the condition of a loop, but not
-        the index of a switch in a command buffer. Avoid it on CPUs: XLA runs a switch on one core.
+        tokens back by one scatter. Use it on GPUs: in a loop, the GPU waits for the host in each
+        iteration; in a switch inside a command buffer, it does not. Avoid it on CPUs: XLA
+        runs a switch on one core.
       one_kernel: on TPUs, one kernel runs all layers of an image, if it supports the network, see
         `one_kernel.supports`. It is compiled for the same multiples of tokens. Other devices, and
         other networks, use buckets. For inference only. JAX cannot export a program for several
@@ -50,7 +53,7 @@ class Plan:
             )
 
     def with_even_buckets(self, batch: int) -> "Plan":
-        """Returns the plan with the smallest bucket that gives a batch equally few buckets."""
+        """Returns the plan with the smallest bucket that needs no more buckets for a batch."""
         return dataclasses.replace(self, bucket=-(-batch // -(-batch // self.bucket)))
 
     def chunk_size(self, batch: int) -> int:
@@ -71,8 +74,8 @@ class Plan:
 def training_plan(num_tokens: int, backend: str | None = None) -> Plan:
     """Returns a good plan for training with N tokens.
 
-    The bucket is the largest power of two of images that have at most 2,080 tokens together (25,600
-    on a GPU), but at least one image.
+    The number of images in a bucket is the largest power of two with at most 2,080 tokens in total
+    (25,600 on a GPU), but at least 1.
 
     Args:
       num_tokens: N.
@@ -100,9 +103,9 @@ def removal_pays(
 ) -> bool:
     """Returns whether removing halted tokens is faster than masking them.
 
-    On a GPU, removal must have been measured to be faster for a network of at most this width, for
-    at most this many images, and at this MACs ratio or a higher one. On other backends, the result
-    is always True.
+    On a GPU, the result is True only if removal was measured to be faster in a case that is no
+    easier: no wider, with no more images, and with no lower MACs ratio. On other backends,
+    the result is always True.
 
     Args:
       width: D, channels of a token.

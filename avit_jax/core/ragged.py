@@ -199,8 +199,8 @@ def _run_buckets(
         return _run_by_switch(run, run_full, state, token_counts, largest, smallest)
 
     # Buckets run in order of decreasing size. While all of their tokens are active, several buckets
-    # run as one, without padding. Then each compiled number of tokens has a loop, which may run no
-    # bucket.
+    # run as one, without padding. Then each compiled number of tokens has a loop, which runs
+    # zero or more buckets.
     def is_full(state: _LoopState) -> Bool[Array, ""]:
         return smallest[state[1] + together - 1] == num_tokens
 

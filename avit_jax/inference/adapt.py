@@ -92,7 +92,8 @@ def find_bias(
 def with_bias(model: vit.AViT, params: Any, beta: float) -> tuple[vit.AViT, Any]:
     """Returns the network and its parameters with another gate bias.
 
-    The bias becomes a parameter. So another bias needs no compilation. The network must halt.
+    Gamma and the bias become parameters, so another bias needs no compilation. The network
+    must halt.
     """
     gate = model.halting
     assert gate is not None
@@ -123,8 +124,8 @@ def add_gate(
       `find_bias`.
 
     Raises:
-      ValueError: the model halts already, the budget is outside (0, 1], or no bias meets it; or the
-        images do not fit the model.
+      ValueError: the model halts already, the budget is outside (0, 1], or no bias between
+        -1000 and 1000 reaches it; or the images do not fit the model.
     """
     if model.halting is not None:
         raise ValueError("the network halts already: change its gate by model.clone(halting=...).")

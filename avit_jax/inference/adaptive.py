@@ -258,9 +258,9 @@ def _embed(
 def can_pack(model: vit.AViT, variables: Any, x: jax.Array) -> bool:
     """Returns whether packed execution, `Plan.packed`, supports a network and this device.
 
-    The network must have bfloat16 or float16, plain layers of at most 384 channels, and no merging.
-    A GPU must be an NVIDIA GPU of compute capability 9.0 (H100, H200). Other backends are supported
-    by plain JAX, which also computes halted tokens.
+    The network must compute in bfloat16 or float16, with plain layers of at most 384 channels, and
+    no merging. A GPU must be an NVIDIA GPU of compute capability 9.0 (H100, H200). Other backends
+    are supported by plain JAX, which also computes halted tokens.
 
     Args:
       model: a network with halting.

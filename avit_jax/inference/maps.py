@@ -27,9 +27,10 @@ def attention_maps(model: vit.AViT, params: Any, images: Array, layer: int = -1)
       layer: index of the layer, from 0 to L - 1, or from -L to -1; with "map" only the last one.
 
     Returns:
-      `(B, heads, rows, columns)`, at least float32. Halted tokens have weight 0. All weights are 0
-      if the class token has halted. The sum over the grid is at most 1, because prefix tokens have
-      weights too. A merged token has the weight of all its patches.
+      `(B, heads, rows, columns)`, at least float32. Except with "map", halted tokens have weight 0,
+      and all weights are 0 if all tokens that ask have halted. The sum over the grid is at most 1,
+      because prefix tokens have weights too. A token into which others merged has the weight of all
+      its patches.
 
     Raises:
       ValueError: there is no such layer, or the images do not fit the model.
@@ -38,7 +39,9 @@ def attention_maps(model: vit.AViT, params: Any, images: Array, layer: int = -1)
       maps = avit_jax.attention_maps(model, params, images).mean(axis=1)
     """
     if not -model.depth <= layer < model.depth:
-        raise ValueError(f"layer must be at least {-model.depth} and below {model.depth}.")
+        raise ValueError(
+            f"layer must be at least {-model.depth} and below {model.depth}; got {layer}."
+        )
     layer %= model.depth
     if model.pool == "map" and layer != model.depth - 1:
         raise ValueError(

@@ -41,10 +41,11 @@ def apply(
         or a group does not fit it.
       TypeError: JAX needs a derivative of the result.
     """
-    if model.pool != "token":
-        raise ValueError('images of several sizes need a model with pool="token".')
-    if model.rope_theta:  # one call has the rotation of one grid
-        raise ValueError("images of several sizes need a model with rope_theta=0.")
+    if model.pool != "token" or model.rope_theta:  # one call has the rotation of one grid
+        raise ValueError(
+            'images of several sizes need a model with pool="token" and rope_theta=0; got '
+            f'pool="{model.pool}" and rope_theta={model.rope_theta}.'
+        )
     if not len(groups):
         raise ValueError("there are no groups of images: pass one array for each image size.")
     if any(np.ndim(images) != 4 for images in groups):

@@ -34,8 +34,8 @@ def check(model: "vit.AViT") -> None:
         raise ValueError('pool "token" reads the class token: set class_token=True or pool="avg".')
     if model.pool == "map" and (model.num_prefix_tokens or model.fc_norm):
         raise ValueError(
-            'pool "map" reads all tokens after the norm: unset class_token, fc_norm and '
-            "num_registers."
+            'pool "map" needs patch tokens only, and the norm before pooling: set '
+            "class_token=False, num_registers=0 and fc_norm=False."
         )
     if model.distilled and (model.pool != "token" or not model.num_classes):
         raise ValueError(

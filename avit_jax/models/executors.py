@@ -75,8 +75,8 @@ class AtOnce:
 class Packed:
     """Runs a layer on the active tokens of all images, which share one buffer; see `core.packed`.
 
-    The tokens stay in the buffer between layers. It is for inference with layers that
-    `kernels.packed.supports`. It computes the layers by these kernels and ignores `layer`.
+    The tokens stay in the buffer between layers. It is for inference, with layers for which
+    `kernels.packed.supports` is True. It computes the layers by these kernels and ignores `layer`.
 
     Attributes:
       num_heads: H.

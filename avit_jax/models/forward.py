@@ -26,9 +26,9 @@ from avit_jax.models.executors import AtOnce, Executor, Packed
 class Aux:
     """What the network computes besides the logits.
 
-    Without halting, the score is 0, the depth is L and the ponder cost is L + 1. `adaptive.apply`
-    stops all tokens of an image once those that are read out have halted, because its logits are
-    final. Its `active`, `depth` and `ponder_cost` include this stop.
+    Without halting, the score is 0, the depth is L and the ponder cost is L + 1. Without
+    `features`, `adaptive.apply` stops all tokens of an image once those that are read out have
+    halted, because its logits are final. Its `active`, `depth` and `ponder_cost` include this stop.
 
     Attributes:
       score: `(L, B, N)` halting scores, at least float32. Those of halted tokens are meaningless.
@@ -36,7 +36,8 @@ class Aux:
       active: `(L, B, N)` bool, whether the token is active in the layer.
       depth: `(B, N)` int32, number of layers in which the token is active.
       ponder_cost: `(B, N)` depth + remainder, in layers.
-      class_output: `(B, D)` class token, averaged over layers, before the final norm. With "avg" or
+      class_output: `(B, D)` class token, averaged over layers, before the final norm; without
+        halting, that of the last layer. With "avg" or
         "max": mean or maximum of the patch tokens, each averaged over layers with its own weights.
         With "map": output of the attention pooling, which the head reads.
       distillation_output: as `class_output`, of the distillation token; None without one.
@@ -137,7 +138,8 @@ def step(
 
     Args:
       block: the layer.
-      executor: `masked`, `Bucketed(plan)`, `Packed(...)`, or a function of the same signature.
+      executor: `masked`, `Bucketed(plan)`, `Packed(...)`, or a function with the signature of
+        `masked`.
       gate: gamma and beta.
       carry: from the layer before.
       params: of this layer.

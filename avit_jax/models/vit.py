@@ -248,8 +248,8 @@ class AViT(sizes.Sizes, nn.Module):
           x: `(B, N, D)`.
           executor: how a layer runs, or all of them; see `executors`.
           exists: `(B,)` or `(B, N)` bool, False for padding, which is inactive from the start. If
-            it is given, all tokens of an image also stop once those that are read out have
-            halted. None for training and masked inference.
+            it is given, and `features` is False, all tokens of an image also stop once those that
+            the classifier reads have halted. None for training and masked inference.
           image_index: see `__call__`; None without dropout and drop path.
           train: see `__call__`.
           features: see `__call__`.

@@ -154,7 +154,8 @@ def optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.S
 def new_state(
     network: vit.AViT, tx: optax.GradientTransformation, *, seed: int, ema: bool
 ) -> TrainState:
-    """Returns the random state before the first step; it depends on the seed alone.
+    """Returns the random state before the first step; its random numbers depend on the seed
+    alone.
 
     Args:
       network: the network.

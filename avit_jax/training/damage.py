@@ -9,7 +9,7 @@ from etils import epath
 
 from avit_jax.utils import errors
 
-DIGESTS = "sha256.json"  # of every file but these two
+DIGESTS = "sha256.json"  # of every file except itself and `_ORBAX_METADATA`
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"  # Orbax changes this file after the checkpoint exists
 _ORBAX_TYPES = {
     "item_handlers": dict,

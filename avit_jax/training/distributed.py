@@ -309,7 +309,7 @@ class Stop:
 
 @contextlib.contextmanager
 def ended_together() -> Iterator[None]:
-    """Turns errors of JAX inside into one sentence.
+    """Turns an error of JAX in its body into one sentence.
 
     Raises:
       errors.UserError: the devices run out of memory, or an operation fails on several processes.

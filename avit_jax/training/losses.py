@@ -25,7 +25,8 @@ def cross_entropy(
       targets: `(B, C)` probabilities, or `(B,)` int labels. With `sigmoid`, an image may have any
         number of classes of probability 1.
       label_smoothing: fraction of the target spread evenly over all classes, in [0, 1).
-      class_weights: factor of the term of each class; empty: 1. The sum is not divided by them.
+      class_weights: factor of the term of each class; empty: 1. The mean over images is
+        not divided by their sum.
       sigmoid: whether each class has its own binary cross entropy. The loss is the mean over
         classes.
 

@@ -33,8 +33,8 @@ def eval_sums(
 
     To get a mean, divide a sum over all batches by the sum of `images`.
 
-    Depths and scores are the same for masking and removal: once the tokens that are read out of an
-    image have halted, all of its tokens count as halted.
+    Depths and scores are the same for masking and removal: once the tokens of an image that the
+    classifier reads have halted, all of its tokens count as halted.
 
     Args:
       model: for its sizes.

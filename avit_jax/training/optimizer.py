@@ -97,8 +97,8 @@ def create(
     def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay))
 
-    # Always three parts: so the state keeps its structure, and a run can resume with other
-    # settings.
+    # The chain always has three parts. So the state keeps its structure, and a run can resume
+    # with another clip or layer decay.
     chain = optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays),

@@ -17,7 +17,7 @@ class TrainState:
     """All that a training step changes. Random keys follow from the seed and the step.
 
     Attributes:
-      step: int32, number of updates so far.
+      step: int32, number of steps so far, also of those whose update was skipped.
       params: parameter tree.
       ema_params: moving average of `params`; None if there is no average.
       opt_state: of the optimizer.
@@ -42,7 +42,7 @@ class LogState:
       train_seconds: wall time of the training loop with its evaluations, in seconds, over all
         starts; without work that was lost.
       rows: steps that no row of metrics.jsonl covers yet, each with its metrics.
-      skipped: number of records that could not be read, in the rows of metrics.jsonl.
+      skipped: number of unreadable records that the rows of metrics.jsonl count.
       steps: number of steps that rows of metrics.jsonl cover.
       sizes: bytes of each metrics file.
     """
@@ -116,7 +116,7 @@ class RunState:
 
     @property
     def step(self) -> int:
-        """The number of updates so far."""
+        """The number of steps so far, also of those whose update was skipped."""
         return int(self.train.step)
 
 
