@@ -78,6 +78,7 @@ def test_help_config_has_every_key_with_default_and_comment(
         ("train.learning_rate", "optimizer.learning_rate"),
         ("wd", "optimizer.weight_decay"),
         ("epochs", "train.steps"),
+        ("train.grad_accum_steps", "train.accumulate"),
         ("ema", "optimizer.ema_decay"),
         ("model.dropout_rate", "model.dropout"),
         ("mergee", "halting.merge"),
