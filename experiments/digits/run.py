@@ -8,7 +8,6 @@ runs side by side.
 
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 from concurrent import futures
@@ -20,7 +19,7 @@ from avit_jax.utils import errors
 from experiments import results, timing
 
 _RUNS = flags.DEFINE_string("runs", "runs/digits_study", "folder of the runs")
-_OUT = flags.DEFINE_string("out", None, "folder for result.json and depth.png", required=True)
+_OUT = flags.DEFINE_string("out", None, "folder for result.json", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds")
 _PARALLEL = flags.DEFINE_integer("parallel", 2, "runs at a time")
 _KEYS = ("top1", "macs_ratio", "mean_depth", "train_seconds")
@@ -59,9 +58,8 @@ def main(_: list[str]) -> None:
             }
             for key in _KEYS
         }
-    out = pathlib.Path(_OUT.value)
-    results.save(out / "result.json", result)
-    shutil.copy(pathlib.Path(_RUNS.value) / "halting_0" / "depth.png", out / "depth.png")
+        results.save(pathlib.Path(_OUT.value) / "result.json", result)
+
     print(json.dumps(result, indent=2))
 
 

@@ -1,11 +1,13 @@
 """Writes the networks of `avit_jax.zoo`: weights, model cards and networks.json.
 
 python -m avit_jax.main --config=digits --workdir=runs/digits
-python -m experiments.zoo.run --digits=runs/digits
+python -m experiments.pareto.run --data_dir=... --arm=avit_0.6 --seed=0 --out=mine --runs=runs/mine
+python -m experiments.zoo.run --digits=runs/digits --avit=runs/mine/avit_0.6_0
 
-Nothing is trained or measured here. The figures of the digits are those of the run; the figures of
-CIFAR-10 are those of experiments/pareto/untrained.json, which experiments/pareto/untrained.py
-measured on the 10,000 test images.
+Nothing is trained or measured here. Accuracy and MACs of a network with a workdir are those of its
+run. Those of the other networks on CIFAR-10 are in experiments/pareto/untrained.json, which
+experiments/pareto/untrained.py measured on the 10,000 test images. Without its flag, a network
+stays as it is; `--nocifar10` leaves those of untrained.json as they are.
 """
 
 import dataclasses
@@ -24,7 +26,9 @@ from avit_jax.utils import errors
 from avit_jax.weights import weight_files
 from configs import cifar10
 
-_DIGITS = flags.DEFINE_string("digits", None, "workdir of the digits run", required=True)
+_DIGITS = flags.DEFINE_string("digits", None, "workdir of the digits run")
+_CIFAR10 = flags.DEFINE_boolean("cifar10", True, "write the two networks of untrained.json")
+_AVIT = flags.DEFINE_string("avit", None, "workdir of the run avit_0.6, seed 0, of the study")
 _ZOO = pathlib.Path(zoo.__file__).parent
 _PARETO = pathlib.Path(__file__).parents[1] / "pareto"
 # The class names of CIFAR-10, as tensorflow-datasets gives them.
@@ -41,6 +45,7 @@ _CLASSES = [
     "truck",
 ]
 _PARENT = "python -m experiments.pareto.run --data_dir=... --arm=static"
+_AVIT_ROW = "python -m experiments.pareto.run --data_dir=... --arm=avit_0.6 --seed=0"
 _UNTRAINED = "python -m experiments.pareto.untrained --data_dir=..."
 
 
@@ -71,20 +76,15 @@ def _write(
     return dataclasses.asdict(entry)
 
 
-def _digits() -> dict[str, Any]:
-    workdir = pathlib.Path(_DIGITS.value)
+def _of_run(
+    name: str, workdir: str, config: ConfigDict | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Writes the network of a workdir, with the accuracy and MACs of its summary."""
     model, params = networks.load(workdir)
-    summary = json.loads((workdir / "summary.json").read_text())
-    config = publish.config_of(model)
-    return _write(
-        *("digits", model, params, config, list(model.label_names)),
-        about="An A-ViT with the paper's gate on scikit-learn's handwritten digits.",
-        top1=summary["top1"],
-        images=summary["images"],
-        macs_ratio=summary["macs_ratio"],
-        recipe="digits",
-        command="python -m avit_jax.main --config=digits --workdir=runs/digits",
-    )
+    summary = json.loads((pathlib.Path(workdir) / "summary.json").read_text())
+    config, labels = config or publish.config_of(model), list(model.label_names)
+    facts |= {key: summary[key] for key in ("top1", "images", "macs_ratio")}
+    return _write(name, model, params, config, labels, **facts)
 
 
 def _cifar10() -> dict[str, dict[str, Any]]:
@@ -123,7 +123,25 @@ def _cifar10() -> dict[str, dict[str, Any]]:
 
 def main(_: list[str]) -> None:
     """Writes all networks."""
-    entries = {"digits": _digits(), **_cifar10()}
+    entries = {name: dataclasses.asdict(network) for name, network in zoo.NETWORKS.items()}
+    if _DIGITS.value:
+        entries["digits"] = _of_run(
+            *("digits", _DIGITS.value),
+            about="An A-ViT with the paper's gate on scikit-learn's handwritten digits.",
+            recipe="digits",
+            command="python -m avit_jax.main --config=digits --workdir=runs/digits",
+        )
+    if _CIFAR10.value:
+        entries |= _cifar10()
+    if _AVIT.value:
+        entries["cifar10_avit"] = _of_run(
+            *("cifar10_avit", _AVIT.value),
+            about="An A-ViT with the paper's gate and losses, our budget controller and a teacher. "
+            "Trained for 1,000 steps from `cifar10`, as in the study in experiments/pareto.",
+            config=cifar10.get_config(),
+            recipe="cifar10",
+            command=f"{_AVIT_ROW} --out=mine --runs=runs/mine",
+        )
     (_ZOO / "networks.json").write_text(json.dumps(entries, indent=2) + "\n")
     print(zoo.table(zoo.read()))
 
