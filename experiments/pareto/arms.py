@@ -13,7 +13,16 @@ from avit_jax import config as config_lib
 from avit_jax.models import vit
 from avit_jax.training import build
 from configs import cifar10
-from experiments.rivals import dropping, dynamic_vit, early_exit, evit, layer_act, tome, unrolled
+from experiments.rivals import (
+    dropping,
+    dynamic_vit,
+    early_exit,
+    ends,
+    evit,
+    layer_act,
+    tome,
+    unrolled,
+)
 
 _WITH_PARENT = ("init", "distill.teacher")
 HELD_OUT = "train[48000:]"  # neither trained on nor reported: what gates are calibrated on
@@ -120,6 +129,8 @@ def _arms() -> dict[str, Arm]:
     arms["tome_after_mlp"] = _static(
         rival=of(tome.ToMe, merges=19, after_mlp=True)
     )  # 0.41, as avit_merging_0.4
+    # Without ends, it has a MACs ratio of 0.443.
+    arms["ends"] = _static(rival=of(ends.Ends, merges=13))
     arms["early_exit"] = _static(rival=of(early_exit.EarlyExit))
     return arms | _ablations()
 

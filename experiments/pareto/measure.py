@@ -19,7 +19,7 @@ from avit_jax.training import build, evaluate, train_step
 from avit_jax.training import devices as devices_lib
 from avit_jax.training.state import TrainState
 from experiments import timing, workload
-from experiments.pareto import arms
+from experiments.pareto import arms, ends
 from experiments.rivals import tome, unrolled
 
 _BATCH = 256
@@ -179,12 +179,14 @@ def early_end(model: vit.AViT, params: Any, images: np.ndarray) -> float:
 
 def curves(
     name: str, config: ConfigDict, model: vit.AViT, params: Any
-) -> dict[str, list[dict[str, float]]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Accuracy and MACs at other budgets, of the very same weights; {} for a row that has no such
     knob.
     """
     if name in ("avit_0.6", "avit_merging_0.6", "layer_act_0.6"):
         return {"curve": _calibrated(config, model, params)}
+    if name == "ends":
+        return {"curve": ends.curve(config, model, params)}
     if name == "early_exit":
         each = {confidence: model.clone(confidence=confidence) for confidence in _CONFIDENCES}
     elif name == "static":

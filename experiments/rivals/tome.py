@@ -4,6 +4,8 @@ Reference: Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461,
   3.3.
 """
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
@@ -65,19 +67,21 @@ class ToMe(unrolled.Unrolled):
     merges: int = 4
     after_mlp: bool = False
 
-    def run_layers(self, x: jax.Array, layers: unrolled.Layers) -> tuple[jax.Array, vit.Aux]:
-        """Tokens merge in each layer; attention counts a token as often as it has patches."""
-        counts, macs = [], 0.0
-        size = jnp.ones(x.shape[:2], jnp.float32)
+    def through(
+        self, x: jax.Array, layers: unrolled.Layers
+    ) -> Iterator[tuple[jax.Array, int, float]]:
+        """Runs layer after layer; attention counts a token as often as it has patches.
+
+        Yields after each layer: the tokens that are left `(B, n, D)`, how many there were at its
+        input, and the MACs so far.
+        """
+        macs, size = 0.0, jnp.ones(x.shape[:2], jnp.float32)
         for i in range(self.depth):
-            counts.append(x.shape[1])
-            macs += self.attention_macs(x.shape[1])
-            pairs_compared = (x.shape[1] // 2) * ((x.shape[1] + 1) // 2)
-            macs += pairs_compared * self.width // self.num_heads
-            pairs = match(
-                layers.queries_and_keys(i, x)[1].mean(axis=1),
-                min(self.merges, (x.shape[1] - 1) // 2),
-            )
+            count = x.shape[1]
+            macs += self.attention_macs(count)
+            macs += (count // 2) * ((count + 1) // 2) * self.width // self.num_heads  # comparison
+            keys = layers.queries_and_keys(i, x)[1].mean(axis=1)
+            pairs = match(keys, min(self.merges, (count - 1) // 2))
             x = layers(i, x, "attention", size=size)
             if not self.after_mlp:
                 x, size = merge(x, size, pairs)
@@ -85,7 +89,15 @@ class ToMe(unrolled.Unrolled):
             macs += self.mlp_macs(x.shape[1])
             if self.after_mlp:
                 x, size = merge(x, size, pairs)
+            yield x, count, macs
+
+    def run_layers(self, x: jax.Array, layers: unrolled.Layers) -> tuple[jax.Array, vit.Aux]:
+        """Tokens merge in each layer."""
+        counts, macs = [], 0.0
+        tokens = x
+        for tokens, count, macs in self.through(x, layers):
+            counts.append(count)
             # Nothing is stored unless the caller makes "intermediates" mutable.
-            self.sow("intermediates", "class_token", x[:, 0])
+            self.sow("intermediates", "class_token", tokens[:, 0])
             self.sow("intermediates", "macs", jnp.asarray(macs))
-        return self.classify(x[:, :1], train=layers.train), self.aux(counts, len(x), macs)
+        return self.classify(tokens[:, :1], train=layers.train), self.aux(counts, len(x), macs)

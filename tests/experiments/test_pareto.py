@@ -344,3 +344,16 @@ def test_the_candidates_of_the_recipes_differ_by_their_losses_alone() -> None:
         assert row["train.steps"] == 250 and row["images"] == 2000 and row["halting.gamma"] == 10.0
         figures = f"| {100 * row['top1']:.1f} | {row['macs_ratio']:.3f} |"
         assert figures in (pathlib.Path(arms.__file__).parents[2] / "docs/study.md").read_text()
+
+
+def test_the_study_quotes_the_early_ends() -> None:
+    rows = report.gather(results.load(pathlib.Path(arms.__file__).with_name("result.json")))
+    study = (pathlib.Path(arms.__file__).parents[2] / "docs/study.md").read_text()
+    for points in zip(*(run["curve"] for run in rows["ends"]), strict=True):
+        twin = [point["minus_twin"]["mean"] for point in points]
+        error = np.std(twin, ddof=1) / np.sqrt(len(twin))
+        top1, macs = (np.mean([point[key] for point in points]) for key in ("top1", "macs_ratio"))
+        ends = np.mean([point["ends"] for point in points], axis=0)
+        shares = ", ".join(f"{100 * share:.0f}%" for share in ends[:-1])
+        row = f"| {macs:.3f} | {shares} | {100 * top1:.2f}% | {np.mean(twin):+.2f} ± {error:.2f} |"
+        assert row in study

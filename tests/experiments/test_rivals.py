@@ -11,6 +11,7 @@ import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from avit_jax.core import halting
@@ -19,7 +20,17 @@ from avit_jax.training import build, loop
 from avit_jax.weights import weight_files
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-from experiments.rivals import dropping, dynamic_vit, early_exit, evit, layer_act, tome, unrolled
+from experiments.pareto import ends as pareto_ends
+from experiments.rivals import (
+    dropping,
+    dynamic_vit,
+    early_exit,
+    ends,
+    evit,
+    layer_act,
+    tome,
+    unrolled,
+)
 
 _SIZES = {
     "image_size": (16, 16),
@@ -39,8 +50,10 @@ _RIVALS = {
     "random": functools.partial(dropping.Dropping, choice="random"),
     "uniform": functools.partial(dropping.Dropping, choice="uniform"),
     "early_exit": early_exit.EarlyExit,
+    "ends": functools.partial(ends.Ends, exits=(1, 2)),
 }
-_HARMLESS = {"tome": {"merges": 0}, "early_exit": {"confidence": 1.1}}
+_HARMLESS = {"tome": {"merges": 0}, "early_exit": {"confidence": 1.1}, "ends": {"merges": 0}}
+_OWN = ("predictors", "exit_maps")  # parameters that the static network does not have
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +66,13 @@ def params() -> Any:
 
 def _params_of(model: vit.AViT, params: Any) -> Any:
     """The static network's parameters, and the rival's own as they are created."""
-    return {**_created(), **params} if isinstance(model, dynamic_vit.DynamicViT) else params
+    has_own = isinstance(model, dynamic_vit.DynamicViT | ends.Ends)
+    return {**_created(model.clone()), **params} if has_own else params
 
 
 @functools.cache
-def _created() -> Any:
-    return jax.jit(dynamic_vit.DynamicViT(**_SIZES).init)(jax.random.key(1), _IMAGES)["params"]
+def _created(model: vit.AViT) -> Any:
+    return jax.jit(model.init)(jax.random.key(1), _IMAGES)["params"]
 
 
 def _run(model: vit.AViT, params: Any, **arguments: Any) -> tuple[Any, vit.Aux]:
@@ -84,6 +98,7 @@ def test_a_rival_that_leaves_nothing_out_is_the_static_network(name: str, params
         "dynamic_vit": 3 * 16 * (16**2 + 16 * 8 + 8 * 4 + 2 * 4),
         "tome": 4 * 9 * 8 * 8,
         "early_exit": 3 * 16 * 5,
+        "ends": 4 * 9 * 8 * 8 + 2 * (16**2 + 16 * 5),
     }
     np.testing.assert_allclose(aux.macs, flops.static_macs(_STATIC) + own.get(name, 0), rtol=1e-6)
 
@@ -91,9 +106,9 @@ def test_a_rival_that_leaves_nothing_out_is_the_static_network(name: str, params
 @pytest.mark.parametrize("name", _RIVALS)
 def test_parameters_are_those_of_the_static_network(name: str, params: Any) -> None:
     own = jax.eval_shape(_RIVALS[name](**_SIZES).init, jax.random.key(0), _IMAGES)["params"]
-    shared = {key: value for key, value in own.items() if not key.startswith("predictors")}
+    shared = {key: value for key, value in own.items() if not key.startswith(_OWN)}
     chex.assert_trees_all_equal_shapes(shared, params)
-    assert (len(own) > len(shared)) == (name == "dynamic_vit")
+    assert (len(own) > len(shared)) == (name in ("dynamic_vit", "ends"))
 
 
 def _layer_macs(attends: int, computes: int) -> int:
@@ -341,3 +356,42 @@ def test_rivals_do_not_leave_out_a_dropout_silently(rival: type[vit.AViT]) -> No
     )
     with pytest.raises(ValueError, match="no dropout"):
         model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)), train=True)
+
+
+def test_an_image_ends_at_the_first_exit_that_is_sure(params: Any) -> None:
+    model = ends.Ends(**_SIZES, merges=2, exits=(1, 2), confidence=0.35)
+    run = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+    params = _params_of(model, params)
+    (logits, aux), kept = run({"params": params}, _IMAGES)
+    (each,), (cost,) = (kept["intermediates"][name] for name in ("logits", "cost"))
+    likely = jax.nn.softmax(each).max(axis=-1)
+    place = [next((k for k in (0, 1) if row[k] >= 0.35), 2) for row in likely]
+    assert len(set(place)) > 1  # images differ
+    np.testing.assert_array_equal(logits, each[np.arange(len(place)), np.array(place)])
+    np.testing.assert_allclose(aux.macs, cost[np.array(place)])
+    # An exit begins as norm and head of the network, so a shallower network gives its logits.
+    layers = jax.tree.map(lambda x: x[:2], params["layers"])
+    shallow = tome.ToMe(**_SIZES | {"depth": 2}, merges=2)
+    shared = {key: params[key] for key in params if not key.startswith(_OWN)} | {"layers": layers}
+    expected, shallow_aux = _apply(shallow, shared, _IMAGES)
+    np.testing.assert_allclose(each[:, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(cost[0], shallow_aux.macs[0] + 16**2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_exits_learn_from_the_last_layer(detached: bool, params: Any) -> None:
+    model = ends.Ends(**_SIZES, merges=2, exits=(1, 2), detached=detached)
+    loss = lambda params: model.apply({"params": params}, _IMAGES, train=True)[1].loss  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(_params_of(model, params))
+    norms = {name: float(optax.tree.norm(grad)) for name, grad in grads.items()}
+    assert norms["exit_maps_0"] > 1e-4 and norms["exit_maps_1"] > 1e-4
+    assert (norms["patch_embed"] > 1e-4) != detached  # the loss of an exit reaches the layers
+
+
+def test_the_confidence_meets_a_budget_and_the_twin_has_equally_many_ends() -> None:
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(400, 3, 5))
+    found = pareto_ends.Outcomes(logits, np.ones((400, 3)), np.array([0.2, 0.3, 0.5]))
+    for budget in (0.25, 0.3, 0.4):
+        cost = found.cost[found.end(found.confidence(budget))].mean()
+        assert budget - 0.005 < cost <= budget
