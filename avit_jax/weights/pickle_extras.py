@@ -28,6 +28,8 @@ _HARMLESS = {
     "types": ("SimpleNamespace",),
     "collections": ("Counter", "defaultdict", "deque"),
     "torch": ("device", "Size", *_DTYPES),
+    "torch.torch_version": ("TorchVersion",),
+    **{"uuid": ("UUID", "SafeUUID"), "decimal": ("Decimal",), "fractions": ("Fraction",)},
     "numpy": ("dtype", "ndarray", "bool_", *_DTYPES),
     **dict.fromkeys(("builtins", "__builtin__"), _BUILTINS),
     **dict.fromkeys(("pathlib", "pathlib._local"), _PATHS),

@@ -61,7 +61,7 @@ def test_angles_of_a_small_grid() -> None:
 @pytest.mark.parametrize(
     ("name", "architecture", "arguments"),
     [
-        ("dinov3", "vit_small_patch16_dinov3.lvd1689m", {}),
+        ("dinov3", "vit_small_patch16_dinov3.lvd1689m", {"global_pool": "token"}),
         ("dinov3", "vit_small_patch16_lingbot", {"global_pool": None}),
         ("dinov3_wide", "vit_base_patch16_dinov3_qkvb", {"global_pool": None}),
         ("dinov3_gated", "vit_huge_plus_patch16_dinov3_qkvb", {"rope_temperature": 30.0}),
