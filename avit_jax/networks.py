@@ -164,10 +164,8 @@ def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int,
     except (KeyError, IndexError) as error:
         raise errors.UserError(f"{path} holds no vision transformer that can be run.") from error
     count = max(0, whole - positions.num_prefix_tokens(file.tensors))
-    has_position = file.attributes.get("position_class")
-    if has_position is None:
-        has_position = _is_square(count) or not _is_square(whole)
-    count = count if has_position else whole
+    is_known = "position_class" in file.attributes  # then `read` has added those of prefix tokens
+    count = count if is_known or _is_square(count) or not _is_square(whole) else whole
     side = math.isqrt(count)
     if file.grid is None and side * side != count:
         raise errors.UserError(

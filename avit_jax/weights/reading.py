@@ -146,7 +146,9 @@ def _names_of(path: pathlib.Path, tensors: Tensors) -> tuple[Any, str, Tensors]:
 
 def _no_network(path: pathlib.Path, error: Exception) -> errors.UserError:
     reason = errors.first_line(error)
-    return errors.UserError(f"{path} holds no whole vision transformer: {reason}.")
+    return errors.UserError(
+        f"{path} holds no whole vision transformer that is supported: {reason}."
+    )
 
 
 def _tell_dropped(path: pathlib.Path, dropped: list[str]) -> None:

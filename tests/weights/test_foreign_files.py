@@ -300,6 +300,14 @@ def test_an_assumed_average_gives_a_config_that_loads(
     _check_outputs(model, params, expected)
 
 
+def test_the_size_of_the_images_if_the_class_token_has_no_position(tmp_path: pathlib.Path) -> None:
+    expected = _network("deit3", image_size=12)
+    config = _timm(img_size=None, no_embed_class=True, global_pool="token")
+    model, params = _load(tmp_path, _tensors(expected), config)
+    assert model.pixels == (12, 12)
+    _check_outputs(model, params, expected)
+
+
 def test_heads_that_contradict_the_file_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match="gives num_heads=2: leave out num_heads=4"):
         _load(tmp_path, _tensors(_network()), _timm(), num_heads=4)
