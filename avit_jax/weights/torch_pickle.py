@@ -164,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(name)
         if (module, name) not in _ALLOWED:
             raise RefusedFile(
-                f"it asks for {module}.{name}, which is neither a tensor nor a plain container; "
+                f"it asks for {module}.{name}, which is neither a plain tensor nor a container; "
                 "save its state dict alone"
             )
         return _ALLOWED[module, name]
