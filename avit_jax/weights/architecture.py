@@ -53,6 +53,8 @@ _ROTARY = {
     "rope_grid_indexing": ("ij", "ij"),
 }
 _ROTARY_THETA = 10000.0  # default of `Eva`
+# Keys that only `Eva` has. Its attention pooling reads the class token and registers too.
+_EVA = {"use_rot_pos_emb", "num_reg_tokens", "use_fc_norm", "swiglu_mlp", "attn_type", *_ROTARY}
 
 
 def of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def check_pooling(
     *,
     norm_first: bool,
     may_drop: bool,
+    has_eva_name: bool,
 ) -> None:
     """Compares the pooling of a `config.json` of timm with the network that timm builds.
 
@@ -136,6 +139,7 @@ def check_pooling(
       named: the pooling that the name of the architecture gives; None if unknown.
       norm_first: whether the architecture may put the last norm before an average by default.
       may_drop: whether timm leaves out an attention pooling that the architecture does not have.
+      has_eva_name: whether the architecture is one of timm's class `Eva`.
 
     Raises:
       ValueError: they differ.
@@ -152,6 +156,11 @@ def check_pooling(
         raise ValueError(
             f"its global_pool is {pool}, and the tensors have an attention pooling: correct "
             "global_pool"
+        )
+    is_eva = has_eva_name or any(args.get(key) is not None for key in _EVA)
+    if is_eva and pool == "map" and (shown["class_token"] or shown["num_registers"]):
+        raise ValueError(
+            "its global_pool is map, and timm's class Eva pools the class token and registers too"
         )
     if pool is None or any((config | args).get(key) is not None for key in _FC_NORM):
         return

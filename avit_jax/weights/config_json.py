@@ -208,6 +208,7 @@ def _attributes(
                 known.get("pool"),
                 norm_first=timm_names.may_average_last(name),
                 may_drop="_siglip" in name,
+                has_eva_name=name.startswith("eva_giant") or bool(timm_names.rotary(name)),
             )
     except ValueError as error:
         raise _unsupported(config, _text(error)) from error

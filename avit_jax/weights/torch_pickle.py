@@ -274,6 +274,8 @@ def _read_zip(file: IO[bytes]) -> Any:
         if len(names) != 1:
             raise RefusedFile("it is a zip archive that PyTorch did not write")
         root = names[0].removesuffix("data.pkl")
+        if f"{root}constants.pkl" in archive.namelist():
+            raise RefusedFile("it is a program of TorchScript; save its state dict alone")
         file_limits.check_archive(archive)
         byte_order = root + "byteorder"
         if byte_order in archive.namelist() and archive.read(byte_order) != b"little":

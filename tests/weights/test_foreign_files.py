@@ -114,6 +114,18 @@ def test_the_pooling_that_timm_builds(
     _check_outputs(model, params, expected)
 
 
+@pytest.mark.parametrize("more", [{"model_args": {}}, {"architecture": "eva_giant_patch14_224"}])
+def test_the_pooling_of_eva_reads_the_class_token_too(
+    tmp_path: pathlib.Path, more: dict[str, Any]
+) -> None:
+    key = {} if "architecture" in more else {"use_rot_pos_emb": False}
+    config = more | _timm(global_pool="map", **key)
+    with pytest.raises(errors.UserError, match="timm's class Eva pools the class token"):
+        _load(tmp_path, _tensors(_network(pool="map")), config)
+    expected = _network(pool="map", class_token=False)
+    _check_outputs(*_load(tmp_path, _tensors(expected), config), expected)
+
+
 def test_the_pooling_of_timms_architectures() -> None:
     pools = {
         "vit_base_patch16_siglip_224": "map",

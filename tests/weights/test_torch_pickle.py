@@ -357,6 +357,7 @@ _HOSTILE = {
     "a storage of no type": (lambda: _file(_Storage("ComplexStorage")), "torch.ComplexStorage"),
     "a zip bomb": (lambda: _archive(b"", zipfile.ZIP_DEFLATED, **{"data/0": bytes(10**7)}), "compressed"),
     "another zip archive": (lambda: _archive(b"").replace(b"data.pkl", b"data.txt"), "a zip archive that PyTorch did not write"),
+    "a program": (lambda: _archive(b"", **{"constants.pkl": b""}), "a program of TorchScript"),
     "big-endian": (lambda: _file({"a": _tensor()}, byteorder=b"big"), "big-endian"),
     "truncated archive": (lambda: _file({"a": _tensor()})[:-30], "damaged"),
     "truncated pickle": (lambda: _archive(_pickled({"a": _tensor()})[:-9]), "damaged"),
