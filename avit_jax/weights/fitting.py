@@ -119,12 +119,12 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
     assumed = ", ".join(f"{key}={value}" for key, value in unknown.items())
     if unknown.keys() - {"norm_eps"}:
         message = (
-            "%s does not give %s: assumed, with norms before the branches, and without rotary "
-            'position embeddings; to change it, write {"model_args": %s} with other values into '
-            "config.json beside the file"
+            "%s does not give %s: assumed, with norms before the branches%s; to change it, write "
+            '{"model_args": %s} with other values into config.json beside the file'
         )
+        plain = "" if model.rope_theta else ", and without rotary position embeddings"
         args = json.dumps(architecture.to_config(unknown, shown))
-        _logger.warning(message, errors.printable(name), assumed, args)
+        _logger.warning(message, errors.printable(name), assumed, plain, args)
     elif unknown:
         _logger.info("%s does not give %s: assumed", errors.printable(name), assumed)
 
