@@ -111,6 +111,10 @@ def _describe_weights(
 ) -> tuple[PretrainedAViT, weight_files.WeightFile]:
     path = tensor_files.find(where)
     file, saved = weight_files.read(path), run_config.read(path)
+    if num_heads and file.num_heads not in (None, num_heads):
+        raise errors.UserError(
+            f"{where} gives num_heads={file.num_heads}: leave out num_heads={num_heads}."
+        )
     file = dataclasses.replace(file, num_heads=file.num_heads or num_heads)
     if image_size is None:
         size = saved.config.model.image_size if saved else _image_size(file, path)
@@ -160,16 +164,21 @@ def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int,
     except (KeyError, IndexError) as error:
         raise errors.UserError(f"{path} holds no vision transformer that can be run.") from error
     count = max(0, whole - positions.num_prefix_tokens(file.tensors))
-    has_position = file.attributes.get("position_class")
-    if has_position is None:
-        has_position = _is_square(count) or not _is_square(whole)
-    count = count if has_position else whole
+    is_known = "position_class" in file.attributes  # then `read` has added those of prefix tokens
+    count = count if is_known or _is_square(count) or not _is_square(whole) else whole
     side = math.isqrt(count)
     if file.grid is None and side * side != count:
         raise errors.UserError(
             f"{path} has position embeddings for {count} patches, which do not form a square: "
             "call load(..., image_size=(height, width))."
         )
+    if file.grid is None:
+        message = (
+            "%s does not give the size of its images: %d x %d pixels are assumed, as if its %d "
+            "patches formed a square; if not, call load(..., image_size=(height, width))"
+        )
+        size = side * patch_size
+        _logger.warning(message, errors.printable(str(path)), size, size, count)
     rows, columns = file.grid or (side, side)
     return rows * patch_size, columns * patch_size
 

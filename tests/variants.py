@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "siglip": {"class_token": False, "pool": "map", "mlp": "gelu_tanh"},
     "average_after_class_token": {"pool": "avg", "fc_norm": True},
     "maximum": {"class_token": False, "pool": "max", "num_registers": 1, "fc_norm": True},
+    "attention_beside_registers": {"pool": "map", "num_registers": 2},
     "qk_norm": {"qk_norm": True, "qkv_bias": False},
     "dinov3": {"rope_theta": 100.0, "layer_scale": True, "num_registers": 2, "norm_eps": 1e-5},
 }

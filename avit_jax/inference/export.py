@@ -35,6 +35,8 @@ def write(
     mean: Sequence[float],
     std: Sequence[float],
     label_names: Sequence[str] = (),
+    sigmoid: bool = False,
+    value_range: Sequence[float] = (),
     batch: int = 0,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
@@ -51,6 +53,10 @@ def write(
       mean: mean of the pixels scaled to [0, 1], one number per channel or one for all.
       std: standard deviation of the same pixels, in the same form.
       label_names: names of the classes; empty if unknown.
+      sigmoid: whether each class has its own probability, the sigmoid of its logit; otherwise the
+        probabilities are the softmax of the logits. The program gives logits in both cases.
+      value_range: values of black and white in grey image files of more than 8 bits, which become
+        0 and 255; empty: not known. For information, as `sigmoid`.
       batch: images per call; 0 allows any number.
       platforms: JAX's names of the platforms that run the program; unused for .onnx.
 
@@ -63,16 +69,9 @@ def write(
     if any(leaf.dtype.kind != "f" for leaf in leaves):  # bfloat16 has the kind "V"
         raise ValueError("convert the parameters to one of NumPy's float dtypes, such as float32.")
     colors = {"mean": list(mean), "std": list(std)}
-    metadata = {
-        "image_size": model.pixels,
-        "channels": model.channels,
-        "batch": batch,
-        "num_classes": model.num_classes,
-        "label_names": list(label_names),
-        "halting": writing.gate_of(params, model),
-        "jax": jax.__version__,
-        **colors,
-    }
+    names = {"label_names": list(label_names), "sigmoid": sigmoid}
+    metadata = _sizes(params, model) | names | colors
+    metadata |= {"batch": batch, "value_range": list(value_range)}
     if str(path).lower().endswith(".onnx"):
         params = jax.tree.unflatten(tree, leaves)
         files.write(path, export_onnx.convert(model, params, metadata, batch=batch, **colors))
@@ -86,6 +85,17 @@ def write(
         archive.writestr("program", bytes(program.serialize()))
         archive.writestr("weights.npz", weights.getvalue())
     files.write(path, content.getvalue())
+
+
+def _sizes(params: Any, model: vit.AViT) -> dict[str, Any]:
+    """Returns the part of the metadata that follows from a network."""
+    return {
+        "image_size": model.pixels,
+        "channels": model.channels,
+        "num_classes": model.num_classes,
+        "halting": writing.gate_of(params, model),
+        "jax": jax.__version__,
+    }
 
 
 def _program(
@@ -151,5 +161,6 @@ def from_checkpoint(
         run_config.write_weights(path, params, model, config, names)
     else:
         colors = {"mean": config.data.mean, "std": config.data.std}
-        write(path, params, model, label_names=names, batch=batch, **colors)
+        outputs = {"sigmoid": config.loss.sigmoid, "value_range": tuple(config.data.range)}
+        write(path, params, model, label_names=names, batch=batch, **outputs, **colors)
     _logger.info("wrote %s", path)

@@ -37,8 +37,12 @@ class Network:
 
     Attributes:
       metadata: `image_size` (height, width), `channels`, `batch` (0: any), `num_classes` and
-        `label_names` (empty if unknown). Also `mean`, `std` and `halting` (None without halting),
-        for information: the program contains them.
+        `label_names` (empty if unknown); `sigmoid`: whether probabilities are the sigmoid of each
+        logit (several classes per image), or their softmax; `value_range`: values of black and
+        white in grey image files of more than 8 bits, which become 0 and 255 (empty if unknown).
+        Files of older versions may lack the last two. Also `mean`, `std` and `halting` (None
+        without halting), for information: the program contains them. It maps pixels from 0 to 255
+        to (pixel / 255 - mean) / std.
       shape: `(B, H, W, C)` of the images; B is a number, or a symbol if any number is allowed.
     """
 
@@ -173,8 +177,12 @@ def _check_metadata(metadata: dict[str, Any], program: jax.export.Exported) -> N
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
     valid["label_names"] = are_names and len(names) in (0, num_classes)
     valid["halting"] = "halting" in metadata and isinstance(metadata["halting"], dict | None)
+    valid["sigmoid"] = isinstance(metadata.get("sigmoid", False), bool)
+    values: Any = metadata.get("value_range", [])
+    valid["value_range"] = isinstance(values, list) and len(values) in (0, 2)
+    valid["value_range"] = valid["value_range"] and all(map(_is_number, values))
     for key in ("mean", "std"):
-        values: Any = metadata.get(key)
+        values = metadata.get(key)
         valid[key] = isinstance(values, list) and len(values) in (1, channels)
         valid[key] = valid[key] and all(map(_is_number, values))
         valid[key] = valid[key] and (key == "mean" or min(values) > 0)

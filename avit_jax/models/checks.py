@@ -32,11 +32,8 @@ def check(model: "vit.AViT") -> None:
             raise ValueError(f'{name} must be {names}; got "{getattr(model, name)}".')
     if model.pool == "token" and not model.class_token:
         raise ValueError('pool "token" reads the class token: set class_token=True or pool="avg".')
-    if model.pool == "map" and (model.num_prefix_tokens or model.fc_norm):
-        raise ValueError(
-            'pool "map" needs patch tokens only, and the norm before pooling: set '
-            "class_token=False, num_registers=0 and fc_norm=False."
-        )
+    if model.pool == "map" and model.fc_norm:
+        raise ValueError('pool "map" reads the patches after the norm: unset fc_norm.')
     if model.distilled and (model.pool != "token" or not model.num_classes):
         raise ValueError(
             'a distilled model needs pool "token" and at least one class: unset distilled.'

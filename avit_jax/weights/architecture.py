@@ -30,7 +30,7 @@ UNSEEN = ("pool", "mlp", "rope_theta")
 # Names of activations in configs -> `mlp`.
 _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
-    **dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
     "quick_gelu": "quick_gelu",
 }
 # Keys of configs -> attributes of the same meaning.
@@ -39,6 +39,9 @@ _SAME = {
     **dict.fromkeys(("reg_tokens", "num_reg_tokens", "num_register_tokens"), "num_registers"),
     **{"use_fc_norm": "fc_norm", "use_pre_transformer_norm": "pre_norm"},
 }
+# Poolings after which timm puts the last norm by default; keys that change it.
+_AVERAGES = ("avg", "max")
+_FC_NORM = ("fc_norm", "use_fc_norm")
 # Keys about a gated MLP.
 _GATED = ("use_swiglu_ffn", "use_gated_mlp", "swiglu_mlp")
 # Keys of timm's class `Eva` about rotary position embeddings -> their default, DINOv3's value.
@@ -50,6 +53,8 @@ _ROTARY = {
     "rope_grid_indexing": ("ij", "ij"),
 }
 _ROTARY_THETA = 10000.0  # default of `Eva`
+# Keys that only `Eva` has. Its attention pooling reads the class token and registers too.
+_EVA = {"use_rot_pos_emb", "num_reg_tokens", "use_fc_norm", "swiglu_mlp", "attn_type", *_ROTARY}
 
 
 def of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -104,6 +109,8 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
         if given.get("use_gated_mlp") and given[key] not in ("silu", "swish"):
             raise ValueError(f"its {key} is {given[key]}, and its use_gated_mlp is True")
         if is_gated:  # otherwise, its activation is another key
+            if key == "act_layer" and given[key] not in ("silu", "swish"):
+                raise ValueError(f"its act_layer is {given[key]}, and the tensors have a gate")
             continue
         if not isinstance(given[key], str) or given[key] not in _ACTIVATIONS:
             raise ValueError(f"its {key} is {given[key]}")
@@ -113,6 +120,61 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
         if found["pool"] not in checks.POOLS:
             raise ValueError(f"its global_pool is {found['pool']}")
     return found
+
+
+def check_pooling(
+    config: Mapping[str, Any],
+    shown: Mapping[str, Any],
+    named: str | None,
+    *,
+    norm_first: bool,
+    may_drop: bool,
+    has_eva_name: bool,
+) -> None:
+    """Compares the pooling of a `config.json` of timm with the network that timm builds.
+
+    Args:
+      config: the top level with `model_args`, which timm builds the network by.
+      shown: the attributes that the tensors show.
+      named: the pooling that the name of the architecture gives; None if unknown.
+      norm_first: whether the architecture may put the last norm before an average by default.
+      may_drop: whether timm leaves out an attention pooling that the architecture does not have.
+      has_eva_name: whether the architecture is one of timm's class `Eva`.
+
+    Raises:
+      ValueError: they differ.
+    """
+    args = config.get("model_args") or {}
+    pool = args.get("global_pool") or config.get("global_pool") or named
+    is_shown = shown["fc_norm"] if pool in _AVERAGES else pool == "map"
+    if named not in (None, pool) and not args.get("global_pool") and not is_shown:
+        raise ValueError(
+            f"its global_pool is {pool}, and its architecture has {named}; if {pool} is right, "
+            'write global_pool into its "model_args" too'
+        )
+    if shown.get("pool") == "map" and pool not in (None, "map") and not may_drop:
+        raise ValueError(
+            f"its global_pool is {pool}, and the tensors have an attention pooling: correct "
+            "global_pool"
+        )
+    is_eva = has_eva_name or any(args.get(key) is not None for key in _EVA)
+    if is_eva and pool == "map" and (shown["class_token"] or shown["num_registers"]):
+        raise ValueError(
+            "its global_pool is map, and timm's class Eva pools the class token and registers too"
+        )
+    if pool is None or any((config | args).get(key) is not None for key in _FC_NORM):
+        return
+    if pool in _AVERAGES and not shown["fc_norm"] and not norm_first:
+        raise ValueError(
+            f"its global_pool is {pool}, with which timm has a norm after the pooling (fc_norm), "
+            "and the tensors have one before it; if that is right, write "
+            '"fc_norm": false into its "model_args"'
+        )
+    if pool not in _AVERAGES and shown["fc_norm"]:
+        raise ValueError(
+            f"its global_pool is {pool}, and the tensors have a norm after an average (fc_norm): "
+            "correct global_pool"
+        )
 
 
 def of_rotary(config: Mapping[str, Any]) -> dict[str, float]:
@@ -132,6 +194,22 @@ def of_rotary(config: Mapping[str, Any]) -> dict[str, float]:
                 "those of DINOv3"
             )
     return {"rope_theta": float(config.get("rope_temperature", _ROTARY_THETA))}
+
+
+def to_config(attributes: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns attributes, heads and epsilon as the `model_args` of a `config.json` of timm.
+
+    Args:
+      attributes: those to give.
+      shown: the attributes that the tensors show.
+    """
+    names = {"pool": "global_pool", "mlp": "act_layer"}
+    args = {names.get(key, key): value for key, value in attributes.items()}
+    if "position_class" in args:
+        args["no_embed_class"] = not args.pop("position_class")
+    if args.get("global_pool") in _AVERAGES:
+        args["fc_norm"] = shown["fc_norm"]
+    return args
 
 
 def changed(attributes: Mapping[str, Any]) -> dict[str, Any]:

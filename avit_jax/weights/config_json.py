@@ -4,6 +4,7 @@ It gives sizes that tensors do not show, such as the number of heads. Its other 
 with the tensors.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -64,7 +65,7 @@ def read(
     Raises:
       errors.UserError: the config is missing, cannot be read, or describes another network.
     """
-    config = path.with_name("config.json")
+    config = beside(path)
     if not config.exists() and required:
         raise errors.UserError(
             f"{config} is missing: put it there, as it gives the epsilon of the layer norms of "
@@ -73,9 +74,7 @@ def read(
     if not config.exists():
         return {"attributes": architecture.of_tensors(tensors)}
     try:
-        if config.stat().st_size > _MAX_BYTES:
-            raise ValueError("it is too large")
-        content = hugging_face_config.image_network(json.loads(config.read_text()))
+        content = _content(config)
         needed = [content[key] for key in ("layer_norm_eps", "num_attention_heads") if required]
         if not isinstance(content, dict) or None in needed:
             raise TypeError("it does not describe a network")
@@ -88,6 +87,25 @@ def read(
             problem = "does not give layer_norm_eps, num_attention_heads and other sizes"
         reason = _text(errors.first_line(error))
         raise errors.UserError(f"{config} {problem} ({reason}): correct it.") from error
+
+
+def beside(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path of the `config.json` of a weight file."""
+    return path.with_name("config.json")
+
+
+def _content(config: pathlib.Path) -> Any:
+    if config.stat().st_size > _MAX_BYTES:
+        raise ValueError("it is too large")
+    return hugging_face_config.image_network(json.loads(config.read_text()))
+
+
+def refuse_other_kinds(path: pathlib.Path) -> None:
+    """Raises errors.UserError if Hugging Face's `config.json` is that of a kind we do not have."""
+    with contextlib.suppress(*_UNUSABLE):  # `read` reports these
+        kind = _content(beside(path)).get("model_type")
+        if kind is not None and kind not in hugging_face_config.MODEL_TYPES:
+            raise _unsupported(beside(path), f"its model_type is {_text(kind)}")
 
 
 def _about_data(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +192,7 @@ def _attributes(
     # A file may hold an attention pooling that its network does not use.
     pool = {"pool": shown.pop("pool")} if "pool" in shown else {}
     given: dict[str, Any] = {}
+    known = timm_names.attributes(name) if name.startswith(timm_names.FAMILIES) else {}
     try:
         for section in own:
             for key, value in architecture.of_config(section, shown).items():
@@ -182,10 +201,17 @@ def _attributes(
         for section in own:
             rotary |= {key: value for key, value in section.items() if value is not None}
         given |= architecture.of_rotary(rotary)
+        if "model_type" not in own[0]:
+            architecture.check_pooling(
+                own[0],
+                shown | pool,
+                known.get("pool"),
+                norm_first=timm_names.may_average_last(name),
+                may_drop="_siglip" in name,
+                has_eva_name=name.startswith("eva_giant") or bool(timm_names.rotary(name)),
+            )
     except ValueError as error:
-        raise errors.UserError(
-            f"{config} describes a network that is not supported: {_text(error)}."
-        ) from error
+        raise _unsupported(config, _text(error)) from error
     if own[0].get("model_type") in hugging_face_config.MODEL_TYPES and "mlp" not in {
         **given,
         **shown,
@@ -195,15 +221,18 @@ def _attributes(
     for key in given.keys() & shown.keys():
         if given[key] != shown[key]:
             raise _contradiction(config, path, key, given[key], shown[key])
-    if given.get("pool") == "map" and not pool:
-        raise _contradiction(config, path, "pool", "map", "no attention pooling")
-    known = timm_names.attributes(name) if name.startswith(timm_names.FAMILIES) else {}
     if given.get("rope_theta"):  # there is no learned position; timm's default is the average
         given["position_class"] = True
         known = ({"pool": "avg"} if "use_rot_pos_emb" in rotary else {}) | known
     if not shown["class_token"] and known.get("pool") == "token":
         del known["pool"]
+    if (known | given).get("pool") == "map" and not pool:
+        raise _contradiction(config, path, "pool", "map", "no attention pooling")
     return known | pool | given | shown
+
+
+def _unsupported(config: pathlib.Path, reason: str) -> errors.UserError:
+    return errors.UserError(f"{config} describes a network that is not supported: {reason}.")
 
 
 def _contradiction(
@@ -222,17 +251,11 @@ def _check_supported(config: pathlib.Path, sections: list[dict[str, Any]], name:
         for key, values in _SUPPORTED.items()
         if section.get(key) is not None and section[key] not in values
     }
-    if (
-        kind := sections[0].get("model_type")
-    ) is not None and kind not in hugging_face_config.MODEL_TYPES:
-        unsupported["model_type"] = kind
     is_other = timm_names.is_post_norm(name) or timm_names.pools_prefix(name)
     if is_other or timm_names.has_other_rotary(name):
         unsupported["architecture"] = name
     for key, value in unsupported.items():
-        raise errors.UserError(
-            f"{config} describes a network that is not supported: its {key} is {_text(value)}."
-        )
+        raise _unsupported(config, f"its {key} is {_text(value)}")
     if name and not name.startswith(timm_names.FAMILIES):
         message = "%s has the architecture %s; its tensors are read as a vision transformer's"
         _warn(message, config, name)

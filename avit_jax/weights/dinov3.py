@@ -8,15 +8,13 @@ import numpy as np
 from avit_jax.weights import name_maps
 from avit_jax.weights.name_maps import Tensors
 
-# Names of `Eva` -> timm's usual names.
-_SCALES = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+# timm's usual names -> names of `Eva`.
+_SCALES = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
 # Names of DINOv3's own files; the first linear layer of the MLP is the gate.
 _OWN = {"storage_tokens": "reg_token"}
 _OWN_MLP = {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2"}
 _PERIODS = "rope_embed.periods"
 _OWN_EPS = 1e-5
-# What its own files hold for training only.
-_UNUSED = re.compile(r"(local_cls_norm|projectors)\..*")
 
 
 def matches(tensors: Tensors) -> bool:
@@ -27,33 +25,27 @@ def matches(tensors: Tensors) -> bool:
 def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     """Translates to timm's usual names; see `name_maps.to_timm`.
 
-    `Eva` has no bias of the keys. DINOv3's own files hold one that the network masks.
+    DINOv3's own files hold a bias of the keys that the network masks.
 
     Raises:
-      KeyError: a bias is missing.
+      KeyError: as there.
       ValueError: as in `name_maps.to_timm`, or the periods of the rotation are not DINOv3's.
     """
     result: Tensors = {}
-    dropped = [name for name in tensors if _UNUSED.fullmatch(name)]
-    for name in tensors.keys() - set(dropped):
+    for name, array in tensors.items():
         module, _, last = name.rpartition(".")
-        if name == _PERIODS or last in ("v_bias", "bias_mask"):
-            continue
-        array = tensors[name]
-        if last == "q_bias":
-            parts = [array, np.zeros_like(array), tensors[f"{module}.v_bias"]]
-            name_maps.add(result, f"{module}.qkv.bias", np.concatenate(parts))
+        if name == _PERIODS or last == "bias_mask":
             continue
         if last == "bias" and module.endswith(".qkv") and _PERIODS in tensors:
             query, _, value = np.split(array, 3)
             array = np.concatenate([query, np.zeros_like(query), value])
         if own := re.fullmatch(r"(.*\.mlp)\.(w[123])", module):
             module = f"{own[1]}.{_OWN_MLP[own[2]]}"
-        renamed = f"{module}.{_SCALES.get(last, last)}" if module else _OWN.get(name, name)
+        renamed = f"{module}.{last}" if module else _OWN.get(name, name)
         name_maps.add(result, renamed, array)
     attributes = _of_periods(tensors) if _PERIODS in tensors else {}
-    result, more, also_dropped = name_maps.to_timm(result)
-    return result, attributes | more, [*dropped, *also_dropped]
+    result, more, dropped = name_maps.to_timm(result)
+    return result, attributes | more, dropped
 
 
 def _of_periods(tensors: Tensors) -> dict[str, Any]:
@@ -76,13 +68,12 @@ def from_timm(tensors: Tensors) -> Tensors:
     It splits biases unless keys have one, which `Eva` has with attn_type="rope" only.
     """
     result: Tensors = {}
-    scales = {usual: name for name, usual in _SCALES.items()}
     for name, array in tensors.items():
         module, _, last = name.rpartition(".")
         start, _, scale = module.rpartition(".")
         is_gated = len(array) == 2 * tensors.get(f"{start}.fc2.weight", array).shape[-1]
-        if f"{scale}.{last}" in scales:
-            result[f"{start}.{scales[f'{scale}.{last}']}"] = array
+        if f"{scale}.{last}" in _SCALES:
+            result[f"{start}.{_SCALES[f'{scale}.{last}']}"] = array
         elif name.endswith("qkv.bias") and not np.split(array, 3)[1].any():
             result[f"{start}.q_bias"], _, result[f"{start}.v_bias"] = np.split(array, 3)
         elif scale == "fc1" and is_gated:

@@ -1,6 +1,7 @@
 """Fits the content of a weight file to a model. See `weight_files`."""
 
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -112,14 +113,18 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
             raise errors.UserError(
                 f"{name} has {key}={given[key]}: set --config.model.{key}={given[key]}."
             )
-    unknown = [key for key, value in given.items() if value is None]
-    assumed = ", ".join(f"{key}={getattr(model, key, ours.get(key))}" for key in unknown)
-    if set(unknown) & set(architecture.UNSEEN):
+    if "pos_embed" in file.tensors and num_prefix_tokens(file.tensors):
+        given["position_class"] = file.attributes.get("position_class")
+    unknown = {key: getattr(model, key) for key, value in given.items() if value is None}
+    assumed = ", ".join(f"{key}={value}" for key, value in unknown.items())
+    if unknown.keys() - {"norm_eps"}:
         message = (
-            "%s does not give %s: assumed, with norms before the branches, and without rotary "
-            "position embeddings; a config.json beside the file would say it"
+            "%s does not give %s: assumed, with norms before the branches%s; to change it, write "
+            '{"model_args": %s} with other values into config.json beside the file'
         )
-        _logger.warning(message, errors.printable(name), assumed)
+        plain = "" if model.rope_theta else ", and without rotary position embeddings"
+        args = json.dumps(architecture.to_config(unknown, shown))
+        _logger.warning(message, errors.printable(name), assumed, plain, args)
     elif unknown:
         _logger.info("%s does not give %s: assumed", errors.printable(name), assumed)
 

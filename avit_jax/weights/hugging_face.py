@@ -1,7 +1,8 @@
 """Translates the tensor names of Hugging Face's vision transformers to timm's.
 
-These are ViT, DeiT, MSN, I-JEPA, Dinov2 with and without registers, DINOv3, and the vision networks
-of CLIP and SigLIP. Names are those of files and, since transformers 5, those of models in memory.
+These are ViT, DeiT, MAE, MSN, I-JEPA, Dinov2 with and without registers, DINOv3, and the vision
+networks of CLIP and SigLIP. Names are those of files and, since transformers 5, those of models in
+memory.
 """
 
 import re
@@ -61,11 +62,8 @@ _OUTSIDE_LAYERS = {
     "head.mlp.fc2": "attn_pool.mlp.fc2",
 }
 _MODEL = re.compile(r"^(vit|deit|ijepa|dinov2|dinov2_with_registers|vision_model)\.")
-# What the image network does not use: the pooler of a model without a head, the token of masked
-# patches, the text network of CLIP and SigLIP.
-_UNUSED = re.compile(
-    r"pooler\..*|embeddings\.mask_token|text_model\..*|text_projection\..*|logit_(scale|bias)"
-)
+# What the image network does not use: the pooler of a model without a head, the text networks.
+_UNUSED = re.compile(r"pooler\..*|text_model\..*|text_projection\..*|logit_(scale|bias)")
 _POOLING = re.compile(r"head\.(probe|(attention|layernorm|mlp)\..*)")
 _POOLING_QKV = "head.attention.in_proj_"
 
@@ -92,10 +90,11 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     result: Tensors = {}
     parts: dict[str, Tensors] = {}  # timm's name -> its parts
     dropped = []
+    unused = name_maps.unused({_MODEL.sub("", name): array for name, array in tensors.items()})
     averages = any(name in tensors for name in ("classifier.weight", "classifier.bias"))
     for full_name, array in tensors.items():
         name = _MODEL.sub("", full_name)
-        if _UNUSED.fullmatch(name) or (averages and _POOLING.fullmatch(name)):
+        if _UNUSED.fullmatch(name) or name in unused or (averages and _POOLING.fullmatch(name)):
             dropped.append(full_name)
             continue
         if name.startswith(_POOLING_QKV):
@@ -145,8 +144,13 @@ def _complete(tensors: Tensors) -> dict[str, Any]:
         tensors["head.bias"] = np.zeros(len(tensors["head.weight"]), np.float32)  # a projection
     width = len(tensors.get("norm.weight", ()))
     if np.shape(tensors.get("head.weight"))[1:] == (2 * width,):
-        head = tensors["head.weight"]  # Dinov2's reads the average of the patch tokens too
-        tensors["head.weight"] = head if head[:, width:].any() else head[:, :width]
+        head = tensors["head.weight"]
+        if head[:, width:].any():
+            raise ValueError(
+                "the classifier of Dinov2ForImageClassification reads the class token and the "
+                "average of the patches, which is not supported; its backbone alone would load"
+            )
+        tensors["head.weight"] = head[:, :width]
     registers = {}
     if "dist_token" in tensors and "head_dist.weight" not in tensors:
         tensors["reg_token"] = tensors.pop("dist_token")  # no classifier reads it
@@ -154,4 +158,5 @@ def _complete(tensors: Tensors) -> dict[str, Any]:
         registers = name_maps.fold_class_position(tensors)
     pool = "map" if "attn_pool.latent" in tensors else "avg"
     attributes: dict[str, Any] = {"pool": "token" if "cls_token" in tensors else pool}
-    return attributes | registers
+    has_position = {"cls_token", "pos_embed"} <= tensors.keys()
+    return attributes | ({"position_class": True} if has_position else {}) | registers

@@ -7,7 +7,7 @@ import numpy as np
 
 # Kinds of networks -> default activation.
 MODEL_TYPES = {
-    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa"), "gelu"),
+    **dict.fromkeys(("vit", "deit", "vit_mae", "vit_msn", "ijepa"), "gelu"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), "gelu"),
     "clip_vision_model": "quick_gelu",
     "siglip_vision_model": "gelu_pytorch_tanh",
@@ -26,6 +26,8 @@ _DINOV3 = {"rope_theta": 100.0, "use_gated_mlp": False, "hidden_act": "gelu", **
 def image_network(content: Any) -> Any:
     """Returns a config, or the part of it about images if it describes images and texts."""
     kind = str(content.get("model_type")) if isinstance(content, dict) else ""
+    if kind == "timm_wrapper":  # a config of timm, which transformers wrote
+        return {key: value for key, value in content.items() if key != "model_type"}
     if kind == "dinov3_vit":
         return _DINOV3 | {key: value for key, value in content.items() if value is not None}
     if kind not in _NESTED or not isinstance(content.get("vision_config"), dict):

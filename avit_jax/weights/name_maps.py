@@ -5,7 +5,7 @@ The names are those of timm, DeiT and the released A-ViT, such as `blocks.3.attn
 """
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -46,6 +46,12 @@ _TOKENS = ("cls_token", "dist_token", "reg_token")
 # What tensors may hold, at the top of our tree. Other parts of a network keep their initial values.
 PARTS = {*_TOKENS, "layers", "patch_embed", "pos_embed", "norm_pre", "norm", "fc_norm", "attn_pool"}
 PARTS |= {"head", "head_dist"}
+# What serves training only: losses, the decoders of MAE and SimMIM, heads of DINOv2 and DINOv3.
+_UNUSED = re.compile(
+    r"(embeddings\.)?mask_token|(criterion|loss_fn|decoder)\..+|decoder_(pos_embed|\w+\..+)"
+    r"|(dino_head|ibot_head|local_cls_norm|projectors)\..+"
+)
+_DINO_HEAD = re.compile(r"head\.(mlp(\.\d+)?|last_layer)\.\w+")
 _LEAVES = {"scale": "weight", "kernel": "weight", "bias": "bias", "gamma": "gamma"}
 
 
@@ -66,19 +72,14 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Example:
       params = from_torch({name: x.numpy() for name, x in module.state_dict().items()})
     """
-    num_layers = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
-    layout = _layout(num_layers, state_dict)
-    expected = {name for names in layout.values() for name in names}
-    missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
-    if not num_layers:
-        missing.append("blocks.*")
+    missing, unexpected = mismatches(state_dict)
     if missing or unexpected:
         raise ValueError(
             "not the state dict of a vision transformer in timm's names: missing "
             f"{missing}, unexpected {unexpected}."
         )
     params: dict[str, Any] = {}
-    for (*parents, leaf), names in layout.items():
+    for (*parents, leaf), names in _layout(state_dict).items():
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -125,11 +126,20 @@ def _name(path: tuple[str, ...], layer: int) -> str:
     return f"{'patch_embed.proj' if path[0] == 'patch_embed' else path[0]}.{leaf}"
 
 
-def _layout(num_layers: int, present: Container[str]) -> dict[tuple[str, ...], list[str]]:
+def mismatches(names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Returns the names that are missing in a network of `AViT`, and those it does not have."""
+    expected = {name for names in _layout(names).values() for name in names}
+    missing, unexpected = sorted(expected - set(names)), sorted(set(names) - expected)
+    has_layers = any(name.startswith("blocks.") for name in names)
+    return missing if has_layers else [*missing, "blocks.*"], unexpected
+
+
+def _layout(present: Collection[str]) -> dict[tuple[str, ...], list[str]]:
     """Returns path in our tree -> its PyTorch name; a path of stacked layers has one name each.
 
     A part that a network may lack is expected if any of its names is present.
     """
+    num_layers = len({name.split(".")[1] for name in present if name.startswith("blocks.")})
 
     def has(*names: str) -> bool:
         return any(name in present for name in names)
@@ -172,19 +182,29 @@ def _from_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
-    """Translates names of DINOv2's own files, and timm's names of parts that we join, to timm's.
+    """Translates names of DINOv2's, DeiT-III's and MAE's own files, and of EVA, to timm's.
+
+    Parts that timm's `Eva` splits are joined. It has no bias of the keys.
 
     Returns:
       The tensors; attributes of `AViT` that follow from the names; names that are left out.
 
     Raises:
+      KeyError: a bias of the values is missing.
       ValueError: two tensors with different values get one name.
     """
     result: Tensors = {}
-    dropped = [name for name in tensors if name == "mask_token"]
+    dropped = unused(tensors)
     for name in tensors.keys() - set(dropped):
         module, _, kind = name.rpartition(".")
-        if module.endswith(".mlp.fc1_g"):  # the gate comes first
+        if kind == "q_bias":
+            parts = [tensors[name], np.zeros_like(tensors[name]), tensors[f"{module}.v_bias"]]
+            add(result, f"{module}.qkv.bias", np.concatenate(parts))
+        elif scale := re.fullmatch("gamma_([12])", kind):
+            add(result, f"{module}.ls{scale[1]}.gamma", tensors[name])
+        elif kind == "v_bias" and f"{module}.q_bias" in tensors:
+            continue
+        elif module.endswith(".mlp.fc1_g"):  # the gate comes first
             value = tensors.get(f"{module[:-2]}_x.{kind}")
             parts = [tensors[name]] if value is None else [tensors[name], value]
             add(result, f"{module[:-2]}.{kind}", np.concatenate(parts))
@@ -196,6 +216,13 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
         add(result, "reg_token", result.pop("register_tokens"))
         attributes |= fold_class_position(result)
     return result, attributes, dropped
+
+
+def unused(tensors: Tensors) -> list[str]:
+    """Returns the names of tensors that serve training only, which all networks leave out."""
+    head = [name for name in tensors if _DINO_HEAD.fullmatch(name)]
+    is_dino = any("last_layer" in name for name in head)
+    return [name for name in tensors if _UNUSED.fullmatch(name)] + (head if is_dino else [])
 
 
 def is_packed(tensors: Tensors) -> bool:
@@ -236,7 +263,7 @@ def without_prefix(tensors: Tensors) -> tuple[Tensors, str]:
     """Removes a prefix, such as `module.`, that a wrapper put before the names.
 
     The prefix is what stands before the patch embedding or the class token. Names without it, such
-    as those of a head, do not change.
+    as those of a head, lose the wrappers that they share with it.
 
     Returns:
       The tensors, and the prefix, which may be empty.
@@ -254,8 +281,12 @@ def without_prefix(tensors: Tensors) -> tuple[Tensors, str]:
             "save one of them"
         )
     stripped: Tensors = {}
+    wrappers = prefixes[0].split(".")[:-1]
     for name, array in tensors.items():
-        add(stripped, name.removeprefix(prefixes[0]), array)
+        parts = name.split(".")
+        shared = [ours == theirs for ours, theirs in zip(wrappers, parts[:-1], strict=False)]
+        count = (shared + [False]).index(False)
+        add(stripped, ".".join(parts[count:]), array)
     return stripped, prefixes[0]
 
 

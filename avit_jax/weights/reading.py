@@ -19,6 +19,7 @@ from avit_jax.weights import (
     big_vision,
     config_json,
     dinov3,
+    foreign_parts,
     hugging_face,
     name_maps,
     positions,
@@ -82,12 +83,16 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     """
     path = tensor_files.find(path)
     tensors, metadata = tensor_files.read(path, ema=ema)
+    config_json.refuse_other_kinds(path)
     names, prefix, tensors = _names_of(path, tensors)
-    is_packed = names is name_maps and name_maps.is_packed(tensors)
+    is_dinov2 = any(".mlp.w12." in name for name in tensors)  # whose gate is known
+    has_eva_names = any(name.endswith("attn.q_bias") for name in tensors)
     try:
         tensors, hints, dropped = names.to_timm(tensors)
     except _UNUSABLE as error:
         raise _no_network(path, error) from error
+    if reason := foreign_parts.problem(tensors):
+        raise errors.UserError(f"{path} holds a network that is not supported: {reason}.")
     if prefix:
         _warn("%s: the prefix %s of its tensors' names is left out", path, prefix)
     if dropped:
@@ -95,6 +100,7 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
     sizes = {key: hints.pop(key) for key in ("num_heads", "norm_eps") if key in hints}
     config = config_json.read(path, tensors, required=names is hugging_face)
     attributes = config.pop("attributes")
+    is_packed = names is name_maps and not is_dinov2 and name_maps.is_packed(tensors)
     if is_packed and not config and "num_heads" not in metadata:
         _warn("%s does not give the activation of its gated MLP: silu of its first half", path)
     sources = [_sizes_in(path, metadata), config, {"attributes": hints}]
@@ -106,11 +112,13 @@ def read(path: epath.PathLike, *, ema: bool = False) -> WeightFile:
                     f"{path} contradicts itself or the config.json beside it: "
                     f"{name}={target[name]} and {name}={known}; correct one of them."
                 )
-    _refuse_rotary(path, tensors, attributes)
+    _refuse_rotary(path, tensors, attributes, has_eva_names=has_eva_names)
     if attributes.get("pool") != "map" and f"{architecture.POOL}latent" in tensors:
         unused = [name for name in tensors if name.startswith(architecture.POOL)]
         _tell_dropped(path, unused)
         tensors = {name: array for name, array in tensors.items() if name not in unused}
+    if "num_heads" in metadata:  # `write` names what differs from DeiT
+        attributes.setdefault("position_class", True)
     if attributes.get("position_class") is False:
         tensors = positions.with_prefix(tensors)
     _check_sizes(path, sizes)
@@ -138,7 +146,9 @@ def _names_of(path: pathlib.Path, tensors: Tensors) -> tuple[Any, str, Tensors]:
 
 def _no_network(path: pathlib.Path, error: Exception) -> errors.UserError:
     reason = errors.first_line(error)
-    return errors.UserError(f"{path} holds no whole vision transformer: {reason}.")
+    return errors.UserError(
+        f"{path} holds no whole vision transformer that is supported: {reason}."
+    )
 
 
 def _tell_dropped(path: pathlib.Path, dropped: list[str]) -> None:
@@ -148,11 +158,16 @@ def _tell_dropped(path: pathlib.Path, dropped: list[str]) -> None:
     _logger.info("%s: left out: %s%s", errors.printable(str(path)), named, rest)
 
 
-def _refuse_rotary(path: pathlib.Path, tensors: Tensors, attributes: Mapping[str, Any]) -> None:
+def _refuse_rotary(
+    path: pathlib.Path, tensors: Tensors, attributes: Mapping[str, Any], *, has_eva_names: bool
+) -> None:
     """Raises errors.UserError if a network has no position embeddings that are known."""
-    is_network = any(
-        name.endswith(("attn.qkv.weight", "attention.q_proj.weight")) for name in tensors
-    )
+    if has_eva_names and "pos_embed" in tensors and not config_json.beside(path).exists():
+        raise errors.UserError(
+            f"{path} has the names of EVA, in which queries and keys may rotate (RoPE): put timm's "
+            "config.json beside it."
+        )
+    is_network = any(name.endswith("attn.qkv.weight") for name in tensors)
     if is_network and "pos_embed" not in tensors and not attributes.get("rope_theta"):
         raise errors.UserError(
             f"{path} has no position embeddings: for rotary ones (RoPE), put the config.json of "

@@ -7,13 +7,15 @@ import re
 from typing import Any
 
 # Networks that may be ours; the last two have no position embedding for the class token.
-FAMILIES = ("vit_", "deit_", "test_vit", "eva_large", "deit3_", "flexivit_")
+FAMILIES = ("vit_", "deit_", "test_vit", "eva_large", "eva_giant", "deit3_", "flexivit_")
 NO_EMBED_CLASS = FAMILIES[-2:]
-# With the rotary position embeddings of DINOv3; heads have 64 channels, those of the widest 128.
+# With the rotary position embeddings of DINOv3.
 _DINOV3 = re.compile(r"vit_.*_(dinov3|lingbot)(_.*|\..*)?")
-_DINOV3_WIDEST = 4096
+_DINOV3_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 20, 1536: 24, 4096: 32}  # by width
 # With other rotary position embeddings, or with grouped queries.
-_OTHER_ROTARY = re.compile(r"vit_(.*_rope_|pe_|.*_sapiens2).*")
+_OTHER_ROTARY = re.compile(r"(vit_(.*_rope_|pe_|.*_sapiens2)|eva02_).*")
+# That average, besides those with "_gap" and "_dinov3" in their names.
+_AVERAGE = ("eva_large", "eva_giant", "test_vit2", "test_vit4")
 # Sizes -> width, number of layers, number of heads.
 _VARIANTS = {
     "tiny": (192, 12, 3),
@@ -51,7 +53,7 @@ def sizes(architecture: str) -> dict[str, Any]:
 def num_heads(architecture: str, width: int) -> int | None:
     """Returns the number of heads of a network of this name and width; None if unknown."""
     if _DINOV3.fullmatch(architecture):
-        return None if width % 64 else width // (128 if width == _DINOV3_WIDEST else 64)
+        return _DINOV3_HEADS.get(width)
     if architecture.startswith("vit_base_patch16_gap"):
         return 16 if width == 768 else None
     if architecture.startswith("test_vit"):
@@ -92,13 +94,19 @@ def pools_prefix(architecture: str) -> bool:
     return architecture.partition(".")[0] == "test_vit3"
 
 
+def may_average_last(architecture: str) -> bool:
+    """Returns whether a network may average its tokens after the last norm by default."""
+    return "_gap" in architecture or "_dinov3" in architecture
+
+
 def attributes(architecture: str) -> dict[str, Any]:
     """Returns attributes of `AViT` that the tensors do not show."""
     name = architecture.partition(".")[0]
     quick = "quickgelu" in name
-    pooled = "_gap" in name or name.startswith("eva_large") or "_dinov3" in name
+    pooled = "_gap" in name or (name.startswith(_AVERAGE) and "_clip_" not in name)
+    by_query = "_siglip" in name or "_map_" in name
     return {
         "mlp": "quick_gelu" if quick else "gelu_tanh" if _TANH.fullmatch(name) else "gelu",
-        "pool": "avg" if pooled else "token",
+        "pool": "avg" if pooled or "_dinov3" in name else "map" if by_query else "token",
         **({"position_class": False} if name.startswith(NO_EMBED_CLASS) else {}),
     }

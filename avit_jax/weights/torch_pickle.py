@@ -164,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(name)
         if (module, name) not in _ALLOWED:
             raise RefusedFile(
-                f"it asks for {module}.{name}, which is neither a tensor nor a plain container; "
+                f"it asks for {module}.{name}, which is neither a plain tensor nor a container; "
                 "save its state dict alone"
             )
         return _ALLOWED[module, name]
@@ -274,6 +274,8 @@ def _read_zip(file: IO[bytes]) -> Any:
         if len(names) != 1:
             raise RefusedFile("it is a zip archive that PyTorch did not write")
         root = names[0].removesuffix("data.pkl")
+        if f"{root}constants.pkl" in archive.namelist():
+            raise RefusedFile("it is a program of TorchScript; save its state dict alone")
         file_limits.check_archive(archive)
         byte_order = root + "byteorder"
         if byte_order in archive.namelist() and archive.read(byte_order) != b"little":

@@ -236,6 +236,17 @@ def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
         export.from_checkpoint(tmp_path / "weights.pth", config, tmp_path / "run")
     network = serving.load(tmp_path / "network.avit")
     assert network.metadata["label_names"] == [str(i) for i in range(10)]
+    assert network.metadata["sigmoid"] is False and network.metadata["value_range"] == []
+    metadata = _metadata(tmp_path / "network.avit")
+    del metadata["sigmoid"], metadata["value_range"]  # as in older files
+    _changed(
+        tmp_path / "network.avit", tmp_path / "old.avit", metadata=json.dumps(metadata).encode()
+    )
+    assert "sigmoid" not in serving.load(tmp_path / "old.avit").metadata
+    config.loss.sigmoid, config.data.range = True, (0.0, 4095.0)
+    export.from_checkpoint(tmp_path / "more.avit", config, tmp_path / "run")
+    metadata = serving.load(tmp_path / "more.avit").metadata
+    assert metadata["sigmoid"] is True and metadata["value_range"] == [0, 4095]
     model, params = (
         build.model(config),
         fixtures.restored_state(config, tmp_path / "run").ema_params,
@@ -265,6 +276,8 @@ def _metadata(file: pathlib.Path) -> dict:
         ("mean", [None, [0.5, 0.5], ["a", "b", "c"], [0.5, 0.5, float("nan")], 0.5]),
         ("std", [None, [0.0, 1.0, 1.0], [0.5, float("inf"), 0.5], [True, True, True], {}]),
         ("halting", [[], "yes", 3]),
+        ("sigmoid", [None, 1, "yes"]),
+        ("value_range", [None, [1], ["a", "b"], [0, float("inf")]]),
     ],
 )
 def test_metadata_that_contradicts_the_program(
@@ -272,7 +285,8 @@ def test_metadata_that_contradicts_the_program(
 ) -> None:
     whole = _metadata(file)
     without = {name: value for name, value in whole.items() if name != key}
-    for metadata in (without, *(whole | {key: value} for value in values)):
+    lacking = [] if key in ("sigmoid", "value_range") else [without]  # older files lack these two
+    for metadata in (*lacking, *(whole | {key: value} for value in values)):
         _changed(file, tmp_path / "bad.avit", metadata=json.dumps(metadata).encode())
         with pytest.raises(
             serving.BadArtifact, match=f"its metadata does not fit its program: {key}"

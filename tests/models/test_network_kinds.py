@@ -154,11 +154,7 @@ def test_only_the_layer_of_deit_is_plain() -> None:
     [
         ({"class_token": False}, 'pool "token" reads the class token'),
         ({"pool": "mean"}, 'pool must be "token" or "avg" or "max" or "map"; got "mean"'),
-        ({"pool": "map"}, 'pool "map" needs patch tokens only'),
-        (
-            {"pool": "map", "class_token": False, "num_registers": 1},
-            'pool "map" needs patch tokens only',
-        ),
+        ({"pool": "map", "fc_norm": True}, 'pool "map" reads the patches after the norm'),
         ({"mlp": "relu"}, 'mlp must be "gelu" or .*; got "relu"'),
         ({"num_registers": -1}, "num_registers must be at least 0"),
         ({"num_classes": -1}, "num_classes must be at least 0"),

@@ -61,7 +61,7 @@ def test_angles_of_a_small_grid() -> None:
 @pytest.mark.parametrize(
     ("name", "architecture", "arguments"),
     [
-        ("dinov3", "vit_small_patch16_dinov3.lvd1689m", {}),
+        ("dinov3", "vit_small_patch16_dinov3.lvd1689m", {"global_pool": "token"}),
         ("dinov3", "vit_small_patch16_lingbot", {"global_pool": None}),
         ("dinov3_wide", "vit_base_patch16_dinov3_qkvb", {"global_pool": None}),
         ("dinov3_gated", "vit_huge_plus_patch16_dinov3_qkvb", {"rope_temperature": 30.0}),
@@ -80,7 +80,7 @@ def test_the_name_of_a_network_of_timm_tells_how_it_rotates(
 @pytest.mark.parametrize(
     ("architecture", "width", "heads"),
     [("vit_huge_plus_patch16_dinov3.lvd1689m", 1280, 20), ("vit_7b_patch16_dinov3", 4096, 32)]
-    + [("vit_giant_patch16_lingbot", 1536, 24), ("vit_small_patch16_dinov3", 100, None)],
+    + [("vit_giant_patch16_lingbot", 1536, 24), ("vit_small_patch16_dinov3", 64, None)],
 )
 def test_number_of_heads(architecture: str, width: int, heads: int | None) -> None:
     assert timm_names.num_heads(architecture, width) == heads

@@ -3,12 +3,15 @@
 import argparse
 import collections
 import datetime
+import decimal
+import fractions
 import functools
 import io
 import os
 import pathlib
 import pickle
 import time
+import uuid
 import zipfile
 from collections.abc import Callable
 
@@ -218,6 +221,9 @@ _EXTRAS = {
     "counts": collections.Counter("aab"),
     "lists": collections.defaultdict(list, {"a": [1]}),
     "when": datetime.datetime(2026, 1, 1),
+    "version": _Reduced(_Named("torch.torch_version", "TorchVersion"), ("2.9.0",)),
+    "layout": _Reduced(_Named("torch.serialization", "_get_layout"), ("torch.strided",)),
+    "others": [uuid.UUID(int=3), decimal.Decimal("0.1"), fractions.Fraction(1, 3), range(3)],
     "hyper_parameters": _Reduced(
         _Named("pytorch_lightning.utilities.parsing", "AttributeDict"), (), {"lr": 1.0}
     ),
@@ -351,6 +357,7 @@ _HOSTILE = {
     "a storage of no type": (lambda: _file(_Storage("ComplexStorage")), "torch.ComplexStorage"),
     "a zip bomb": (lambda: _archive(b"", zipfile.ZIP_DEFLATED, **{"data/0": bytes(10**7)}), "compressed"),
     "another zip archive": (lambda: _archive(b"").replace(b"data.pkl", b"data.txt"), "a zip archive that PyTorch did not write"),
+    "a program": (lambda: _archive(b"", **{"constants.pkl": b""}), "a program of TorchScript"),
     "big-endian": (lambda: _file({"a": _tensor()}, byteorder=b"big"), "big-endian"),
     "truncated archive": (lambda: _file({"a": _tensor()})[:-30], "damaged"),
     "truncated pickle": (lambda: _archive(_pickled({"a": _tensor()})[:-9]), "damaged"),

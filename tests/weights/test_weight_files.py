@@ -239,7 +239,8 @@ def test_augreg(tmp_path: pathlib.Path, prefix: str) -> None:
     del tensors["Transformer/encoder_norm/scale"]
     np.savez(tmp_path / "augreg.npz", **tensors)
     with pytest.raises(
-        errors.UserError, match=r"no whole vision transformer: .*encoder_norm/scale"
+        errors.UserError,
+        match=r"no whole vision transformer that is supported: .*encoder_norm/scale",
     ):
         weight_files.read(tmp_path / "augreg.npz")
 
@@ -426,7 +427,7 @@ def _broken(tmp_path: pathlib.Path, kind: str) -> pathlib.Path:
         ("no config", r"config\.json is missing"),
         ("config", "does not give layer_norm_eps"),
         ("config's eps", "makes no sense"),
-        ("layer", "no whole vision transformer: key is missing"),
+        ("layer", "no whole vision transformer that is supported: key is missing"),
         ("npz of objects", "cannot be read"),
         ("npz bomb", "compressed"),
         ("npz", "cannot be read"),
