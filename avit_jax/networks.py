@@ -113,13 +113,16 @@ def _describe_weights(
     file, saved = weight_files.read(path), run_config.read(path)
     if num_heads and file.num_heads not in (None, num_heads):
         raise errors.UserError(
-            f"{where} gives num_heads={file.num_heads}: leave out num_heads={num_heads}."
+            f"{where} gives num_heads={file.num_heads}, and load got num_heads={num_heads}: "
+            "leave it out."
         )
     file = dataclasses.replace(file, num_heads=file.num_heads or num_heads)
     if image_size is None:
         size = saved.config.model.image_size if saved else _image_size(file, path)
     else:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if min(size) < 1:
+        raise errors.UserError(f"image_size must be at least 1; got {image_size}.")
     model, file = weight_files.describe(file, image_size=size, name=str(where))
     if saved:
         return prepared(model, saved.config, saved.label_names), file
@@ -174,8 +177,9 @@ def _image_size(file: weight_files.WeightFile, path: pathlib.Path) -> tuple[int,
         )
     if file.grid is None:
         message = (
-            "%s does not give the size of its images: %d x %d pixels are assumed, as if its %d "
-            "patches formed a square; if not, call load(..., image_size=(height, width))"
+            "%s does not give the size of its images: %d x %d pixels are assumed, since its %d "
+            "patches may form a square; for another size, call load(..., image_size=(height, "
+            "width))"
         )
         size = side * patch_size
         _logger.warning(message, errors.printable(str(path)), size, size, count)

@@ -23,6 +23,8 @@ def check(model: "vit.AViT") -> None:
     for name in ("patch_size", "channels", "width", "depth", "num_heads"):
         if getattr(model, name) < 1:
             raise ValueError(f"{name} must be at least 1; got {getattr(model, name)}.")
+    if min(model.pixels) < 1:
+        raise ValueError(f"image_size must be at least 1; got {model.image_size}.")
     for name in ("num_classes", "num_registers"):
         if getattr(model, name) < 0:
             raise ValueError(f"{name} must be at least 0; got {getattr(model, name)}.")

@@ -99,8 +99,8 @@ def of_config(section: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
         found["num_registers"] = int(found["num_registers"])
     if "init_values" in given:
         found["layer_scale"] = bool(given["init_values"])
-    if given.get("no_embed_class"):
-        found["position_class"] = False
+    if "no_embed_class" in given:
+        found["position_class"] = not given["no_embed_class"]
     is_gated = shown.get("mlp") == "swiglu"
     for key in [key for key in _GATED if bool(given.get(key, is_gated)) != is_gated]:
         gate = "a" if is_gated else "no"
@@ -150,7 +150,7 @@ def check_pooling(
     if named not in (None, pool) and not args.get("global_pool") and not is_shown:
         raise ValueError(
             f"its global_pool is {pool}, and its architecture has {named}; if {pool} is right, "
-            'write global_pool into its "model_args" too'
+            f'write "global_pool": "{pool}" into its "model_args" too'
         )
     if shown.get("pool") == "map" and pool not in (None, "map") and not may_drop:
         raise ValueError(
@@ -164,11 +164,12 @@ def check_pooling(
         )
     if pool is None or any((config | args).get(key) is not None for key in _FC_NORM):
         return
-    if pool in _AVERAGES and not shown["fc_norm"] and not norm_first:
+    averages, key = (("avg",), "use_fc_norm") if is_eva else (_AVERAGES, "fc_norm")
+    if pool in averages and not shown["fc_norm"] and not norm_first:
         raise ValueError(
             f"its global_pool is {pool}, with which timm has a norm after the pooling (fc_norm), "
             "and the tensors have one before it; if that is right, write "
-            '"fc_norm": false into its "model_args"'
+            f'"{key}": false into its "model_args"'
         )
     if pool not in _AVERAGES and shown["fc_norm"]:
         raise ValueError(

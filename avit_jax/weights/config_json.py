@@ -108,6 +108,15 @@ def refuse_other_kinds(path: pathlib.Path) -> None:
             raise _unsupported(beside(path), f"its model_type is {_text(kind)}")
 
 
+def tells_rotation(path: pathlib.Path) -> bool:
+    """Returns whether timm's `config.json` beside a file tells whether queries and keys rotate."""
+    with contextlib.suppress(*_UNUSABLE):
+        content = _content(beside(path))
+        sections = (content, content.get("model_args") or {})
+        return any("use_rot_pos_emb" in part or part.get("architecture") for part in sections)
+    return False
+
+
 def _about_data(content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the names of the classes, if the config gives them."""
     source, result = content.get("pretrained_cfg") or {}, {}
@@ -194,14 +203,12 @@ def _attributes(
     given: dict[str, Any] = {}
     known = timm_names.attributes(name) if name.startswith(timm_names.FAMILIES) else {}
     try:
-        for section in own:
-            for key, value in architecture.of_config(section, shown).items():
-                _put(given, key, value)
+        parts = [architecture.of_config(section, shown) for section in own]
         rotary = timm_names.rotary(name)
         for section in own:
             rotary |= {key: value for key, value in section.items() if value is not None}
-        given |= architecture.of_rotary(rotary)
-        if "model_type" not in own[0]:
+        parts.append(architecture.of_rotary(rotary))
+        if own[0].get("model_type") is None:
             architecture.check_pooling(
                 own[0],
                 shown | pool,
@@ -212,6 +219,8 @@ def _attributes(
             )
     except ValueError as error:
         raise _unsupported(config, _text(error)) from error
+    for key, value in [item for part in parts for item in part.items()]:
+        _put(given, key, value)
     if own[0].get("model_type") in hugging_face_config.MODEL_TYPES and "mlp" not in {
         **given,
         **shown,
@@ -227,7 +236,8 @@ def _attributes(
     if not shown["class_token"] and known.get("pool") == "token":
         del known["pool"]
     if (known | given).get("pool") == "map" and not pool:
-        raise _contradiction(config, path, "pool", "map", "no attention pooling")
+        key, value = ("global_pool", "map") if "pool" in given else ("architecture", name)
+        raise _contradiction(config, path, key, value, "no attention pooling")
     return known | pool | given | shown
 
 

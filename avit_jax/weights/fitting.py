@@ -119,8 +119,9 @@ def _check_attributes(file: WeightFile, model: vit.AViT, *, name: str, new_head:
     assumed = ", ".join(f"{key}={value}" for key, value in unknown.items())
     if unknown.keys() - {"norm_eps"}:
         message = (
-            "%s does not give %s: assumed, with norms before the branches%s; to change it, write "
-            '{"model_args": %s} with other values into config.json beside the file'
+            "%s does not give these values, which are assumed: %s. It is also assumed that norms "
+            'come before the branches%s. If a value is wrong, correct it in {"model_args": %s}, '
+            "and save this as config.json beside the file"
         )
         plain = "" if model.rope_theta else ", and without rotary position embeddings"
         args = json.dumps(architecture.to_config(unknown, shown))

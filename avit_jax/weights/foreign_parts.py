@@ -37,6 +37,8 @@ def problem(tensors: Mapping[str, np.ndarray]) -> str | None:
                 return f"its {errors.printable(name)} belongs to {part}"
     if unexpected:
         return f"its {errors.printable(unexpected[0])} has no place in a plain vision transformer"
+    if "blocks.*" in missing:
+        return "it has no layers named blocks.*"
     for name in missing:
         module, _, kind = name.rpartition(".")
         if kind == "bias" and "norm" in module and f"{module}.weight" in tensors:

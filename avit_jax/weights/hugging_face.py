@@ -148,7 +148,8 @@ def _complete(tensors: Tensors) -> dict[str, Any]:
         if head[:, width:].any():
             raise ValueError(
                 "the classifier of Dinov2ForImageClassification reads the class token and the "
-                "average of the patches, which is not supported; its backbone alone would load"
+                "average of the patches, which is not supported; save its backbone "
+                "alone (model.dinov2.save_pretrained)"
             )
         tensors["head.weight"] = head[:, :width]
     registers = {}

@@ -51,7 +51,7 @@ _UNUSED = re.compile(
     r"(embeddings\.)?mask_token|(criterion|loss_fn|decoder)\..+|decoder_(pos_embed|\w+\..+)"
     r"|(dino_head|ibot_head|local_cls_norm|projectors)\..+"
 )
-_DINO_HEAD = re.compile(r"head\.(mlp(\.\d+)?|last_layer)\.\w+")
+_DINO_HEAD = re.compile(r"head\.(mlp(\.\d+)?\.\w+|last_layer2?\..+)")
 _LEAVES = {"scale": "weight", "kernel": "weight", "bias": "bias", "gamma": "gamma"}
 
 

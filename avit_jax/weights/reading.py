@@ -162,10 +162,10 @@ def _refuse_rotary(
     path: pathlib.Path, tensors: Tensors, attributes: Mapping[str, Any], *, has_eva_names: bool
 ) -> None:
     """Raises errors.UserError if a network has no position embeddings that are known."""
-    if has_eva_names and "pos_embed" in tensors and not config_json.beside(path).exists():
+    if has_eva_names and "pos_embed" in tensors and not config_json.tells_rotation(path):
         raise errors.UserError(
             f"{path} has the names of EVA, in which queries and keys may rotate (RoPE): put timm's "
-            "config.json beside it."
+            'config.json, with "architecture" or "use_rot_pos_emb", beside it.'
         )
     is_network = any(name.endswith("attn.qkv.weight") for name in tensors)
     if is_network and "pos_embed" not in tensors and not attributes.get("rope_theta"):

@@ -63,7 +63,8 @@ def num_heads(architecture: str, width: int) -> int | None:
 
 def norm_eps(architecture: str) -> float | None:
     """Returns the epsilon of the layer norms; None for timm's default, 1e-6."""
-    return 1e-5 if "_clip_" in architecture or _DINOV3.fullmatch(architecture) else None
+    is_clip = "_clip_" in architecture and not architecture.startswith("eva_giant")
+    return 1e-5 if is_clip or _DINOV3.fullmatch(architecture) else None
 
 
 def rotary(architecture: str) -> dict[str, Any]:

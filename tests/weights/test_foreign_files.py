@@ -81,7 +81,12 @@ def _check_outputs(model: vit.AViT, params: Any, expected: vit.AViT) -> None:
         (
             {"pool": "avg", "class_token": False},
             {"architecture": "vit_base_patch16_siglip_224", **_timm()},
-            "pool=map, and the tensors have no attention pooling",
+            "architecture=vit_base_patch16_siglip_224, and the tensors have no attention pooling",
+        ),
+        (
+            {},
+            _timm(global_pool="avg", use_rot_pos_emb=False),
+            r"norm after the pooling .* write \"use_fc_norm\": false",
         ),
     ],
 )
@@ -102,6 +107,7 @@ def test_a_pooling_that_contradicts_the_tensors_is_refused(
             {"architecture": "vit_tiny_patch4_8", "global_pool": "avg", **_timm()},
         ),
         ({"fc_norm": True}, _timm(global_pool="token", fc_norm=True)),
+        ({"pool": "max"}, _timm(global_pool="max", use_rot_pos_emb=False)),
         ({"pool": "map", "num_registers": 2}, _timm(global_pool="map")),
         ({"pool": "map", "class_token": False, "num_registers": 1}, _timm(global_pool="map")),
     ],
@@ -150,6 +156,7 @@ def test_what_serves_training_only_is_left_out(
     expected, one = _network(num_classes=0), np.ones((2, 2), np.float32)
     more = ("mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "criterion.weight")
     more += ("decoder_pred.bias", "head.mlp.0.weight", "head.last_layer.weight_v")
+    more += ("head.last_layer2.weight_g", "head.last_layer.parametrizations.weight.original0")
     tensors = _tensors(expected) | dict.fromkeys(more, one)
     tensors = {prefix + name: x for name, x in tensors.items()}
     model, params = _load(tmp_path, tensors, _timm(global_pool="token"))
@@ -200,8 +207,9 @@ def test_eva_without_rotation_loads_if_its_config_says_so(tmp_path: pathlib.Path
     np.testing.assert_array_equal(bias[:, 2 * width :], whole[:, 2 * width :])
     assert (ours.pool, ours.layer_scale, ours.position_class) == ("avg", True, False)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(errors.UserError, match=r"names of EVA, .* may rotate .* config\.json"):
-        _load(tmp_path, tensors, None, num_heads=2)
+    for silent in (None, {"model_args": {"num_heads": 2}}):  # about rotation
+        with pytest.raises(errors.UserError, match=r"names of EVA, .* may rotate .* config\.json"):
+            _load(tmp_path, tensors, silent)
     for name in ("eva02_tiny_patch14_224", "vit_base_patch16_rope_ape_224"):
         with pytest.raises(errors.UserError, match=f"its architecture is {name}"):
             _load(tmp_path, tensors, config | {"architecture": name})
@@ -281,17 +289,19 @@ def test_a_warning_says_what_is_assumed_and_how_to_change_it(
 ) -> None:
     tensors = _tensors(_network(num_heads=4, width=256, mlp="quick_gelu"))
     _load(tmp_path, tensors, None)
-    assumed = "num_heads=4, norm_eps=1e-06, pool=token, mlp=gelu, position_class=True: assumed"
+    assumed = "assumed: num_heads=4, norm_eps=1e-06, pool=token, mlp=gelu, position_class=True. "
     assert assumed in caplog.text
-    assert "8 x 8 pixels are assumed, as if its 4 patches formed a square" in caplog.text
-    text = caplog.text.partition("write ")[2].partition(" with other values")[0]
+    assert "8 x 8 pixels are assumed, since its 4 patches may form a square" in caplog.text
+    text = caplog.text.partition("correct it in ")[2].partition(", and save")[0]
     config = json.loads(text)
     assert config["model_args"]["no_embed_class"] is False
     config["model_args"] |= {"act_layer": "quick_gelu", "num_heads": 2, "norm_eps": 1e-5}
     caplog.clear()
     model, _ = _load(tmp_path, tensors, config)
     assert (model.mlp, model.num_heads, model.norm_eps) == ("quick_gelu", 2, 1e-5)
-    assert "does not give num_heads" not in caplog.text
+    assert "assumed" not in caplog.text.replace("pixels are assumed", "").replace(
+        "usual ones are assumed", ""
+    )
 
 
 def test_heads_alone_that_nothing_gives_are_announced(
@@ -299,7 +309,7 @@ def test_heads_alone_that_nothing_gives_are_announced(
 ) -> None:
     config = _timm(num_heads=None, global_pool="avg", fc_norm=False)
     _load(tmp_path, _tensors(_network(num_heads=1, width=64, pool="avg")), config)
-    assert "does not give num_heads=1: assumed" in caplog.text
+    assert "which are assumed: num_heads=1. " in caplog.text
 
 
 def test_an_assumed_average_gives_a_config_that_loads(
@@ -307,7 +317,7 @@ def test_an_assumed_average_gives_a_config_that_loads(
 ) -> None:
     expected = _network(class_token=False, pool="avg")
     _load(tmp_path, _tensors(expected), None, num_heads=2)
-    text = caplog.text.partition("write ")[2].partition(" with other values")[0]
+    text = caplog.text.partition("correct it in ")[2].partition(", and save")[0]
     model, params = _load(tmp_path, _tensors(expected), json.loads(text), num_heads=2)
     _check_outputs(model, params, expected)
 
@@ -321,7 +331,9 @@ def test_the_size_of_the_images_if_the_class_token_has_no_position(tmp_path: pat
 
 
 def test_heads_that_contradict_the_file_are_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(errors.UserError, match="gives num_heads=2: leave out num_heads=4"):
+    with pytest.raises(
+        errors.UserError, match="gives num_heads=2, and load got num_heads=4: leave"
+    ):
         _load(tmp_path, _tensors(_network()), _timm(), num_heads=4)
 
 
@@ -330,3 +342,34 @@ def test_only_the_layers_of_a_network_are_its_names() -> None:
     assert name_maps.mismatches(names) == ([], [])
     assert name_maps.mismatches({})[0][-1] == "blocks.*"
     assert jax.tree.leaves(name_maps.from_torch(names))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            _timm(global_pool="avg") | {"global_pool": "token"},
+            "makes no sense .*contradicts itself",
+        ),
+        (_timm(global_pool="avg", fc_norm=1.5, init_values=[]), "config.json"),
+    ],
+)
+def test_a_config_that_contradicts_itself_makes_no_sense(
+    tmp_path: pathlib.Path, config: dict[str, Any], message: str
+) -> None:
+    tensors = _tensors(_network(pool="avg", fc_norm=True))
+    with pytest.raises(errors.UserError, match=message):
+        _load(tmp_path, tensors, config)
+
+
+def test_the_epsilon_of_eva_giant_is_that_of_timm() -> None:
+    assert timm_names.norm_eps("eva_giant_patch14_clip_224") is None
+    assert timm_names.norm_eps("vit_base_patch16_clip_224") == 1e-5
+
+
+def test_a_file_without_a_network_and_an_image_without_pixels(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.UserError, match=r"it has no layers named blocks\.\*"):
+        _load(tmp_path, {"norm.weight": np.ones(16, np.float32)}, None)
+    for size in (0, (8, -8)):
+        with pytest.raises(errors.UserError, match="image_size must be at least 1; got"):
+            _load(tmp_path, _tensors(_network()), _timm(), image_size=size)

@@ -157,7 +157,8 @@ def test_what_a_file_without_a_config_leaves_open_is_reported(
     )
     pool = "token" if name in ("clip", "dinov2_registers") else "avg"
     place = f", position_class={name != 'dinov2_registers'}" if pool == "token" else ""
-    expected = f"it does not give norm_eps=1e-06, pool={pool}, mlp=gelu{place}: assumed, with norms"
+    assumed = f"norm_eps=1e-06, pool={pool}, mlp=gelu{place}. It is also"
+    expected = f"it does not give these values, which are assumed: {assumed}"
     assert [text for text in caplog.messages if text.startswith(expected)]
 
 
@@ -263,7 +264,9 @@ def test_a_config_with_an_attention_pooling_that_the_tensors_lack(tmp_path: path
     path = _write(tmp_path, "siglip")
     tensors = {key: x for key, x in _tensors("siglip").items() if not key.startswith("attn_pool.")}
     safetensors.numpy.save_file(tensors, path)
-    with pytest.raises(errors.UserError, match="gives pool=map, and the tensors have no attention"):
+    with pytest.raises(
+        errors.UserError, match="gives global_pool=map, and the tensors have no attention"
+    ):
         weight_files.read(path)
 
 
