@@ -101,7 +101,7 @@ def _content(config: pathlib.Path) -> Any:
 
 
 def refuse_other_kinds(path: pathlib.Path) -> None:
-    """Raises errors.UserError if Hugging Face's `config.json` is that of a kind we do not have."""
+    """Raises errors.UserError if the `model_type` of Hugging Face's config is not supported."""
     with contextlib.suppress(*_UNUSABLE):  # `read` reports these
         kind = _content(beside(path)).get("model_type")
         if kind is not None and kind not in hugging_face_config.MODEL_TYPES:

@@ -90,7 +90,8 @@ def to_timm(tensors: Tensors) -> tuple[Tensors, dict[str, Any], list[str]]:
     result: Tensors = {}
     parts: dict[str, Tensors] = {}  # timm's name -> its parts
     dropped = []
-    unused = name_maps.unused({_MODEL.sub("", name): array for name, array in tensors.items()})
+    own = {_MODEL.sub("", name): array for name, array in tensors.items()}
+    unused = set(name_maps.unused(own))
     averages = any(name in tensors for name in ("classifier.weight", "classifier.bias"))
     for full_name, array in tensors.items():
         name = _MODEL.sub("", full_name)

@@ -2,7 +2,7 @@
 
 After some layers, an exit reads the class token: a residual linear map of its own, then the norm
 and the head of the network. In training, each exit learns the probabilities that the last layer of
-the same network gives. At inference, an image ends at the first exit whose likeliest class has a
+the same network gives. At inference, an image ends at the first exit that gives one class a
 high enough probability.
 
 Reference: Phuong and Lampert, "Distillation-Based Training for Multi-Exit Architectures", ICCV 2019
@@ -25,7 +25,7 @@ class Ends(tome.ToMe):
 
     Attributes:
       exits: layers, counted from 0, after which an image may end.
-      confidence: probability of the likeliest class at which an image ends; above 1, none does.
+      confidence: an image ends once a class has this probability; above 1, no image ends.
       exit_weight: of the mean loss of the exits in training.
       detached: whether the layers get no gradient from the exits.
     """
@@ -54,7 +54,7 @@ class Ends(tome.ToMe):
         for i, (tokens, count, macs) in enumerate(self.through(x, layers)):
             counts.append(count)
             if i in self.exits:
-                # `fixed_macs` counts one head; an image that goes on needs one more.
+                # `fixed_macs` counts the head of the exit at which an image ends.
                 spent.append(macs + map_macs + len(exits) * (map_macs + head_macs))
                 exits.append(self._exit(len(exits), tokens[:, :1]))
         logits = self.classify(tokens[:, :1], train=layers.train)
