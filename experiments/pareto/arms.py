@@ -54,6 +54,13 @@ RECIPES = {
 # Four times as wide: its layers have 14 times the work beside the same fixed costs. It learns at
 # half the rates.
 _WIDE = {"model.width": 384, "model.num_heads": 12}
+# Static networks of slightly more MACs than the methods have at these budgets, in two shapes.
+_SMALL = {
+    "narrow_0.4": {"model.width": 60},
+    "narrow_0.6": {"model.width": 75},
+    "narrow_0.8": {"model.width": 87},
+    "shallow_0.6": {"model.width": 93, "model.depth": 4},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,8 @@ class Arm:
       overrides: of the shared recipe.
       rival: makes the network from the attributes of the configuration's; None: that one itself.
       seeds: how many runs it has.
-      starts: "parent", its weights, or "scratch".
+      starts: "parent", its weights; "own", those of a network of this shape, trained as the parent
+        was; or "scratch".
       taught: whether the parent's logits are its teacher.
     """
 
@@ -87,8 +95,11 @@ _MERGING = {
 _PRIOR_AND_PONDER = {"loss.ponder_weight": 5e-4, "loss.prior_weight": 0.1}  # as in the recipe
 
 
+_STATIC = {"halting.enabled": False}
+
+
 def _static(**options: Any) -> Arm:
-    return Arm({"halting.enabled": False}, **options)
+    return Arm(_STATIC, **options)
 
 
 def _halting(budget: float, **overrides: Any) -> dict[str, Any]:
@@ -132,6 +143,7 @@ def _arms() -> dict[str, Arm]:
     # Without ends, it has a MACs ratio of 0.443.
     arms["ends"] = _static(rival=of(ends.Ends, merges=13))
     arms["early_exit"] = _static(rival=of(early_exit.EarlyExit))
+    arms |= {name: Arm(_STATIC | shape, starts="own") for name, shape in _SMALL.items()}
     return arms | _ablations()
 
 
@@ -208,6 +220,13 @@ def config(name: str, seed: int, *, data_dir: str, parent: str, wide: bool = Fal
         overrides |= _WIDE | {"optimizer.learning_rate": overrides["optimizer.learning_rate"] / 2}
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def own_parent(name: str, *, data_dir: str) -> ConfigDict:
+    """The configuration of the network from whose weights a smaller static network starts."""
+    own = config("parent", 0, data_dir=data_dir, parent="")
+    own.update_from_flattened_dict(ARMS[name].overrides)
+    return own
 
 
 def changes(name: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from avit_jax.models import flops, vit
 from avit_jax.training import build, loop, progress, restore
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
@@ -63,20 +64,48 @@ def _parent() -> pathlib.Path:
 
 
 def _config(name: str, seed: int) -> ConfigDict:
-    return arms.config(
+    config = arms.config(
         name, seed, data_dir=_DATA_DIR.value, parent=str(_parent()), wide=_WIDE.value
     )
+    if _has_own_parent(name):
+        config.init = str(_own_parent(name))
+    return config
+
+
+def _has_own_parent(name: str) -> bool:
+    return name != "parent" and arms.ARMS[name].starts == "own"
+
+
+def _own_parent(name: str) -> pathlib.Path:
+    """Run of the network from which a smaller static one starts."""
+    return _runs() / f"{name}_parent"
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path, model: vit.AViT) -> dict[str, Any] | None:
+    """The summary of a run, which goes on where it was; None where a signal has stopped it."""
+    loop.train(config, workdir, model=model)  # of a run that is complete it writes the summary
+    file = workdir / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def run(name: str, seed: int) -> dict[str, Any] | None:
     """Trains and measures one row; None where a signal has stopped it."""
     config = _config(name, seed)
     model = arms.network(name, config)
-    workdir = _runs() / f"{name}_{seed}"
-    loop.train(config, workdir, model=model)  # of a run that is complete it writes the summary
-    if not (workdir / "summary.json").exists():
+    workdir, own = _runs() / f"{name}_{seed}", {}
+    if _has_own_parent(name):
+        before = _train(arms.own_parent(name, data_dir=_DATA_DIR.value), _own_parent(name), model)
+        if before is None:
+            return None
+        own = {"own_parent_top1": before["top1"]}
+    row = _train(config, workdir, model)
+    if row is None:
         return None
-    row = json.loads((workdir / "summary.json").read_text())
+    row |= own
+    # MACs of the summary are relative to a static network of the same shape.
+    row["macs_ratio"] *= flops.static_macs(model) / flops.static_macs(
+        build.model(_config("static", seed))
+    )
     params, _ = restore.params(config, model, workdir)
     if name == "parent":
         weight_files.write(str(_parent()), params, model)

@@ -29,8 +29,12 @@ from experiments import results, timing, workload
 from experiments.pareto import arms, measure, paired, report
 from experiments.rivals import tome, unrolled
 
+_OWN_PARENT = [name for name, arm in arms.ARMS.items() if arm.starts == "own"]
 
-@pytest.mark.parametrize("name", ["parent", *arms.ARMS])
+
+@pytest.mark.parametrize(
+    "name", ["parent", *filter(lambda name: name not in _OWN_PARENT, arms.ARMS)]
+)
 def test_every_row_fits_the_parent(name: str) -> None:
     config = arms.config(name, 0, data_dir="", parent="parent.safetensors")
     model = arms.network(name, config)
@@ -49,6 +53,24 @@ def test_every_row_fits_the_parent(name: str) -> None:
         started == (name != "parent" and not name.endswith("from_scratch"))
         and config.data.train_split == "train[:48000]"
     )
+
+
+@pytest.mark.parametrize("name", _OWN_PARENT)
+def test_a_smaller_static_network_costs_slightly_more_and_trains_as_the_others_do(
+    name: str,
+) -> None:
+    config, static = (arms.config(row, 0, data_dir="", parent="") for row in (name, "static"))
+    macs = flops.static_macs(build.model(config)) / flops.static_macs(build.model(static))
+    budget = float(name.split("_")[-1])
+    assert budget + 0.02 < macs < budget + 0.04
+    shape = set(arms.ARMS[name].overrides)
+    for own, other in (
+        (config, static),
+        (arms.own_parent(name, data_dir=""), arms.config("parent", 0, data_dir="", parent="")),
+    ):
+        own, other = config_lib.flat(own), config_lib.flat(other)
+        differing = {key for key in own if own[key] != other[key]}
+        assert differing and differing <= shape
 
 
 def test_the_wide_study_is_the_study_of_a_wider_network() -> None:
