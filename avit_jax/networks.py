@@ -52,9 +52,9 @@ def load(
     Raises:
       errors.UserError: there is no such network, or it cannot be read.
 
-    Example:
-      model, params = avit_jax.load("digits")
-      print(avit_jax.predict(model, params, "photo.png")[0].top5)
+    Examples:
+      >>> model, params = avit_jax.load("digits")
+      >>> print(avit_jax.predict(model, params, "photo.png")[0].top5)
     """
     where = _locate(where)
     if tensor_files.is_weights(where):
@@ -245,7 +245,7 @@ def make_adaptive(
       num_heads: as in `load`.
 
     Returns:
-      A `avit_jax.inference.adapt.Adapted`: `model` and `params` for `predict`, `save` and
+      An `avit_jax.inference.adapt.Adapted`, with `model` and `params` for `predict`, `save` and
       fine-tuning; `macs_ratio`; `agreement`, the fraction of images whose class stays the same;
       `similarity` of the logits or features. All are measured on these images, without training.
       Other images differ, most of all if these are few. If the cost jumps over the budget,
@@ -255,9 +255,9 @@ def make_adaptive(
       errors.UserError: the network cannot be read or has a gate already, there is no image, or the
         budget is out of reach.
 
-    Example:
-      found = avit_jax.make_adaptive("hf-hub:timm/vit_small_patch14_dinov2.lvd142m", "photos/")
-      print(found.macs_ratio, found.similarity)
+    Examples:
+      >>> found = avit_jax.make_adaptive("hf-hub:timm/vit_small_patch14_dinov2.lvd142m", "photos/")
+      >>> print(found.macs_ratio, found.similarity)
     """
     from avit_jax.data import augment
     from avit_jax.inference import adapt

@@ -14,14 +14,15 @@ Reference: Yin et al., "A-ViT: Adaptive Tokens for Efficient Vision Transformer"
 2112.07658), called [A-ViT] below; the remainder is that of Graves, "Adaptive Computation Time"
 (arXiv 1603.08983).
 
-Example:
-  state = halting.init(tokens.shape[:-1])
-  output = 0.0
-  for layer in range(num_layers):
-    tokens = block(tokens, state.active)
-    score = halting.score(tokens, gamma=5.0, beta=-3.0)
-    state, weight = halting.accumulate(state, score, epsilon=0.01, is_last=layer == num_layers - 1)
-    output += weight[..., None] * tokens
+Examples:
+  >>> state = halting.init(tokens.shape[:-1])
+  >>> output = 0.0
+  >>> for layer in range(num_layers):
+  ...   tokens = block(tokens, state.active)
+  ...   score = halting.score(tokens, gamma=5.0, beta=-3.0)
+  ...   is_last = layer == num_layers - 1
+  ...   state, weight = halting.accumulate(state, score, epsilon=0.01, is_last=is_last)
+  ...   output += weight[..., None] * tokens
 """
 
 import dataclasses

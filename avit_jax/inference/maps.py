@@ -35,8 +35,8 @@ def attention_maps(model: vit.AViT, params: Any, images: Array, layer: int = -1)
     Raises:
       ValueError: there is no such layer, or the images do not fit the model.
 
-    Example:
-      maps = avit_jax.attention_maps(model, params, images).mean(axis=1)
+    Examples:
+      >>> maps = avit_jax.attention_maps(model, params, images).mean(axis=1)
     """
     if not -model.depth <= layer < model.depth:
         raise ValueError(

@@ -5,10 +5,10 @@ This module needs only JAX, NumPy and flatbuffers. You may copy it to another ma
 An exported file is a program: it computes what its author wrote. Run only files of authors whom you
 trust.
 
-Example:
-  network = load("deit_tiny.avit")
-  logits, depth = network(images)  # (B, H, W, C) uint8 to (B, classes) and (B, rows, columns)
-  [network.metadata["label_names"][k] for k in logits.argmax(-1)]
+Examples:
+  >>> network = load("deit_tiny.avit")
+  >>> logits, depth = network(images)  # (B, H, W, C) uint8 to (B, classes) and (B, rows, columns)
+  >>> [network.metadata["label_names"][k] for k in logits.argmax(-1)]
 """
 
 import dataclasses

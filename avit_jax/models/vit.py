@@ -85,10 +85,10 @@ class AViT(sizes.Sizes, nn.Module):
         results are equal up to rounding. None: if JAX runs on a supported GPU. False: never.
         True: always, which needs cuDNN on this machine.
 
-    Example:
-      model = deit_tiny()
-      params = model.init(jax.random.key(0), images)["params"]
-      logits, aux = model.apply({"params": params}, images)
+    Examples:
+      >>> model = deit_tiny()
+      >>> params = model.init(jax.random.key(0), images)["params"]
+      >>> logits, aux = model.apply({"params": params}, images)
     """
 
     image_size: int | Sequence[int] = 224

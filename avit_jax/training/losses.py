@@ -104,8 +104,8 @@ def ponder_loss(aux: vit.Aux) -> jax.Array:
     Returns:
       Scalar, in layers.
 
-    Example:
-      loss = cross_entropy(logits, labels) + ponder_weight * ponder_loss(aux)
+    Examples:
+      >>> loss = cross_entropy(logits, labels) + ponder_weight * ponder_loss(aux)
 
     Reference: [A-ViT] section 3, L_ponder.
     """
@@ -143,8 +143,8 @@ def prior_loss(
     Raises:
       ValueError: unknown mode.
 
-    Example:
-      loss = cross_entropy(logits, labels) + prior_weight * prior_loss(aux, target_depth=8)
+    Examples:
+      >>> loss = cross_entropy(logits, labels) + prior_weight * prior_loss(aux, target_depth=8)
 
     Reference: [A-ViT] section 3, L_distr.
     """

@@ -69,8 +69,8 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Raises:
       ValueError: tensors are missing or unexpected; the message names all of them.
 
-    Example:
-      params = from_torch({name: x.numpy() for name, x in module.state_dict().items()})
+    Examples:
+      >>> params = from_torch({name: x.numpy() for name, x in module.state_dict().items()})
     """
     missing, unexpected = mismatches(state_dict)
     if missing or unexpected:

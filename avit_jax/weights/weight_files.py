@@ -5,9 +5,9 @@ timm, DeiT, DINOv2, DINOv3 and the released A-ViT; files and folders of Hugging 
 MSN, I-JEPA, Dinov2, DINOv3, CLIP vision and SigLIP vision with their `config.json`, also in several
 files; and `.npz` of big_vision and AugReg.
 
-Example:
-  params = load("deit_tiny_patch16_224.pth", model)
-  write("model.safetensors", params, model)
+Examples:
+  >>> params = load("deit_tiny_patch16_224.pth", model)
+  >>> write("model.safetensors", params, model)
 """
 
 from avit_jax.weights.fitting import describe, fit, infer, load, to_params
