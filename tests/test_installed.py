@@ -81,7 +81,7 @@ def test_the_wheel_in_an_empty_folder(tmp_path: pathlib.Path) -> None:
     run(program, "--config=digits", "--config.loss.target_depth=1.5", *keys)
     assert json.loads((empty / "runs/digits/config.json").read_text())["train"]["steps"] == 4
     module = (sys.executable, "-m", "avit_jax")
-    photo = _REPOSITORY / "experiments/pareto/avit_0.6.png"
+    photo = _REPOSITORY / "experiments/zoo/cifar10_avit.png"
     shutil.copy(photo, empty / "photo.png")
     predicted = run(*module, "--mode=predict", "--checkpoint=runs/digits", "photo.png")
     assert "photo.png: " in predicted

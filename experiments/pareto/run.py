@@ -14,7 +14,6 @@ nothing else.
 import json
 import logging
 import pathlib
-import shutil
 from typing import Any
 
 from absl import app, flags
@@ -44,7 +43,6 @@ _WIDE = flags.DEFINE_boolean("wide", False, "the network of 384 channels, in pla
 _PARENT = flags.DEFINE_string(
     "parent", None, "weights of the parent; default: the study's, with --wide those in --runs"
 )
-_DRAWN = ("avit_0.6/0", "avit_merging_0.6/0")  # whose depth maps stay beside the results
 
 
 def _out() -> pathlib.Path:
@@ -112,8 +110,6 @@ def run(name: str, seed: int) -> dict[str, Any] | None:
         return timing.environment() | row
     if name.startswith("avit_"):
         row["early_end"] = measure.early_end(model, params, measure.images(config))
-    if f"{name}/{seed}" in _DRAWN:
-        shutil.copy(workdir / "depth.png", _out() / f"{name}.png")
     row |= measure.curves(name, config, model, params)
     return timing.environment() | row
 
