@@ -4,6 +4,7 @@ recipe.
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -54,13 +55,14 @@ RECIPES = {
 # Four times as wide: its layers have 14 times the work beside the same fixed costs. It learns at
 # half the rates.
 _WIDE = {"model.width": 384, "model.num_heads": 12}
-# Static networks of slightly more MACs than the methods have at these budgets, in two shapes.
+# Static networks with slightly more MACs than the methods have at these budgets, in two shapes.
 _SMALL = {
     "narrow_0.4": {"model.width": 60},
     "narrow_0.6": {"model.width": 75},
     "narrow_0.8": {"model.width": 87},
     "shallow_0.6": {"model.width": 93, "model.depth": 4},
 }
+PARENTS = ("parent", *(f"{name}_parent" for name in _SMALL))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Arm:
       overrides: of the shared recipe.
       rival: makes the network from the attributes of the configuration's; None: that one itself.
       seeds: how many runs it has.
-      starts: "parent", its weights; "own", those of a network of this shape, trained as the parent
+      starts: "parent", its weights; "own", those of a network of its shape, trained as the parent
         was; or "scratch".
       taught: whether the parent's logits are its teacher.
     """
@@ -198,35 +200,30 @@ ARMS = _arms()
 
 
 def config(name: str, seed: int, *, data_dir: str, parent: str, wide: bool = False) -> ConfigDict:
-    """The configuration of one run; "parent" is the parent's.
+    """The configuration of one run.
 
     Args:
-      name: of the arm.
+      name: of the arm, or one of PARENTS.
       seed: of the run.
       data_dir: folder of the prepared data set.
-      parent: weight file of the parent.
+      parent: weight file of the parent; those of the smaller ones are beside it.
       wide: the network of 384 channels, in place of 96.
     """
     config = cifar10.get_config()
     overrides: dict[str, Any] = _SHARED | {"data.dir": data_dir, "seed": seed}
-    if name == "parent":
-        overrides |= _PARENT
+    if name in PARENTS:
+        overrides |= _PARENT | _SMALL.get(name.removesuffix("_parent"), {})
     else:
         arm = ARMS[name]
         overrides |= _CHILD | arm.overrides
         overrides |= {"init": parent} if arm.starts == "parent" else {}
+        if arm.starts == "own":
+            overrides["init"] = str(pathlib.Path(parent).with_name(f"{name}_parent.safetensors"))
         overrides |= {"distill.teacher": parent} if arm.taught else {}
     if wide:
         overrides |= _WIDE | {"optimizer.learning_rate": overrides["optimizer.learning_rate"] / 2}
     config.update_from_flattened_dict(overrides)
     return config
-
-
-def own_parent(name: str, *, data_dir: str) -> ConfigDict:
-    """The configuration of the network from whose weights a smaller static network starts."""
-    own = config("parent", 0, data_dir=data_dir, parent="")
-    own.update_from_flattened_dict(ARMS[name].overrides)
-    return own
 
 
 def changes(name: str) -> tuple[str, str]:
@@ -252,6 +249,6 @@ def changes(name: str) -> tuple[str, str]:
 def network(name: str, config: ConfigDict) -> vit.AViT:
     """The model of one run."""
     model = build.model(config)
-    if name == "parent" or ARMS[name].rival is None:
+    if name in PARENTS or ARMS[name].rival is None:
         return model
     return ARMS[name].rival(**unrolled.attributes(model))

@@ -42,8 +42,9 @@ _LABELS = {
     "uniform": "a fixed grid",
     "random": "random dropping",
     "dynamic_vit": "DynamicViT",
+    "narrow": "a narrower static network",
 }
-_COLORS = {"avit_merging": "tab:orange", "tome": "tab:green", "avit": "tab:blue"}
+_COLORS = {"avit_merging": "tab:orange", "tome": "tab:green", "avit": "tab:blue", "narrow": "black"}
 # One checkpoint at several budgets: its row, and the method whose colour it has.
 _CURVES = {
     "avit_merging_0.6": "avit_merging",
@@ -103,7 +104,7 @@ def _speed(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _is_ablation(name: str) -> bool:
-    return not name.endswith(_BUDGETS) and name not in ("parent", "static", "early_exit")
+    return not name.endswith(_BUDGETS) and name not in ("static", "early_exit", *arms.PARENTS)
 
 
 def table(rows: Rows) -> str:
@@ -120,7 +121,7 @@ def table(rows: Rows) -> str:
     ]
     for name in sorted(filter(lambda name: not _is_ablation(name), rows)):
         runs = rows[name]
-        base = runs if name == "parent" else rows.get("static", [])
+        base = runs if name in arms.PARENTS else rows.get("static", [])
         lines.append(f"| {' | '.join([name, *_accuracy(runs, base), *_speed(runs)])} |")
     saved = [run["early_end"] for runs in rows.values() for run in runs if "early_end" in run]
     if saved:

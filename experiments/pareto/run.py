@@ -4,7 +4,8 @@ equally many steps.
 python -m experiments.pareto.run --data_dir=...
 
 Runs what is not in result.json yet, one run after the other, and writes after each; a run that was
-stopped goes on where it was. The parent comes first, and its weights stay as parent.safetensors.
+stopped goes on where it was. The parent comes first, and its weights stay as parent.safetensors;
+a smaller static network starts from a parent of its own shape, which stays too.
 `--arm=evit_0.6 --seed=0` runs one row alone, and `--out=...` writes somewhere else, to compare.
 `--wide` does the same to a network four times as wide, with results of its own. `--speed` trains
 nothing, and measures how fast the rows are whose runs are there: for a moment when the machine does
@@ -20,7 +21,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from avit_jax.models import flops, vit
+from avit_jax.models import flops
 from avit_jax.training import build, loop, progress, restore
 from avit_jax.utils import errors
 from avit_jax.weights import weight_files
@@ -61,52 +62,31 @@ def _parent() -> pathlib.Path:
     return pathlib.Path(_PARENT.value or default / "parent.safetensors")
 
 
+def _weights(name: str) -> pathlib.Path:
+    """Weights of one of arms.PARENTS."""
+    return _parent() if name == "parent" else _parent().with_name(f"{name}.safetensors")
+
+
 def _config(name: str, seed: int) -> ConfigDict:
-    config = arms.config(
+    return arms.config(
         name, seed, data_dir=_DATA_DIR.value, parent=str(_parent()), wide=_WIDE.value
     )
-    if _has_own_parent(name):
-        config.init = str(_own_parent(name))
-    return config
-
-
-def _has_own_parent(name: str) -> bool:
-    return name != "parent" and arms.ARMS[name].starts == "own"
-
-
-def _own_parent(name: str) -> pathlib.Path:
-    """Run of the network from which a smaller static one starts."""
-    return _runs() / f"{name}_parent"
-
-
-def _train(config: ConfigDict, workdir: pathlib.Path, model: vit.AViT) -> dict[str, Any] | None:
-    """The summary of a run, which goes on where it was; None where a signal has stopped it."""
-    loop.train(config, workdir, model=model)  # of a run that is complete it writes the summary
-    file = workdir / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else None
 
 
 def run(name: str, seed: int) -> dict[str, Any] | None:
     """Trains and measures one row; None where a signal has stopped it."""
     config = _config(name, seed)
     model = arms.network(name, config)
-    workdir, own = _runs() / f"{name}_{seed}", {}
-    if _has_own_parent(name):
-        before = _train(arms.own_parent(name, data_dir=_DATA_DIR.value), _own_parent(name), model)
-        if before is None:
-            return None
-        own = {"own_parent_top1": before["top1"]}
-    row = _train(config, workdir, model)
-    if row is None:
+    workdir = _runs() / f"{name}_{seed}"
+    loop.train(config, workdir, model=model)  # of a run that is complete it writes the summary
+    if not (workdir / "summary.json").exists():
         return None
-    row |= own
-    # MACs of the summary are relative to a static network of the same shape.
-    row["macs_ratio"] *= flops.static_macs(model) / flops.static_macs(
-        build.model(_config("static", seed))
-    )
+    row = json.loads((workdir / "summary.json").read_text())
+    static = build.model(_config("static", seed))  # smaller networks cost less than this one
+    row["macs_ratio"] *= flops.static_macs(model) / flops.static_macs(static)
     params, _ = restore.params(config, model, workdir)
-    if name == "parent":
-        weight_files.write(str(_parent()), params, model)
+    if name in arms.PARENTS:
+        weight_files.write(str(_weights(name)), params, model)
         return timing.environment() | row
     if name.startswith("avit_"):
         row["early_end"] = measure.early_end(model, params, measure.images(config))
@@ -130,7 +110,8 @@ def wanted() -> list[tuple[str, int]]:
     """Rows and seeds that are asked for; the first seed of every row comes before the second of
     any.
     """
-    names = _ARM.value or list(arms.ARMS)
+    own_shape = [name for name, arm in arms.ARMS.items() if arm.starts == "own"]
+    names = _ARM.value or [name for name in arms.ARMS if not (_WIDE.value and name in own_shape)]
     return [
         (name, seed)
         for seed in _SEED.value or range(max(arms.ARMS[name].seeds for name in names))
@@ -158,8 +139,9 @@ def main(_: list[str]) -> None:
             if f"{name}/{seed}" in rows and (runs / f"{name}_{seed}").exists()
         ]
     else:
-        jobs = [("parent", 0)] if not _parent().exists() else []
-        jobs += [(name, seed) for name, seed in wanted() if f"{name}/{seed}" not in rows]
+        jobs = [(name, seed) for name, seed in wanted() if f"{name}/{seed}" not in rows]
+        needed = {"parent", *(f"{name}_parent" for name, _ in jobs)}.intersection(arms.PARENTS)
+        jobs = [(name, 0) for name in sorted(needed) if not _weights(name).exists()] + jobs
     for i, (name, seed) in enumerate(jobs):
         print(f"== {i + 1} of {len(jobs)}: {name}, seed {seed}", flush=True)
         row = {"speed": speed(name, seed)} if _SPEED.value else run(name, seed)

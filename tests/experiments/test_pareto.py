@@ -59,18 +59,22 @@ def test_every_row_fits_the_parent(name: str) -> None:
 def test_a_smaller_static_network_costs_slightly_more_and_trains_as_the_others_do(
     name: str,
 ) -> None:
-    config, static = (arms.config(row, 0, data_dir="", parent="") for row in (name, "static"))
+    config, static = (arms.config(row, 0, data_dir="", parent="p") for row in (name, "static"))
     macs = flops.static_macs(build.model(config)) / flops.static_macs(build.model(static))
     budget = float(name.split("_")[-1])
     assert budget + 0.02 < macs < budget + 0.04
     shape = set(arms.ARMS[name].overrides)
     for own, other in (
         (config, static),
-        (arms.own_parent(name, data_dir=""), arms.config("parent", 0, data_dir="", parent="")),
+        (
+            arms.config(f"{name}_parent", 0, data_dir="", parent="p"),
+            arms.config("parent", 0, data_dir="", parent="p"),
+        ),
     ):
         own, other = config_lib.flat(own), config_lib.flat(other)
         differing = {key for key in own if own[key] != other[key]}
-        assert differing and differing <= shape
+        assert differing - {"init"} and differing - {"init"} <= shape
+    assert config.init == f"{name}_parent.safetensors"
 
 
 def test_the_wide_study_is_the_study_of_a_wider_network() -> None:
