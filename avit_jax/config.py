@@ -59,7 +59,8 @@ def _input() -> dict[str, dict[str, Any]]:
     """The data set and its augmentation."""
     return {
         "data": {  # the data set and how it is read
-            "name": "digits",  # "digits", "folder", or a prepared data set of tensorflow-datasets
+            # "digits", "folder", or a prepared data set of tensorflow-datasets; empty: none.
+            "name": "digits",
             # The image folder, or the data folder of tensorflow-datasets; empty: TFDS's default.
             "dir": "",
             "train_split": "train",  # a name, or a part of it such as "train[:90%]"

@@ -143,6 +143,7 @@ def config_of(model: PretrainedAViT) -> Any:
     config.halting.enabled = model.halting is not None
     if model.halting is not None:
         config.halting.update(dataclasses.asdict(model.halting))
+    config.data.name = ""  # a model does not know its data set
     config.data.update({"mean": model.mean, "std": model.std, "crop_ratio": model.crop_ratio})
     config.data.range, config.loss.sigmoid = model.value_range, model.sigmoid
     config.loss.target_depth = min(config.loss.target_depth, float(model.depth))

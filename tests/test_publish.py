@@ -12,6 +12,8 @@ import pytest
 import avit_jax
 from avit_jax import run_config
 from avit_jax.core.halting import HaltingConfig
+from avit_jax.models import pretrained
+from avit_jax.training import evaluate
 from avit_jax.utils import errors
 
 _WEIGHTS = pathlib.Path(__file__).parent / "data/weights/timm.safetensors"
@@ -52,6 +54,24 @@ def test_a_plain_static_network(tmp_path: pathlib.Path) -> None:
     avit_jax.save(tmp_path, plain, params)
     loaded, _ = avit_jax.load(tmp_path)
     assert loaded.halting is None and loaded.mean == model.mean
+
+
+def test_a_saved_network_is_evaluated_on_data_that_the_user_names(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"image_size": 16, "patch_size": 8, "width": 12, "depth": 2, "num_heads": 3}
+    model = avit_jax.AViT(**sizes, num_classes=10, halting=_GATE)
+    params = model.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    named = pretrained.of_model(model, label_names=tuple("abcdefghij"))
+    avit_jax.save(tmp_path / "mine", named, params)
+    config = run_config.get_config(str(tmp_path / "mine"))
+    config.init, config.eval.checkpoint = str(tmp_path / "mine/model.safetensors"), "init"
+    with pytest.raises(errors.UserError, match=r"names no data set: set --config\.data\.name"):
+        evaluate.evaluate_checkpoint(config, tmp_path / "eval")
+    config.data.name, config.eval.batch_size = "digits", 360
+    evaluate.evaluate_checkpoint(config, tmp_path / "eval")
+    assert 'class 0 of the data set is "0", and was "a" in training' in caplog.text
+    assert "meaningless" in caplog.text
 
 
 def test_what_cannot_be_saved_or_pushed(

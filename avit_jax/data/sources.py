@@ -72,9 +72,15 @@ def load(name: str, *, split: str, data_dir: str, image_size: tuple[int, int]) -
       image_size: (height, width) of the enlarged digits; host transforms resize other images.
 
     Raises:
-      errors.UserError: there is no such split, or the data set is not prepared.
+      errors.UserError: no data set is named, there is no such split, or the data set is not
+        prepared.
     """
     image_files.reset_warnings()
+    if not name:
+        raise errors.UserError(
+            "the recipe names no data set: set --config.data.name, for example to folder, or name "
+            "another recipe with --config."
+        )
     if name == "digits":
         return _digits(split, image_size)
     if name == "folder":

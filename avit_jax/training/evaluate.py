@@ -245,8 +245,8 @@ def evaluate_checkpoint(config: ConfigDict, workdir: epath.PathLike) -> None:
     model = build.model(config)
     evaluator = Evaluator(config, model)
     params, metadata = restore.params(config, model, workdir)
-    names = evaluator.source.label_names
-    mismatch = restore.changed_class(metadata.label_names, names) if metadata else ""
+    names, known = evaluator.source.label_names, restore.class_names(config, metadata)
+    mismatch = restore.changed_class(known, names) if known else ""
     if mismatch:
         _logger.warning(
             "%s: the accuracy is meaningless unless both name the same classes", mismatch

@@ -196,13 +196,25 @@ def trained(
     if distributed.from_first_json(tensor_files.is_weights(checkpoint)):
         how = {"grid": config.init_grid, "antialias": config.init_antialias}
         weights = weight_files.load(checkpoint, model, ema=config.init_ema, **how)
-        saved = run_config.read(tensor_files.find(checkpoint))
-        return weights, list(saved.label_names) if saved else []
+        return weights, _names_in(checkpoint)
     weights, metadata = params(config, model, checkpoint)
     if metadata is None:
         return weights, []
     _warn_of_differences(config, metadata)
     return weights, metadata.label_names
+
+
+def class_names(config: ConfigDict, metadata: RunMetadata | None) -> list[str]:
+    """Returns the class names of what `params` has read; [] if unknown."""
+    if metadata is not None:
+        return metadata.label_names
+    is_file = config.init and distributed.from_first_json(tensor_files.is_weights(config.init))
+    return _names_in(config.init) if is_file else []
+
+
+def _names_in(weights: epath.PathLike) -> list[str]:
+    saved = run_config.read(tensor_files.find(weights))
+    return list(saved.label_names) if saved else []
 
 
 def _warn_of_differences(config: ConfigDict, metadata: RunMetadata) -> None:

@@ -287,7 +287,10 @@ def make_train_step(
 def _gradient(
     loss_fn: Callable[..., tuple[jax.Array, Values]], parts: int, params: Any, inputs: tuple
 ) -> tuple[Any, Values]:
-    """Returns gradient and metrics: means over equal parts of the batch, which run in turn."""
+    """Returns gradient and metrics: means over equal parts of the batch, which run in turn.
+
+    Image i is in part i modulo `parts`, so the parts do not depend on the number of devices.
+    """
     gradient = jax.grad(loss_fn, has_aux=True)
     if parts == 1:
         return gradient(params, *inputs)
@@ -295,7 +298,7 @@ def _gradient(
     def add(sums: Any, part: tuple) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(params, *part)), None
 
-    inputs = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+    inputs = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), inputs)
     first = jax.tree.map(lambda x: x[0], inputs)
     shapes = jax.eval_shape(gradient, params, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

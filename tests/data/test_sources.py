@@ -89,7 +89,7 @@ def test_data_set_that_is_not_prepared(tmp_path: pathlib.Path, name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["no_such_data_set", "", "two words", "cifar10:9.9.9", "cifar10/no_such_config"]
+    "name", ["no_such_data_set", "two words", "cifar10:9.9.9", "cifar10/no_such_config"]
 )
 def test_data_set_that_does_not_exist(tmp_path: pathlib.Path, name: str) -> None:
     with pytest.raises(errors.UserError, match=f'cannot open "{name}"'):

@@ -156,6 +156,12 @@ def test_parts_of_a_batch_that_run_in_turn_give_the_same_step() -> None:
         build.check(config, "train")
 
 
+def test_parts_of_a_batch_do_not_depend_on_the_number_of_devices() -> None:
+    config = fixtures.small_config(**{"loss.prior_weight": 1.0, "train.accumulate": 2})
+    one, two = (run_steps(config, devices, steps=2)[0] for devices in (1, 2))
+    chex.assert_trees_all_close(one.params, two.params, atol=1e-6, rtol=0)
+
+
 def test_options_of_the_loss_reach_the_step() -> None:
     def loss(**changes: object) -> float:
         options = build.step_options(fixtures.small_config(**changes))
