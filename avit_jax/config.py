@@ -127,7 +127,7 @@ def _network() -> dict[str, dict[str, Any]]:
             "drop_path": 0.0,  # probability that training skips a branch of the last layer
             "dropout": 0.0,  # probability in training
             "dtype": "float32",  # of the computation; "bfloat16" on accelerators
-            "remat": False,  # recomputes layers in the backward pass: less memory, more time
+            "remat": False,  # recomputes layers in the backward pass: less memory, mostly more time
         },
         "halting": {  # attributes of avit_jax.HaltingConfig
             "enabled": True,  # False: the static network
