@@ -64,4 +64,4 @@ def from_checkpoint(
     if model.halting.merge:
         options |= {"merge": True, "redundancy": f"{model.halting.redundancy:.6g}"}
     text = " ".join(f"--config.halting.{key}={value!s}" for key, value in options.items())
-    _logger.info("wrote %s; to use it with a recipe of halting.learnable=False, set %s", out, text)
+    _logger.info("wrote %s with its recipe; its gate as flags of another recipe: %s", out, text)

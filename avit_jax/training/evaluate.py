@@ -253,8 +253,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
     params = devices.replicate(params)
     results = evaluator(params)
-    for name, value in evaluator.scalars(results).items():
-        _logger.info("%s: %.6g", name, value)
+    _logger.info("%s", metrics.in_words(evaluator.scalars(results)))
     seconds, baselines = (metadata.log.train_seconds, metadata.parent) if metadata else (0.0, {})
     paths = (workdir / "eval.json", workdir / "eval.png")  # keeps the report of the run
     evaluator.report(*paths, params, results, train_seconds=seconds, **baselines)

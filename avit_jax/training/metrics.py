@@ -138,6 +138,18 @@ def quality(values: Mapping[str, Any]) -> tuple[str, float]:
     return "top-1", float(values["top1"])
 
 
+def in_words(values: Mapping[str, float]) -> str:
+    """Returns one line about an evaluation, from `Evaluator.scalars`."""
+    name, best = quality(values)
+    top5 = f"  top-5 {values['top5']:.2%}" if "top5" in values else ""
+    return (
+        f"evaluation of {values['images']:.0f} images: {name} {best:.2%}{top5}  loss "
+        f"{values['loss']:.4f}  {values['macs'] / 1e6:.4g} million MACs an image, MACs ratio "
+        f"{values['macs_ratio']:.3f}  depth of patch tokens {values['depth_patch']:.2f}, of class "
+        f"token {values['depth_class']:.2f}"
+    )
+
+
 class Writer:
     """Appends rows to `metrics.jsonl`, `timing.jsonl` and the TensorBoard files of a workdir.
 

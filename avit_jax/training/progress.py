@@ -235,8 +235,8 @@ class Log:
             minutes, seconds = divmod(round((options.steps - step) / rate), 60)
             speed = f"  {timing['images_per_second']:.0f} images/s  ETA {minutes}:{seconds:02d}"
         _logger.info(
-            "step %d/%d  loss %.4f  top-1 %.3f%s",
-            *(step, options.steps, mean["loss"], mean["top1"], speed),
+            "step %d/%d  loss %.4f  top-1 %.1f%%%s",
+            *(step, options.steps, mean["loss"], 100 * mean["top1"], speed),
         )
 
     def _write_files(self, step: int, split: str, values: Row, timing: Row) -> None:
@@ -250,10 +250,4 @@ class Log:
         """Writes the results of an evaluation, whose time does not count in images/s."""
         self._restart_clock()
         self._write_files(step, "eval", values, {})
-        name, quality = metrics.quality(values)
-        _logger.info(
-            "step %d  evaluation of %d images: %s %.2f%%  MACs ratio %.3f  depth of patch tokens "
-            "%.2f, of class token %.2f",
-            *(step, values["images"], name, 100 * quality, values["macs_ratio"]),
-            *(values["depth_patch"], values["depth_class"]),
-        )
+        _logger.info("step %d  %s", step, metrics.in_words(values))

@@ -164,7 +164,7 @@ def test_a_row_of_earlier_starts_tells_no_speed(caplog: pytest.LogCaptureFixture
         progress.Log(options, None, lambda step: 0.1, 1, before) as log,
     ):
         log.flush()
-    assert "step 1/9  loss 1.0000  top-1 0.500" in caplog.text
+    assert "step 1/9  loss 1.0000  top-1 50.0%" in caplog.text
     assert "images/s" not in caplog.text and "ETA" not in caplog.text
 
 
