@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import jax
 
@@ -49,6 +49,33 @@ def fastest(seconds: Mapping[str, list[float]], names: Collection[str]) -> str:
     """
     first = seconds[next(iter(names))]
     return min(names, key=lambda name: median_ratio(seconds[name], first))
+
+
+def around_the_fastest(
+    make: Callable[[int], Callable[[], object]], sizes: Iterable[int]
+) -> dict[int, Callable[[], object]]:
+    """Functions of the sizes around the fastest one, for a comparison by `interleave`.
+
+    Sizes are tried from the smallest until two in a row are slower than the fastest so far. So the
+    fastest one is never the last that was tried, unless there are no larger sizes.
+
+    Args:
+      make: makes the function of a size; each has to return when its work is done.
+      sizes: from which to choose.
+
+    Returns:
+      The functions of the fastest size and of its two neighbours.
+    """
+    functions: dict[int, Callable[[], object]] = {}
+    seconds: dict[int, float] = {}
+    for size in sorted(sizes):
+        functions[size] = make(size)
+        seconds[size] = min(interleave({"": functions[size]}, rounds=3)[""])
+        if list(seconds).index(best := min(seconds, key=seconds.__getitem__)) <= len(seconds) - 3:
+            break
+    tried = list(functions)
+    i = tried.index(best)
+    return {size: functions[size] for size in tried[max(i - 1, 0) : i + 2]}
 
 
 def processor() -> str:

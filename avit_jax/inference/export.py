@@ -37,6 +37,7 @@ def write(
     label_names: Sequence[str] = (),
     sigmoid: bool = False,
     value_range: Sequence[float] = (),
+    crop_ratio: float = 0.0,
     batch: int = 0,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
@@ -57,6 +58,7 @@ def write(
         probabilities are the softmax of the logits. The program gives logits in both cases.
       value_range: values of black and white in grey image files of more than 8 bits, which become
         0 and 255; empty: not known. For information, as `sigmoid`.
+      crop_ratio: visible fraction of the resized image's shorter side; 0: not known. As `sigmoid`.
       batch: images per call; 0 allows any number.
       platforms: JAX's names of the platforms that run the program; unused for .onnx.
 
@@ -71,7 +73,7 @@ def write(
     colors = {"mean": list(mean), "std": list(std)}
     names = {"label_names": list(label_names), "sigmoid": sigmoid}
     metadata = _sizes(params, model) | names | colors
-    metadata |= {"batch": batch, "value_range": list(value_range)}
+    metadata |= {"batch": batch, "value_range": list(value_range), "crop_ratio": crop_ratio}
     if str(path).lower().endswith(".onnx"):
         params = jax.tree.unflatten(tree, leaves)
         files.write(path, export_onnx.convert(model, params, metadata, batch=batch, **colors))
@@ -161,6 +163,7 @@ def from_checkpoint(
         run_config.write_weights(path, params, model, config, names)
     else:
         colors = {"mean": config.data.mean, "std": config.data.std}
-        outputs = {"sigmoid": config.loss.sigmoid, "value_range": tuple(config.data.range)}
-        write(path, params, model, label_names=names, batch=batch, **outputs, **colors)
+        more = {"sigmoid": config.loss.sigmoid, "value_range": tuple(config.data.range)}
+        more |= {"label_names": names, "crop_ratio": config.data.crop_ratio}
+        write(path, params, model, batch=batch, **more, **colors)
     _logger.info("wrote %s", path)

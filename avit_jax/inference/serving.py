@@ -39,8 +39,9 @@ class Network:
       metadata: `image_size` (height, width), `channels`, `batch` (0: any), `num_classes` and
         `label_names` (empty if unknown); `sigmoid`: whether probabilities are the sigmoid of each
         logit (several classes per image), or their softmax; `value_range`: values of black and
-        white in grey image files of more than 8 bits, which become 0 and 255 (empty if unknown).
-        Files of older versions may lack the last two. Also `mean`, `std` and `halting` (None
+        white in grey image files of more than 8 bits, which become 0 and 255 (empty if unknown);
+        `crop_ratio`: visible fraction of the resized image's shorter side (0 if unknown). Files of
+        older versions may lack the last three. Also `mean`, `std` and `halting` (None
         without halting), for information: the program contains them. It maps pixels from 0 to 255
         to (pixel / 255 - mean) / std.
       shape: `(B, H, W, C)` of the images; B is a number, or a symbol if any number is allowed.
@@ -181,6 +182,8 @@ def _check_metadata(metadata: dict[str, Any], program: jax.export.Exported) -> N
     values: Any = metadata.get("value_range", [])
     valid["value_range"] = isinstance(values, list) and len(values) in (0, 2)
     valid["value_range"] = valid["value_range"] and all(map(_is_number, values))
+    ratio: Any = metadata.get("crop_ratio", 0)
+    valid["crop_ratio"] = _is_number(ratio) and 0 <= ratio <= 1
     for key in ("mean", "std"):
         values = metadata.get(key)
         valid[key] = isinstance(values, list) and len(values) in (1, channels)

@@ -14,8 +14,9 @@ Programs are compiled and warmed up beforehand, compile time is told apart (one 
 gate); input is on the device before a call, and every call is waited for. A batch is shared out
 over the devices there are, of which a CPU may have several. Calls
 are interleaved: each round runs every row once, over at least 16 pictures, and ratios are taken
-within a round. The static network runs in chunks of several sizes; speed-ups are against the
-fastest of them. Memory is XLA's own account of arguments, results and temporaries.
+within a round. The static network runs in chunks of the fastest size, which a trial finds, and of
+the sizes below and above; speed-ups are against the fastest of the three. Memory is XLA's own
+account of arguments, results and temporaries.
 """
 
 import functools
@@ -101,11 +102,12 @@ class Row:
 
 
 def chunks(batch: int) -> list[int]:
-    """Sizes of the chunks that a batch of one device is tried in: small ones for the caches of a
-    CPU, else large ones.
+    """Sizes of the chunks that a batch of one device is tried in: powers of two that divide it, and
+    the whole batch; on a GPU from 64, as smaller ones leave it idle.
     """
-    sizes = (1, 2, 4, 8, 16) if jax.default_backend() == "cpu" else (64, 256, batch)
-    return sorted({size for size in sizes if batch % size == 0})
+    least = 1 if jax.default_backend() == "cpu" else min(64, batch)
+    sizes = [2**i for i in range(batch.bit_length()) if 2**i >= least and batch % 2**i == 0]
+    return sorted({*sizes, batch})
 
 
 def in_a_round(batch: int) -> int:
@@ -154,14 +156,18 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
     removed = {f"adaptive {budget}": at(shift) for budget, shift in shifts.items()} | {
         "adaptive 1.0": at(-1e3)
     }
-    static, variables, sizes = {}, {"params": params}, chunks(batch // len(devices))
-    for chunk in sizes:
-        program = compiled(workload.chunked(model.clone(halting=None).apply, chunk), variables)
-        static[f"static, chunks of {chunk}"] = Row(program, variables, batches)
+
+    def chunked(model: avit_jax.AViT, variables: Any, chunk: int) -> Row:
+        return Row(compiled(workload.chunked(model.apply, chunk), variables), variables, batches)
+
+    sizes = chunks(batch // len(devices))
+    plain = functools.partial(chunked, model.clone(halting=None), {"params": params})
+    near = timing.around_the_fastest(plain, sizes)
+    static = {f"static, chunks of {chunk}": row for chunk, row in near.items()}
     chunk = max(chunk for chunk in sizes if chunk <= 8 or jax.default_backend() != "cpu")
     last, variables = _BUDGET.value[-1], workload.gated(params, shifts[_BUDGET.value[-1]])
-    program = compiled(workload.chunked(model.apply, chunk), variables)
-    rows = static | {f"masked {last}": Row(program, variables, batches)} | removed
+    masked = chunked(model, variables, chunk)
+    rows = static | {f"masked {last}": masked} | removed
     functions = rows | torch_rows(params, whole, model)
     seconds = timing.interleave(functions, rounds=3, seconds=_SECONDS.value)
     best = timing.fastest(seconds, static)

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from experiments import timing
 from experiments.inference_speed import draw
 
 _FOLDER = pathlib.Path(draw.__file__).parent
@@ -47,3 +48,25 @@ def test_devices_are_compared() -> None:
     expected = [speed / ratio for ratio in (0.8, 0.62, 0.4) for speed in (0.9, 0.5)]
     assert _lengths(figure) == pytest.approx(expected)
     assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # the first row on top
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept", "tried"),
+    [
+        ({1: 4, 2: 2, 4: 1, 8: 2, 16: 3, 32: 0}, [2, 4, 8], 5),
+        ({1: 1, 2: 2, 4: 3, 8: 0}, [1, 2], 3),
+        ({1: 3, 2: 2, 4: 1}, [2, 4], 3),
+        ({1: 1, 2: 4, 4: 0, 8: 3}, [2, 4, 8], 4),
+    ],
+)
+def test_sizes_are_tried_until_the_fastest_is_not_the_last(
+    seconds: dict[int, int], kept: list[int], tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make(size: int) -> str:
+        made.append(size)
+        return size
+
+    monkeypatch.setattr(timing, "interleave", lambda named, rounds: {"": [seconds[named[""]]]})
+    assert list(timing.around_the_fastest(make, seconds)) == kept and len(made) == tried

@@ -238,7 +238,8 @@ def test_a_run_is_exported(tmp_path: pathlib.Path) -> None:
     assert network.metadata["label_names"] == [str(i) for i in range(10)]
     assert network.metadata["sigmoid"] is False and network.metadata["value_range"] == []
     metadata = _metadata(tmp_path / "network.avit")
-    del metadata["sigmoid"], metadata["value_range"]  # as in older files
+    assert metadata["crop_ratio"] == config.data.crop_ratio > 0
+    del metadata["sigmoid"], metadata["value_range"], metadata["crop_ratio"]  # as in older files
     _changed(
         tmp_path / "network.avit", tmp_path / "old.avit", metadata=json.dumps(metadata).encode()
     )
@@ -278,6 +279,7 @@ def _metadata(file: pathlib.Path) -> dict:
         ("halting", [[], "yes", 3]),
         ("sigmoid", [None, 1, "yes"]),
         ("value_range", [None, [1], ["a", "b"], [0, float("inf")]]),
+        ("crop_ratio", [None, 1.5, -1, "0.9", True]),
     ],
 )
 def test_metadata_that_contradicts_the_program(
@@ -285,7 +287,8 @@ def test_metadata_that_contradicts_the_program(
 ) -> None:
     whole = _metadata(file)
     without = {name: value for name, value in whole.items() if name != key}
-    lacking = [] if key in ("sigmoid", "value_range") else [without]  # older files lack these two
+    older_lack = ("sigmoid", "value_range", "crop_ratio")
+    lacking = [] if key in older_lack else [without]
     for metadata in (*lacking, *(whole | {key: value} for value in values)):
         _changed(file, tmp_path / "bad.avit", metadata=json.dumps(metadata).encode())
         with pytest.raises(

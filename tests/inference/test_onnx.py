@@ -73,7 +73,7 @@ def test_a_fixed_batch_and_the_metadata(
     path = tmp_path / "network.onnx"
     session = _session(path)
     names = ["a", "b", "c", "d", "é"]
-    more = {"label_names": names, "sigmoid": True, "value_range": (0, 4095)}
+    more = {"label_names": names, "sigmoid": True, "value_range": (0, 4095), "crop_ratio": 0.9}
     export.write(path, variants.params(_HALTING), _HALTING, batch=4, **more, **_COLORS)
     network = session()
     # Neither the converter nor the runtime warns.
@@ -87,6 +87,7 @@ def test_a_fixed_batch_and_the_metadata(
     values = {key: json.loads(text) for key, text in metadata.items()}
     assert values["jax"] == jax.__version__
     assert values["sigmoid"] is True and values["value_range"] == [0, 4095]
+    assert values["crop_ratio"] == 0.9
     assert values["label_names"] == names and values["halting"]["gamma"] == 1.5
     assert values["image_size"] == [16, 16] and values["mean"] == [0.4, 0.5, 0.6]
 
