@@ -23,7 +23,7 @@ from experiments.pareto import arms, ends
 from experiments.rivals import tome, unrolled
 
 _BATCH = 256
-_CHUNKS = (8, 16, 32, 64, 128)
+_CHUNKS = (2, 4, 8, 16, 32, 64, 128)
 _GROUPS = (
     2,
     4,
@@ -82,11 +82,9 @@ def speed(
         return lambda: jax.block_until_ready([run(variables, batch) for batch in batches])
 
     def chunked(network: vit.AViT, params: Any, name: str) -> dict[str, Callable[[], Any]]:
-        sizes = {min(chunk, _BATCH // len(devices)) for chunk in _CHUNKS}
-        return {
-            f"{name} {chunk}": timed(workload.chunked(network.apply, chunk), params)
-            for chunk in sizes
-        }
+        make = lambda chunk: timed(workload.chunked(network.apply, chunk), params)  # noqa: E731
+        near = timing.around_the_fastest(make, {min(c, _BATCH // len(devices)) for c in _CHUNKS})
+        return {f"{name} {chunk}": function for chunk, function in near.items()}
 
     functions = chunked(parent, parent_params, "parent")
     if removes:
@@ -102,10 +100,7 @@ def speed(
         ours = chunked(model, params, "own")
     seconds = timing.interleave(functions | ours, _ROUNDS)
     best, own = (timing.fastest(seconds, names) for names in (functions, ours))
-    counted = jax.jit(adaptive.make_apply(model) if removes else model.apply)
-    aux = [counted({"params": params}, batch)[1] for batch in whole]
-    macs = np.mean([each.macs for each in aux])
-    ideal = flops.static_macs(parent) / float(macs)
+    ideal = flops.static_macs(parent) / _macs(model, params, whole, removes=removes)
     speed_up = timing.median_ratio(seconds[best], seconds[own])
     rate = len(images) / float(np.median(seconds[own]))
     speeds = {
@@ -115,6 +110,12 @@ def speed(
         "images_per_second": rate,
     }
     return timing.environment() | {"batch": _BATCH} | speeds
+
+
+def _macs(model: vit.AViT, params: Any, batches: list[np.ndarray], *, removes: bool) -> float:
+    counted = jax.jit(adaptive.make_apply(model) if removes else model.apply)
+    aux = [counted({"params": params}, batch)[1] for batch in batches]
+    return float(np.mean([each.macs for each in aux]))
 
 
 def _removed(model: vit.AViT, plan: adaptive.Plan, variables: Any, images: jax.Array) -> jax.Array:
