@@ -43,7 +43,7 @@ def default() -> ConfigDict:
         # With a budget, the prior's target depth follows from it and loss.target_depth is unused.
         "budget": 0.0,
     }
-    return ConfigDict({**start, **_input(), **_network(), **_training()}).lock()
+    return ConfigDict({**start, **_input(), **_network(), **_losses(), **_training()}).lock()
 
 
 def recipe(file: str, name: str) -> ConfigDict:
@@ -100,7 +100,7 @@ def _input() -> dict[str, dict[str, Any]]:
 
 
 def _network() -> dict[str, dict[str, Any]]:
-    """The network, its gate and its loss."""
+    """The network and its gate."""
     return {
         "model": {  # attributes of avit_jax.AViT
             "image_size": (224, 224),  # height, width
@@ -141,6 +141,12 @@ def _network() -> dict[str, dict[str, Any]]:
             # with gamma 1 and beta -42.
             "redundancy": 0.0,
         },
+    }
+
+
+def _losses() -> dict[str, dict[str, Any]]:
+    """The loss and the teacher."""
+    return {
         "loss": {  # weights of the loss terms, and the depth prior
             "label_smoothing": 0.0,  # probability spread over all classes
             "sigmoid": False,  # binary cross entropy of each class, as in DeiT-III; not softmax
