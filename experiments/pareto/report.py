@@ -202,7 +202,7 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
         static = 100 * np.mean([run["top1"] for run in rows["static"]])
         axis.axhline(static, color="black", linewidth=0.8, label="static network")
         axis.text(102, static + 0.08, "static network, trained as long", ha="right")
-        axis.set_ylim(min(_LOWEST, static), static + 0.5)
+        axis.set_ylim(min(_LOWEST, static), max(static, *(y for _, y, *_ in ends)) + 0.5)
     axis.set(xlim=(18, 103), xticks=range(40, 101, 10))
     axis.set(xlabel="MACs, % of the static network's", ylabel="top-1 on the 10,000 test images, %")
     title = "CIFAR-10. Dots are seeds. Dashed: one checkpoint at several budgets."
