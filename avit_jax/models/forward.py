@@ -37,9 +37,9 @@ class Aux:
       depth: `(B, N)` int32, number of layers in which the token is active.
       ponder_cost: `(B, N)` depth + remainder, in layers.
       class_output: `(B, D)` class token, averaged over layers, before the final norm. Without
-        halting, it is that of the last layer. With "avg" or "max": mean or maximum of the patch
-        tokens, each averaged over layers with its own weights. With "map": output of the
-        attention pooling, which the head reads.
+        halting, it is the class token of the last layer. With "avg" or "max", it is the mean or
+        the maximum of the patch tokens, each averaged over layers with its own weights. With "map",
+        it is the output of the attention pooling, which the head reads.
       distillation_output: as `class_output`, of the distillation token; None without one.
       macs: `(B,)` float32, MACs of each image if halted tokens are removed, without padding; see
         `flops.image_macs`.

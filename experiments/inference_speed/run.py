@@ -93,6 +93,16 @@ class Row:
             jax.block_until_ready(self.program.run(self._variables, batch))
             self.latencies.append(time.perf_counter() - started)
 
+    def summary(self, calls: int) -> dict[str, float]:
+        """Latency of the last calls, compile time and memory."""
+        p50, p95 = (1e3 * float(np.percentile(self.latencies[-calls:], q)) for q in (50, 95))
+        return {
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "compile_seconds": self.program.compile_seconds,
+            "memory_mb": self.program.memory / 1e6,
+        }
+
     def macs(self) -> tuple[float, float]:
         """Mean MACs of an image, without and with padding; of an adaptive row."""
         aux = [self.program.run(self._variables, batch)[1] for batch in self._batches]
@@ -177,14 +187,7 @@ def measure(model: avit_jax.AViT, params: Any, images: np.ndarray, batch: int) -
         speed_up = timing.median_ratio(seconds[best], taken)
         result[name] = {"images_per_second": count / float(np.median(taken)), "speed_up": speed_up}
         if name in rows:
-            latencies = rows[name].latencies[len(batches) :]  # the first round warms up
-            p50, p95 = (1e3 * float(np.percentile(latencies, q)) for q in (50, 95))
-            result[name] |= {"p50_ms": p50, "p95_ms": p95}
-            program = rows[name].program
-            result[name] |= {
-                "compile_seconds": program.compile_seconds,
-                "memory_mb": program.memory / 1e6,
-            }
+            result[name] |= rows[name].summary(len(taken) * len(batches))
         if name in removed:
             macs, padded = removed[name].macs()
             ideal = static_macs / macs

@@ -4,8 +4,9 @@ equally many steps.
 python -m experiments.pareto.run --data_dir=...
 
 Runs what is not in result.json yet, one run after the other, and writes after each; a run that was
-stopped goes on where it was. The parent comes first, and its weights stay as parent.safetensors;
-a smaller static network starts from a parent of its own shape, which stays too.
+stopped goes on where it was. The parent is trained first, and its weights are kept in
+parent.safetensors. A smaller static network starts from a parent of its own shape, which is kept
+too.
 `--arm=evit_0.6 --seed=0` runs one row alone, and `--out=...` writes somewhere else, to compare.
 `--wide` does the same to a network four times as wide, with results of its own. `--speed` trains
 nothing, and measures how fast the rows are whose runs are there: for a moment when the machine does
